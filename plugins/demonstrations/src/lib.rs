@@ -1,0 +1,1 @@
+//! Feedback adapter: conversations and prompt/completion rows as demonstrations

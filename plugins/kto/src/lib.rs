@@ -1,0 +1,1 @@
+//! Objective: Kahneman-Tversky optimisation on thumbs up and down

@@ -1,0 +1,1 @@
+//! Feedback adapter: responses with a thumbs-up or thumbs-down label

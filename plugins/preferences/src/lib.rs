@@ -1,0 +1,1 @@
+//! Feedback adapter: chosen and rejected responses to one prompt

@@ -1,0 +1,1 @@
+//! Feedback adapter: responses with an explicit score

@@ -1,0 +1,1 @@
+//! Objective: supervised fine-tuning, the negative log-likelihood per token

@@ -1,0 +1,1 @@
+//! Objective: demonstrations as responses whose reward is 1 (UFT)

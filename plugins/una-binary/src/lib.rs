@@ -1,0 +1,1 @@
+//! Objective: thumbs up and down on the implicit score (UNA)

@@ -1,0 +1,1 @@
+//! Objective: preference pairs on the implicit reward (UNA-pairwise, DPO)

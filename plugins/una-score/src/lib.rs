@@ -1,0 +1,1 @@
+//! Objective: the implicit score meets the explicit one (UNA)
