@@ -1,0 +1,132 @@
+//! What an objective sees: the log-probs of trained tokens, and segments that say what feedback
+//! each response got.
+
+use crate::sample::Kind;
+use abi_stable::{
+    StableAbi,
+    std_types::{RSlice, RVec},
+};
+
+/// A response inside a batch: a range of trained tokens with its feedback.
+#[repr(C)]
+#[derive(StableAbi, Clone, Copy, Debug, PartialEq)]
+pub struct Segment {
+    /// Equal for the responses to one prompt, unique within the step.
+    pub group: u32,
+    /// Position of this segment among all of the objective's segments of the step; the index into
+    /// [`Step::log_ratios`].
+    pub in_step: u32,
+    /// First of its tokens in [`Batch::logps`].
+    pub start: u32,
+    /// Number of its tokens, at least 1.
+    pub tokens: u32,
+    pub kind: Kind,
+    /// [`Feedback::value`](crate::sample::Feedback::value).
+    pub value: f32,
+}
+
+impl Segment {
+    /// The segment's tokens as a range into [`Batch::logps`].
+    pub fn range(&self) -> std::ops::Range<usize> {
+        self.start as usize..(self.start + self.tokens) as usize
+    }
+}
+
+/// Totals of one objective over the whole optimizer step. An objective divides by these and never
+/// by a micro-batch's counts, so that the gradient does not depend on how a step is split.
+#[repr(C)]
+#[derive(StableAbi, Clone, Copy, Debug)]
+pub struct Step<'a> {
+    /// Optimizer step, from 0.
+    pub number: u64,
+    /// Optimizer steps planned in all.
+    pub steps: u64,
+    /// False in evaluation: state must not change.
+    pub training: bool,
+    pub groups: u64,
+    pub segments: u64,
+    /// Pairs of a chosen and a rejected response of the same group.
+    pub pairs: u64,
+    /// Trained tokens.
+    pub tokens: u64,
+    /// Segments of each kind, in the order of [`Kind::ALL`].
+    pub by_kind: [u64; 5],
+    /// With [`Needs::STEP_LOG_RATIOS`](crate::needs::Needs::STEP_LOG_RATIOS): `log pi - log
+    /// pi_ref` of every segment of the step, in nats; otherwise empty.
+    pub log_ratios: RSlice<'a, f64>,
+    /// With [`Needs::MISMATCHED`](crate::needs::Needs::MISMATCHED): `log pi - log pi_ref` of
+    /// every segment's prompt with the next segment's completion; otherwise empty.
+    pub mismatched: RSlice<'a, f64>,
+}
+
+/// The part of a step that one call of [`Objective::evaluate`](crate::objective::Objective) sees.
+/// Groups are never split between batches.
+#[repr(C)]
+#[derive(StableAbi, Clone, Copy, Debug)]
+pub struct Batch<'a> {
+    pub step: Step<'a>,
+    /// See [`Batch::segments`].
+    pub segment_list: RSlice<'a, Segment>,
+    /// Log-probs of the policy for every trained token, segment after segment, in nats.
+    pub logps: RSlice<'a, f32>,
+    /// The same of the reference; empty if the objective does not need one.
+    pub ref_logps: RSlice<'a, f32>,
+}
+
+impl<'a> Batch<'a> {
+    pub fn segments(&self) -> &'a [Segment] {
+        self.segment_list.as_slice()
+    }
+
+    /// `log pi(y|x)` of a response: the sum over its tokens, in nats.
+    pub fn logp(&self, segment: &Segment) -> f64 {
+        sum(&self.logps[segment.range()])
+    }
+
+    /// `log pi_ref(y|x)` of a response.
+    pub fn ref_logp(&self, segment: &Segment) -> f64 {
+        sum(&self.ref_logps[segment.range()])
+    }
+
+    /// `log pi(y|x) - log pi_ref(y|x)` of a response, in nats; times beta this is the implicit
+    /// reward (UNA, arXiv 2408.15339, eq. 6 with `f(x) = c = 0`).
+    pub fn log_ratio(&self, segment: &Segment) -> f64 {
+        self.logp(segment) - self.ref_logp(segment)
+    }
+
+    /// Every pair of a chosen and a rejected response to the same prompt.
+    pub fn pairs(&self) -> impl Iterator<Item = (&'a Segment, &'a Segment)> + use<'a> {
+        pairs(self.segments())
+    }
+}
+
+/// Every (chosen, rejected) pair of the same group; a group's segments are neighbours.
+pub fn pairs(segments: &[Segment]) -> impl Iterator<Item = (&Segment, &Segment)> {
+    segments.chunk_by(|a, b| a.group == b.group).flat_map(|group| {
+        group.iter().filter(|s| s.kind == Kind::Chosen).flat_map(move |chosen| {
+            let rejected = group.iter().filter(|s| s.kind == Kind::Rejected);
+            rejected.map(move |rejected| (chosen, rejected))
+        })
+    })
+}
+
+fn sum(values: &[f32]) -> f64 {
+    values.iter().map(|&v| f64::from(v)).sum()
+}
+
+/// A named number, averaged by the host over batches and sources as `sum / count`.
+#[repr(C)]
+#[derive(StableAbi, Clone, Debug, PartialEq)]
+pub struct Metric {
+    pub name: abi_stable::std_types::RString,
+    pub sum: f64,
+    pub count: f64,
+}
+
+/// What an evaluation gives back besides the gradient.
+#[repr(C)]
+#[derive(StableAbi, Clone, Debug, PartialEq)]
+pub struct Outcome {
+    pub loss: f64,
+    pub metrics: RVec<Metric>,
+}

@@ -1,0 +1,169 @@
+//! A sample: a prompt and one or more responses, each with the feedback that it got.
+
+use abi_stable::{
+    StableAbi,
+    std_types::{ROption, RString, RVec},
+};
+
+/// What people said of a response.
+#[repr(u8)]
+#[derive(StableAbi, Clone, Copy, Debug, PartialEq)]
+pub enum Feedback {
+    /// Written to be imitated: a response whose reward is 1.
+    Demonstration,
+    /// An explicit score in `0..=1`.
+    Score(f32),
+    /// Thumbs up or down.
+    Binary(bool),
+    /// Preferred to the group's rejected responses, by this margin if one is known.
+    Chosen(ROption<f32>),
+    /// Less liked than the group's chosen responses.
+    Rejected(ROption<f32>),
+}
+
+/// [`Feedback`] without its value.
+#[repr(u8)]
+#[derive(StableAbi, Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Kind {
+    Demonstration,
+    Score,
+    Binary,
+    Chosen,
+    Rejected,
+}
+
+impl Kind {
+    pub const ALL: [Kind; 5] =
+        [Kind::Demonstration, Kind::Score, Kind::Binary, Kind::Chosen, Kind::Rejected];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Kind::Demonstration => "demonstration",
+            Kind::Score => "score",
+            Kind::Binary => "binary",
+            Kind::Chosen => "chosen",
+            Kind::Rejected => "rejected",
+        }
+    }
+}
+
+impl Feedback {
+    pub fn kind(self) -> Kind {
+        match self {
+            Feedback::Demonstration => Kind::Demonstration,
+            Feedback::Score(_) => Kind::Score,
+            Feedback::Binary(_) => Kind::Binary,
+            Feedback::Chosen(_) => Kind::Chosen,
+            Feedback::Rejected(_) => Kind::Rejected,
+        }
+    }
+
+    /// Demonstration: 1. Score: the score. Binary: 1 or 0. Chosen and rejected: the margin, 0 if
+    /// none was given.
+    pub fn value(self) -> f32 {
+        match self {
+            Feedback::Demonstration => 1.0,
+            Feedback::Score(score) => score,
+            Feedback::Binary(up) => f32::from(up),
+            Feedback::Chosen(margin) | Feedback::Rejected(margin) => margin.unwrap_or(0.0),
+        }
+    }
+}
+
+/// One turn of a conversation, as chat templates see it.
+#[repr(C)]
+#[derive(StableAbi, Clone, Debug, PartialEq, Eq)]
+pub struct Message {
+    pub role: RString,
+    pub content: RString,
+    /// The record's further fields of this message (`tool_calls`, `name`, …) as a JSON object,
+    /// empty if there are none.
+    pub extra: RString,
+}
+
+impl Message {
+    pub fn new(role: impl Into<String>, content: impl Into<String>) -> Self {
+        Self {
+            role: RString::from(role.into()),
+            content: RString::from(content.into()),
+            extra: RString::new(),
+        }
+    }
+}
+
+/// A prompt or a response: plain text, or messages for the chat template.
+#[repr(u8)]
+#[derive(StableAbi, Clone, Debug, PartialEq, Eq)]
+pub enum Content {
+    Text(RString),
+    Messages(RVec<Message>),
+}
+
+impl Content {
+    pub fn text(text: impl Into<String>) -> Self {
+        Content::Text(RString::from(text.into()))
+    }
+
+    pub fn messages(messages: impl IntoIterator<Item = Message>) -> Self {
+        Content::Messages(messages.into_iter().collect())
+    }
+
+    pub fn is_empty(&self) -> bool {
+        match self {
+            Content::Text(text) => text.is_empty(),
+            Content::Messages(messages) => messages.is_empty(),
+        }
+    }
+}
+
+/// How the assistant turns of a response with several turns are counted.
+#[repr(u8)]
+#[derive(StableAbi, Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Turns {
+    /// All assistant turns are one response with one reward.
+    Together,
+    /// Each assistant turn is a response of its own, given the history before it (the unfolding
+    /// of UFT, arXiv 2410.21438).
+    Each,
+}
+
+/// One response to the sample's prompt.
+#[repr(C)]
+#[derive(StableAbi, Clone, Debug, PartialEq)]
+pub struct Response {
+    /// The text, or the messages that follow the prompt's. Only assistant messages are trained.
+    pub content: Content,
+    pub feedback: Feedback,
+    pub turns: Turns,
+}
+
+/// A prompt with its responses. Prompt and responses are all text or all messages.
+#[repr(C)]
+#[derive(StableAbi, Clone, Debug, PartialEq)]
+pub struct Sample {
+    pub prompt: Content,
+    pub responses: RVec<Response>,
+    /// Further arguments of the chat template (`tools`, `chat_template_kwargs`) as a JSON object,
+    /// empty if there are none.
+    pub template_args: RString,
+}
+
+impl Sample {
+    pub fn new(prompt: Content) -> Self {
+        Self { prompt, responses: RVec::new(), template_args: RString::new() }
+    }
+
+    /// Adds a response; builder style.
+    pub fn response(mut self, content: Content, feedback: Feedback) -> Self {
+        self.responses.push(Response { content, feedback, turns: Turns::Together });
+        self
+    }
+
+    /// Sets how the turns of every response so far are counted; builder style.
+    pub fn turns(mut self, turns: Turns) -> Self {
+        for response in &mut self.responses {
+            response.turns = turns;
+        }
+        self
+    }
+}

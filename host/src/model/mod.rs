@@ -1,0 +1,1 @@
+//! The decoder: configuration, weights, LoRA, forward and backward.
