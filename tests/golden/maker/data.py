@@ -2,7 +2,7 @@
 import json
 from dataclasses import dataclass
 
-FORMATS = {"demos": ["completion"], "scores": ["response"], "labels": ["completion"], "pairs": ["chosen", "rejected"]}
+FILES = ["demos", "scores", "labels", "pairs", "turns"]
 
 
 @dataclass
@@ -19,7 +19,8 @@ def read_jsonl(path):
 
 
 def read_all(folder):
-    return {name: read_jsonl(folder / f"{name}.jsonl") for name in FORMATS}
+    """{file name: rows} of the five data files."""
+    return {name: read_jsonl(folder / f"{name}.jsonl") for name in FILES}
 
 
 def with_prompt(row):
@@ -47,7 +48,7 @@ def encode(tok, row):
 
     Conversational: the prompt is rendered with the generation prompt, prompt + response without it. Strings: EOS is
     appended to a response which does not end with it, and the *concatenation* is tokenised. Either way the response
-    is what follows the prompt's tokens. TRL moves the border back to the common prefix when the prompt is not a
+    is what follows the prompt's tokens. `messages`: the last message is the response. TRL moves the border back to the common prefix when the prompt is not a
     prefix; the data here never needs that, and this asserts it."""
     row, out = with_prompt(row), []
     for key in response_keys(row):
@@ -64,7 +65,10 @@ def encode(tok, row):
     return out
 
 
-def encode_turns(tok, messages):
-    """Every assistant turn of a conversation as one response to all that came before it."""
+def encode_turns(tok, row):
+    """Every assistant turn of a `messages` row as one response to all that came before it; other rows as `encode`."""
+    if "messages" not in row:
+        return encode(tok, row)
+    messages = row["messages"]
     ends = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
     return [encode(tok, {"messages": messages[:i + 1]})[0] for i in ends]

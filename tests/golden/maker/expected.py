@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from . import adapters, data
 from .objectives import MIXED, OBJECTIVES, Batch
 
-FEW = ["sft", "una-score-mse", "dpo", "kto"]
+FEW = ["sft", "sft-turns", "una-score-mse", "dpo", "kto"]
 ALL = [*OBJECTIVES, "mixed"]
 GRADIENTS = {"mistral": ALL, "qwen3": [*FEW, "mixed"]}  # the other models: FEW
 CURVES = ["sft", "una-score-mse", "dpo"]
@@ -45,7 +45,7 @@ def number(x):
 # ------------------------------------------------------------------------------------------- tokens and log-probs
 
 @torch.no_grad()
-def responses(folder, files, turns):
+def responses(folder, files):
     """{file: [row: [response: {key, prompt_ids, ids, logps: {base, adapter, …}}]]}"""
     loaded = {name: adapters.load(folder, folder / name, trainable=False) for name in adapters.ADAPTERS[folder.name]}
     scorers = {name: Scorer(peft) for name, (peft, _) in loaded.items()}
@@ -57,9 +57,7 @@ def responses(folder, files, turns):
         return dict(key=r.key, prompt_ids=r.prompt_ids, ids=r.ids,
                     logps={name: [number(x) for x in values] for name, values in logps.items()})
 
-    encoded = {file: [data.encode(tok, row) for row in rows] for file, rows in files.items()}
-    encoded["turns"] = [data.encode_turns(tok, row["messages"]) for row in turns]
-    return {file: [[describe(r) for r in row] for row in rows] for file, rows in encoded.items()}
+    return {file: [[describe(r) for r in data.encode_turns(tok, row)] for row in rows] for file, rows in files.items()}
 
 
 # ------------------------------------------------------------------------------------------- losses and gradients
@@ -88,7 +86,7 @@ def gradients(folder, files, names):
 
 
 def batch(scorer, tok, rows):
-    return Batch(scorer, rows, [data.encode(tok, row) for row in rows])
+    return Batch(scorer, rows, [data.encode_turns(tok, row) for row in rows])
 
 
 # ------------------------------------------------------------------------------------------- training curves
@@ -114,11 +112,11 @@ def curve(folder, rows, objective):
 
 # ------------------------------------------------------------------------------------------- all of one model
 
-def write(root, name, files, turns):
+def write(root, name, files):
     """Writes expected/<name>/: responses.json, losses.json, grads.safetensors, curves.json."""
     folder, target = root / "models" / name, root / "expected" / name
     target.mkdir(parents=True, exist_ok=True)
-    write_json(target / "responses.json", responses(folder, files, turns))
+    write_json(target / "responses.json", responses(folder, files))
     facts, tensors = gradients(folder, files, GRADIENTS.get(name, FEW))
     write_json(target / "losses.json", facts)
     save_file(tensors, target / "grads.safetensors", metadata={"format": "pt"})

@@ -66,7 +66,7 @@ SPECS = {
 }
 
 # Standard deviations at which attention, MLP and head are all far from flat at these widths.
-SCALE = dict(embed_tokens=0.5, lm_head=0.25, o_proj=0.25, down_proj=0.25, q_proj=0.35, k_proj=0.35)
+SCALE = dict(embed_tokens=0.35, lm_head=0.25, o_proj=0.25, down_proj=0.25, q_proj=0.25, k_proj=0.25)
 
 
 def build(root, name):

@@ -72,6 +72,7 @@ def kto(b):
 
 OBJECTIVES = {
     "sft": Objective("demos", sft),
+    "sft-turns": Objective("turns", sft),
     "uft-sft-mse": Objective("demos", lambda b: pointwise_mse(b, torch.ones(len(b.rows)))),
     "uft-sft-bce": Objective("demos", lambda b: pointwise_bce(b, torch.ones(len(b.rows)))),
     "una-score-mse": Objective("scores", lambda b: pointwise_mse(b, b.column("score"))),

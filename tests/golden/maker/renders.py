@@ -2,7 +2,7 @@
 import jinja2
 from transformers import AutoTokenizer
 
-from .data import render
+from .data import encode_turns, render
 from .expected import write_json
 
 SYSTEM = {"role": "system", "content": "You are a careful assistant."}
@@ -31,7 +31,10 @@ CASES = {
 
 
 def write(root, name, turns):
-    """templates.json: {renders: [case], conversations: [rendering of each row of turns.jsonl]}"""
+    """templates.json: {renders: [case], conversations: [rendering of each row of turns.jsonl]}
+
+    `turns_agree`: every turn rendered with the conversation up to it is a prefix of the whole rendering, so one pass
+    over the whole can train all turns. `assistant_mask`: of a template with `generation` tags, per token of `ids`."""
     tok = AutoTokenizer.from_pretrained(root / "models" / name)
     renders = []
     for case, (messages, options) in CASES.items():
@@ -45,7 +48,9 @@ def write(root, name, turns):
     conversations = []
     for row in turns:
         entry = dict(text=tok.apply_chat_template(row["messages"], tokenize=False), ids=render(tok, row["messages"]))
-        if "generation" in tok.chat_template.replace("add_generation_prompt", ""):
+        entry["turns_agree"] = all(entry["ids"][:len(r.prompt_ids + r.ids)] == r.prompt_ids + r.ids
+                                   for r in encode_turns(tok, row))
+        if "{%- generation" in tok.chat_template:
             entry["assistant_mask"] = list(tok.apply_chat_template(
                 row["messages"], tokenize=True, return_dict=True, return_assistant_tokens_mask=True)["assistant_masks"])
         conversations.append(entry)

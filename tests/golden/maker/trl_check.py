@@ -18,17 +18,19 @@ TRAINERS = {"sft": (SFTTrainer, SFTConfig, dict(loss_type="nll")),
 
 def check(folder, files):
     """All three trainers on one model; returns {objective: largest relative gradient difference}."""
+    if "{%- generation" in models.load(folder)[1].chat_template:
+        check_assistant_only(folder, files["turns"])
     return {name: check_objective(folder, files[OBJECTIVES[name].data], name) for name in TRAINERS}
 
 
-def make_trainer(name, folder, rows):
+def make_trainer(name, folder, rows, **extra):
     """TRL's trainer on a loaded adapter. The reference is given as a model of its own: left alone, TRL would take a
     frozen copy of the loaded adapter."""
     trainer, config, options = TRAINERS[name]
     peft, tok = adapters.load(folder, folder / "adapter", attention="sdpa")
     more = {} if name == "sft" else dict(ref_model=models.load(folder, "sdpa")[0])
     with tempfile.TemporaryDirectory() as scratch:
-        args = config(output_dir=scratch, **{**COMMON, **options})
+        args = config(output_dir=scratch, **{**COMMON, **options, **extra})
         return trainer(model=peft, args=args, train_dataset=Dataset.from_list(rows), processing_class=tok, **more)
 
 
@@ -66,3 +68,20 @@ def check_objective(folder, rows, name):
         worst = max(worst, ((p.grad - other[n].grad).norm() / p.grad.norm()).item())
     assert worst < 1e-4, (name, worst)
     return worst
+
+
+def check_assistant_only(folder, rows):
+    """SFT on all assistant turns of a conversation at once, by the template's `generation` tags."""
+    trainer = make_trainer("sft", folder, rows, assistant_only_loss=True)
+    tok, trained = trainer.processing_class, []
+    for row, theirs in zip(rows, trainer.train_dataset):
+        labels = [-100] * len(theirs["labels"])
+        for r in data.encode_turns(tok, row):
+            labels[len(r.prompt_ids):len(r.prompt_ids + r.ids)] = r.ids
+        assert theirs["labels"] == labels, row
+        trained.append(theirs)
+    trainer.model.eval()
+    theirs = trainer.compute_loss(trainer.model, trainer.data_collator(trained)).item()
+    peft, _ = adapters.load(folder, folder / "adapter")
+    ours = OBJECTIVES["sft-turns"].loss(batch(Scorer(peft), tok, rows)).item()
+    assert abs(theirs - ours) < 1e-5 * ours, (theirs, ours)
