@@ -10,7 +10,7 @@ from .expected import Scorer, batch
 from .objectives import BETA, OBJECTIVES
 
 COMMON = dict(per_device_train_batch_size=8, use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none",
-              disable_tqdm=True, max_length=None, loss_type=None)
+              disable_tqdm=True, max_length=None)
 TRAINERS = {"sft": (SFTTrainer, SFTConfig, dict(loss_type="nll")),
             "dpo": (DPOTrainer, DPOConfig, dict(loss_type=["sigmoid"], beta=BETA)),
             "kto": (KTOTrainer, KTOConfig, dict(loss_type="kto", beta=BETA))}
