@@ -1,0 +1,538 @@
+//! Causal attention over packed groups with shared prompts, without a score matrix in memory
+//! (Dao 2023, "FlashAttention-2", for the tiling and the way back).
+//!
+//! ```text
+//! forward    s_ij = q_i·k_j / sqrt(D)       over the keys j that row i may see
+//!            lse_i = ln Σ_j e^s_ij          out_i = Σ_j e^(s_ij - lse_i) v_j
+//! backward   p_ij = e^(s_ij - lse_i)        delta_i = dout_i·out_i
+//!            dv_j = Σ_i p_ij dout_i         ds_ij = p_ij (dout_i·v_j - delta_i)
+//!            dq_i = Σ_j ds_ij k_j / sqrt(D) dk_j = Σ_i ds_ij q_i / sqrt(D)
+//! ```
+//!
+//! What a row may see: its group's prompt up to itself, and its own branch up to itself (see
+//! [`crate::layout`]). With a window W, only keys with `position(i) - position(j) < W`, which is
+//! Hugging Face's rule. Positions are places within a text: prompt, then branch.
+//!
+//! A block of queries (the heads that share a key head stacked, so that one product serves them all)
+//! meets a tile of keys at a time; tiles that no query of the block may see are never touched.
+
+mod text;
+
+use crate::layout::{Group, Layout};
+use crate::math::{dot, exp, exp_and_sum, max, vectorised};
+use crate::matmul::{View, product};
+use crate::parallel::Scattered;
+use rayon::prelude::*;
+use text::{Block, Text, Tile};
+
+/// Rows of stacked queries per block, counted over the heads that share a key head.
+const BLOCK_ROWS: usize = 192;
+/// Keys per tile.
+const TILE_KEYS: usize = 256;
+
+/// How many heads there are, and how wide.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Heads {
+    /// Query heads.
+    pub heads: usize,
+    /// Key and value heads; divides `heads`. Query head h reads key head `h / (heads / kv_heads)`.
+    pub kv_heads: usize,
+    /// D.
+    pub head_dim: usize,
+}
+
+impl Heads {
+    /// Query heads per key head.
+    fn sharing(&self) -> usize {
+        self.heads / self.kv_heads
+    }
+
+    fn query_width(&self) -> usize {
+        self.heads * self.head_dim
+    }
+
+    fn key_width(&self) -> usize {
+        self.kv_heads * self.head_dim
+    }
+
+    fn scale(&self) -> f32 {
+        1.0 / (self.head_dim as f32).sqrt()
+    }
+
+    fn tokens_per_block(&self) -> usize {
+        (BLOCK_ROWS / self.sharing()).max(16)
+    }
+
+    /// Where the heads that share key head `kv` lie in row `row` of q, out and their gradients.
+    fn queries_of(&self, row: usize, kv: usize) -> std::ops::Range<usize> {
+        let width = self.sharing() * self.head_dim;
+        let start = row * self.query_width() + kv * width;
+        start..start + width
+    }
+
+    /// Where key head `kv` lies in row `row` of k, v and their gradients.
+    fn key_of(&self, row: usize, kv: usize) -> std::ops::Range<usize> {
+        let start = row * self.key_width() + kv * self.head_dim;
+        start..start + self.head_dim
+    }
+
+    /// Key head `kv` of the rows of a tile, as a matrix `[keys, D]`.
+    fn tile<'a>(&self, keys: &'a [f32], tile: &Tile, kv: usize) -> View<'a> {
+        let start = self.key_of(tile.row, kv).start;
+        View::new(&keys[start..], tile.len, self.head_dim, self.key_width())
+    }
+
+    fn assert_valid(&self) {
+        assert!(
+            self.kv_heads > 0 && self.heads.is_multiple_of(self.kv_heads) && self.head_dim > 0,
+            "attention: {} heads over {} key heads of width {}",
+            self.heads,
+            self.kv_heads,
+            self.head_dim
+        );
+    }
+
+    fn assert_shapes(&self, rows: usize, queries: &[(&str, &[f32])], keys: &[(&str, &[f32])]) {
+        self.assert_valid();
+        for (name, data) in queries {
+            let width = self.query_width();
+            assert_eq!(data.len(), rows * width, "attention: {name} must be [{rows}, {width}]");
+        }
+        for (name, data) in keys {
+            let width = self.key_width();
+            assert_eq!(data.len(), rows * width, "attention: {name} must be [{rows}, {width}]");
+        }
+    }
+}
+
+/// `q`, `out`: `[T, heads, D]`, `k`, `v`: `[T, kv_heads, D]`, `lse`: `[T, heads]` for the way back.
+/// Overwrites `out` and `lse`.
+pub fn forward(
+    q: &[f32],
+    k: &[f32],
+    v: &[f32],
+    layout: &Layout,
+    heads: &Heads,
+    window: Option<usize>,
+    out: &mut [f32],
+    lse: &mut [f32],
+) {
+    let rows = layout.rows();
+    heads.assert_shapes(rows, &[("q", q), ("out", out)], &[("k", k), ("v", v)]);
+    assert_eq!(lse.len(), rows * heads.heads, "attention: lse must be [{rows}, {}]", heads.heads);
+    assert_window(window);
+
+    let tokens = heads.tokens_per_block();
+    let texts = layout.groups.iter().flat_map(Text::of_group);
+    let tasks: Vec<(Text, Block, usize)> = texts
+        .flat_map(|text| text.blocks(tokens).map(move |block| (text, block)))
+        .flat_map(|(text, block)| (0..heads.kv_heads).map(move |kv| (text, block, kv)))
+        .collect();
+    let (out, lse) = (Scattered::new(out), Scattered::new(lse));
+    tasks.par_iter().for_each_init(ForwardScratch::default, |scratch, (text, block, kv)| {
+        scratch.attend(q, k, v, heads, window, text, block, *kv);
+        let sharing = heads.sharing();
+        for token in 0..block.len {
+            let row = text.row(block.position + token);
+            // SAFETY: a row belongs to one block, and its heads to one key head.
+            let out = unsafe { out.range_mut(heads.queries_of(row, *kv)) };
+            let start = row * heads.heads + kv * sharing;
+            // SAFETY: as above.
+            let lse = unsafe { lse.range_mut(start..start + sharing) };
+            scratch.finish(token * sharing, out, lse);
+        }
+    });
+}
+
+/// The gradients of [`forward`], from its `out` and `lse`; shapes as there, `dout` and `dq` like
+/// `q`, `dk` and `dv` like `k`. Overwrites `dq`, `dk` and `dv`.
+pub fn backward(
+    dout: &[f32],
+    q: &[f32],
+    k: &[f32],
+    v: &[f32],
+    out: &[f32],
+    lse: &[f32],
+    layout: &Layout,
+    heads: &Heads,
+    window: Option<usize>,
+    dq: &mut [f32],
+    dk: &mut [f32],
+    dv: &mut [f32],
+) {
+    let rows = layout.rows();
+    let queries = [("q", q), ("out", out), ("dout", dout), ("dq", &*dq)];
+    heads.assert_shapes(rows, &queries, &[("k", k), ("v", v), ("dk", &*dk), ("dv", &*dv)]);
+    assert_eq!(lse.len(), rows * heads.heads, "attention: lse must be [{rows}, {}]", heads.heads);
+    assert_window(window);
+
+    let given = Given { dout, q, k, v, out, lse, heads, window };
+    let (dq, dk, dv) = (Scattered::new(dq), Scattered::new(dk), Scattered::new(dv));
+    let tasks: Vec<(&Group, usize)> = layout
+        .groups
+        .iter()
+        .flat_map(|group| (0..heads.kv_heads).map(move |kv| (group, kv)))
+        .collect();
+    // Keys collect from all queries of their group, so one task takes a group's key head. Where that
+    // leaves threads idle, its queries are split into parts with sums of their own.
+    let parts = rayon::current_num_threads().div_ceil(tasks.len().max(1));
+    tasks.par_iter().for_each(|(group, kv)| {
+        let rows = group.rows();
+        let blocks: Vec<(Text, Block)> = Text::of_group(group)
+            .flat_map(|text| text.blocks(heads.tokens_per_block()).map(move |block| (text, block)))
+            .collect();
+        let sums: Vec<KeySums> = text::split_evenly(&blocks, parts)
+            .into_par_iter()
+            .map(|blocks| {
+                let mut sums = KeySums::new(rows.len() * heads.head_dim);
+                let mut scratch = BackwardScratch::default();
+                for (text, block) in blocks {
+                    scratch.go_back(&given, rows.start, text, block, *kv, &mut sums);
+                    for token in 0..block.len {
+                        let row = text.row(block.position + token);
+                        // SAFETY: a row belongs to one block, and its heads to one key head.
+                        let dq = unsafe { dq.range_mut(heads.queries_of(row, *kv)) };
+                        scratch.finish(token, dq, heads);
+                    }
+                }
+                sums
+            })
+            .collect();
+        for (index, row) in rows.enumerate() {
+            let from = index * heads.head_dim..(index + 1) * heads.head_dim;
+            // SAFETY: a row belongs to one group, and this task has its key head `kv`.
+            let dk = unsafe { dk.range_mut(heads.key_of(row, *kv)) };
+            // SAFETY: as above.
+            let dv = unsafe { dv.range_mut(heads.key_of(row, *kv)) };
+            dk.fill(0.0);
+            dv.fill(0.0);
+            for sums in &sums {
+                add(dk, &sums.dk[from.clone()]);
+                add(dv, &sums.dv[from.clone()]);
+            }
+        }
+    });
+}
+
+/// One new token against a cache. `q`, `out`: `[heads, D]`; `k_cache`, `v_cache`: `[n, kv_heads, D]`
+/// hold positions 0..n, the new token's own key and value last. Overwrites `out`.
+pub fn decode(
+    q: &[f32],
+    k_cache: &[f32],
+    v_cache: &[f32],
+    n: usize,
+    heads: &Heads,
+    window: Option<usize>,
+    out: &mut [f32],
+) {
+    heads.assert_shapes(1, &[("q", q), ("out", out)], &[]);
+    heads.assert_shapes(n, &[], &[("k_cache", k_cache), ("v_cache", v_cache)]);
+    assert!(n > 0, "attention: the cache must hold the new token");
+    assert_window(window);
+
+    let first = window.map_or(0, |window| n.saturating_sub(window));
+    let (k, v) = (&k_cache[first * heads.key_width()..], &v_cache[first * heads.key_width()..]);
+    let per_kv = heads.sharing() * heads.head_dim;
+    let head = |(kv, (q, out)): (usize, (&[f32], &mut [f32]))| {
+        for (q, out) in q.chunks(heads.head_dim).zip(out.chunks_mut(heads.head_dim)) {
+            decode_head(q, k, v, n - first, kv * heads.head_dim, heads.key_width(), out);
+        }
+    };
+    if (n - first) * heads.query_width() <= crate::parallel::elements_per_task() {
+        return q.chunks(per_kv).zip(out.chunks_mut(per_kv)).enumerate().for_each(head);
+    }
+    q.par_chunks(per_kv).zip(out.par_chunks_mut(per_kv)).enumerate().for_each(head);
+}
+
+fn assert_window(window: Option<usize>) {
+    assert!(window != Some(0), "attention: a window of 0 hides even the token itself");
+}
+
+/// State of one block of stacked queries on the way forward; row `token * sharing + head`.
+#[derive(Default)]
+struct ForwardScratch {
+    /// `[rows, D]`, already multiplied by the scale.
+    q: Vec<f32>,
+    /// `[rows, keys]` of the current tile: scores, then their exponentials.
+    scores: Vec<f32>,
+    /// `[rows, D]`: Σ e^(s - top) v so far.
+    out: Vec<f32>,
+    /// `[rows]`: largest score so far.
+    top: Vec<f32>,
+    /// `[rows]`: Σ e^(s - top) so far.
+    sum: Vec<f32>,
+}
+
+impl ForwardScratch {
+    fn attend(
+        &mut self,
+        q: &[f32],
+        k: &[f32],
+        v: &[f32],
+        heads: &Heads,
+        window: Option<usize>,
+        text: &Text,
+        block: &Block,
+        kv: usize,
+    ) {
+        let (sharing, dim) = (heads.sharing(), heads.head_dim);
+        let rows = block.len * sharing;
+        stack(&mut self.q, q, heads, text, block, kv, heads.scale());
+        self.out.resize(rows * dim, 0.0);
+        self.top.clear();
+        self.top.resize(rows, f32::NEG_INFINITY);
+        self.sum.clear();
+        self.sum.resize(rows, 0.0);
+
+        let queries = View::new(&self.q, rows, dim, dim);
+        for (index, tile) in text.tiles(block, window, TILE_KEYS).enumerate() {
+            self.scores.resize(rows * tile.len, 0.0);
+            product(queries, heads.tile(k, &tile, kv).t(), &mut self.scores, tile.len, 1.0, 0.0);
+            let first_tile = index == 0;
+            for token in 0..block.len {
+                let visible = tile.visible(block.position + token, window);
+                for row in token * sharing..(token + 1) * sharing {
+                    let out = &mut self.out[row * dim..(row + 1) * dim];
+                    let shrink = soften(
+                        &mut self.scores[row * tile.len..(row + 1) * tile.len],
+                        visible.clone(),
+                        &mut self.top[row],
+                        &mut self.sum[row],
+                    );
+                    if !first_tile && shrink != 1.0 {
+                        scale(out, shrink);
+                    }
+                }
+            }
+            let weights = View::new(&self.scores, rows, tile.len, tile.len);
+            let beta = if first_tile { 0.0 } else { 1.0 };
+            product(weights, heads.tile(v, &tile, kv), &mut self.out, dim, 1.0, beta);
+        }
+    }
+
+    /// Writes one token: `out`: `[sharing, D]`, `lse`: `[sharing]`, from stacked row `row` on.
+    fn finish(&self, row: usize, out: &mut [f32], lse: &mut [f32]) {
+        let dim = out.len() / lse.len();
+        for (head, (out, lse)) in out.chunks_exact_mut(dim).zip(lse).enumerate() {
+            let row = row + head;
+            let inverse = 1.0 / self.sum[row];
+            for (out, sum) in out.iter_mut().zip(&self.out[row * dim..]) {
+                *out = sum * inverse;
+            }
+            *lse = self.top[row] + self.sum[row].ln();
+        }
+    }
+}
+
+/// What the way back reads.
+struct Given<'a> {
+    dout: &'a [f32],
+    q: &'a [f32],
+    k: &'a [f32],
+    v: &'a [f32],
+    out: &'a [f32],
+    lse: &'a [f32],
+    heads: &'a Heads,
+    window: Option<usize>,
+}
+
+/// Gradients of one key head over the rows of one group, `[rows, D]` each.
+struct KeySums {
+    dk: Vec<f32>,
+    dv: Vec<f32>,
+}
+
+impl KeySums {
+    fn new(len: usize) -> Self {
+        Self { dk: vec![0.0; len], dv: vec![0.0; len] }
+    }
+}
+
+/// State of one block of stacked queries on the way back.
+#[derive(Default)]
+struct BackwardScratch {
+    /// `[rows, D]`, already multiplied by the scale.
+    q: Vec<f32>,
+    /// `[rows, D]`.
+    dout: Vec<f32>,
+    /// `[rows, D]`.
+    dq: Vec<f32>,
+    /// `[rows]`: dout·out.
+    delta: Vec<f32>,
+    /// `[rows, keys]` of the current tile.
+    p: Vec<f32>,
+    /// `[rows, keys]` of the current tile.
+    ds: Vec<f32>,
+}
+
+impl BackwardScratch {
+    /// Computes this block's `dq` and adds its part of `dk` and `dv` to `sums`, whose first row is
+    /// row `first_row` of the batch.
+    fn go_back(
+        &mut self,
+        given: &Given,
+        first_row: usize,
+        text: &Text,
+        block: &Block,
+        kv: usize,
+        sums: &mut KeySums,
+    ) {
+        let heads = given.heads;
+        let (sharing, dim) = (heads.sharing(), heads.head_dim);
+        let rows = block.len * sharing;
+        stack(&mut self.q, given.q, heads, text, block, kv, heads.scale());
+        stack(&mut self.dout, given.dout, heads, text, block, kv, 1.0);
+        self.dq.resize(rows * dim, 0.0);
+        self.delta.clear();
+        for token in 0..block.len {
+            let range = heads.queries_of(text.row(block.position + token), kv);
+            let pairs = given.dout[range.clone()].chunks(dim).zip(given.out[range].chunks(dim));
+            self.delta.extend(pairs.map(|(dout, out)| inner(dout, out)));
+        }
+
+        let q = View::new(&self.q, rows, dim, dim);
+        let dout = View::new(&self.dout, rows, dim, dim);
+        for (index, tile) in text.tiles(block, given.window, TILE_KEYS).enumerate() {
+            let (k, v) = (heads.tile(given.k, &tile, kv), heads.tile(given.v, &tile, kv));
+            self.p.resize(rows * tile.len, 0.0);
+            self.ds.resize(rows * tile.len, 0.0);
+            product(q, k.t(), &mut self.p, tile.len, 1.0, 0.0);
+            product(dout, v.t(), &mut self.ds, tile.len, 1.0, 0.0);
+            for token in 0..block.len {
+                let position = block.position + token;
+                let visible = tile.visible(position, given.window);
+                let lse = &given.lse[text.row(position) * heads.heads + kv * sharing..];
+                for head in 0..sharing {
+                    let row = token * sharing + head;
+                    score_gradients(
+                        &mut self.p[row * tile.len..(row + 1) * tile.len],
+                        &mut self.ds[row * tile.len..(row + 1) * tile.len],
+                        visible.clone(),
+                        lse[head],
+                        self.delta[row],
+                    );
+                }
+            }
+            let p = View::new(&self.p, rows, tile.len, tile.len);
+            let ds = View::new(&self.ds, rows, tile.len, tile.len);
+            let at = (tile.row - first_row) * dim..(tile.row - first_row + tile.len) * dim;
+            product(p.t(), dout, &mut sums.dv[at.clone()], dim, 1.0, 1.0);
+            product(ds.t(), q, &mut sums.dk[at], dim, 1.0, 1.0);
+            let beta = if index == 0 { 0.0 } else { 1.0 };
+            product(ds, k, &mut self.dq, dim, heads.scale(), beta);
+        }
+    }
+
+    /// Writes one token's `dq`: `[sharing, D]`.
+    fn finish(&self, token: usize, dq: &mut [f32], heads: &Heads) {
+        let width = heads.sharing() * heads.head_dim;
+        dq.copy_from_slice(&self.dq[token * width..(token + 1) * width]);
+    }
+}
+
+/// Copies a block's heads that share key head `kv` into `[tokens * sharing, D]`, times `factor`.
+fn stack(
+    stacked: &mut Vec<f32>,
+    x: &[f32],
+    heads: &Heads,
+    text: &Text,
+    block: &Block,
+    kv: usize,
+    factor: f32,
+) {
+    stacked.clear();
+    for token in 0..block.len {
+        let row = text.row(block.position + token);
+        stacked.extend(x[heads.queries_of(row, kv)].iter().map(|x| x * factor));
+    }
+}
+
+vectorised! {
+    /// One row of a tile: turns the visible scores into e^(s - top) and the others into 0, with `top`
+    /// and `sum` brought up to date. Returns the factor by which what was summed before shrinks.
+    fn soften(
+        scores: &mut [f32],
+        visible: std::ops::Range<usize>,
+        top: &mut f32,
+        sum: &mut f32,
+    ) -> f32 {
+        if visible.is_empty() {
+            scores.fill(0.0);
+            return 1.0;
+        }
+        let (start, end) = (visible.start, visible.end);
+        scores[..start].fill(0.0);
+        scores[end..].fill(0.0);
+        let scores = &mut scores[start..end];
+        let largest = max(scores);
+        let new_top = if largest > *top { largest } else { *top };
+        let shrink = exp(*top - new_top);
+        *sum = *sum * shrink + exp_and_sum(scores, new_top);
+        *top = new_top;
+        shrink
+    }
+
+    /// One row of a tile: turns scores into weights p, and dout·v into ds = p (dout·v - delta).
+    fn score_gradients(
+        p: &mut [f32],
+        ds: &mut [f32],
+        visible: std::ops::Range<usize>,
+        lse: f32,
+        delta: f32,
+    ) {
+        let (start, end) = (visible.start.min(p.len()), visible.end.max(visible.start).min(p.len()));
+        for hidden in [0..start, end..p.len()] {
+            p[hidden.clone()].fill(0.0);
+            ds[hidden].fill(0.0);
+        }
+        for (p, ds) in p[start..end].iter_mut().zip(&mut ds[start..end]) {
+            *p = exp(*p - lse);
+            *ds = *p * (*ds - delta);
+        }
+    }
+
+    fn inner(a: &[f32], b: &[f32]) -> f32 {
+        dot(a, b)
+    }
+
+    fn scale(x: &mut [f32], factor: f32) {
+        for x in x {
+            *x *= factor;
+        }
+    }
+
+    fn add(x: &mut [f32], y: &[f32]) {
+        for (x, y) in x.iter_mut().zip(y) {
+            *x += y;
+        }
+    }
+
+    /// One query head against the columns from `column` on of `n` cached rows `stride` apart.
+    fn decode_head(
+        q: &[f32],
+        k: &[f32],
+        v: &[f32],
+        n: usize,
+        column: usize,
+        stride: usize,
+        out: &mut [f32],
+    ) {
+        let dim = q.len();
+        let factor = 1.0 / (dim as f32).sqrt();
+        let mut scores: Vec<f32> = (0..n)
+            .map(|key| factor * dot(q, &k[key * stride + column..][..dim]))
+            .collect();
+        let top = max(&scores);
+        let inverse = 1.0 / exp_and_sum(&mut scores, top);
+        out.fill(0.0);
+        for (key, weight) in scores.iter().enumerate() {
+            let weight = weight * inverse;
+            for (out, v) in out.iter_mut().zip(&v[key * stride + column..][..dim]) {
+                *out += weight * v;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;
