@@ -42,6 +42,7 @@ pub mod abi;
 pub mod adapter;
 pub mod batch;
 pub mod check;
+pub mod content;
 pub mod export;
 pub mod extension;
 pub mod fault;
@@ -56,6 +57,7 @@ pub mod sample;
 pub mod prelude {
     pub use crate::adapter::FeedbackAdapter;
     pub use crate::batch::{Batch, Segment, Step};
+    pub use crate::content::Chat;
     pub use crate::fault::Fault;
     pub use crate::math;
     pub use crate::needs::{Kinds, Needs};

@@ -92,26 +92,30 @@ impl<'a> Evaluation<'a> {
 
     /// Adds one observation to the mean of a metric.
     pub fn metric(&mut self, name: &str, value: f64) {
+        self.metric_over(name, value, 1.0);
+    }
+
+    /// Adds `count` observations that sum to `sum` to the mean of a metric.
+    pub fn metric_over(&mut self, name: &str, sum: f64, count: f64) {
         match self.metrics.iter_mut().find(|m| m.name.as_str() == name) {
             Some(metric) => {
-                metric.sum += value;
-                metric.count += 1.0;
+                metric.sum += sum;
+                metric.count += count;
             }
-            None => self.metrics.push(Metric { name: name.into(), sum: value, count: 1.0 }),
+            None => self.metrics.push(Metric { name: name.into(), sum, count }),
         }
     }
 
     /// The metrics of a single response under TRL's names: `rewards/chosen` and `logps/chosen`
     /// for a desirable one, `…/rejected` otherwise, and `rewards/accuracies`: whether the reward's
-    /// sign agrees.
+    /// sign agrees, which `rewards/<kind>/accuracy` says of this kind of feedback alone.
     pub fn response_metrics(&mut self, batch: &Batch, s: &Segment, reward: f64, desirable: bool) {
         self.side_metrics(batch, s, reward, desirable);
-        // At step 0 every reward is exactly 0 and says nothing: half right.
-        let right = if reward == 0.0 { 0.5 } else { f64::from((reward > 0.0) == desirable) };
-        self.metric("rewards/accuracies", right);
+        self.accuracy(s.kind.name(), if desirable { reward } else { -reward });
     }
 
-    /// The metrics of a pair under TRL's names.
+    /// The metrics of a pair under TRL's names, `rewards/pair/margins` and
+    /// `rewards/pair/accuracy`.
     pub fn pair_metrics(
         &mut self,
         batch: &Batch,
@@ -122,10 +126,15 @@ impl<'a> Evaluation<'a> {
         self.side_metrics(batch, rejected, rejected_reward, false);
         let margin = chosen_reward - rejected_reward;
         self.metric("rewards/margins", margin);
-        self.metric(
-            "rewards/accuracies",
-            if margin == 0.0 { 0.5 } else { f64::from(margin > 0.0) },
-        );
+        self.metric("rewards/pair/margins", margin);
+        self.accuracy("pair", margin);
+    }
+
+    fn accuracy(&mut self, kind: &str, margin: f64) {
+        // At step 0 every reward is exactly 0 and says nothing: half right.
+        let right = if margin == 0.0 { 0.5 } else { f64::from(margin > 0.0) };
+        self.metric("rewards/accuracies", right);
+        self.metric(&format!("rewards/{kind}/accuracy"), right);
     }
 
     fn side_metrics(&mut self, batch: &Batch, segment: &Segment, reward: f64, desirable: bool) {

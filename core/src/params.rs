@@ -98,6 +98,15 @@ impl Params {
             .unwrap_or(default)
     }
 
+    /// `true`, `false`, or none for `"auto"`, the default.
+    pub fn flag_or_auto(&mut self, name: &str, about: &str) -> Option<bool> {
+        self.read(name, "true, false or \"auto\"", "\"auto\"", about, |v| match v.as_str() {
+            Some("auto") => Some(None),
+            _ => v.as_bool().map(Some),
+        })
+        .flatten()
+    }
+
     /// One of some words.
     pub fn choice(
         &mut self,

@@ -71,9 +71,7 @@ impl Record {
     /// # Errors
     /// If the field is missing or no finite number.
     pub fn number(&self, field: &str) -> Result<f64, Fault> {
-        let value = self.require(field)?;
-        let number = value.as_f64().or_else(|| value.as_str()?.trim().parse().ok());
-        number.filter(|n| n.is_finite()).ok_or_else(|| self.wrong(field, "a number"))
+        finite(self.require(field)?).ok_or_else(|| self.wrong(field, "a number"))
     }
 
     /// A boolean; `0`, `1`, `-1` and `"true"`/`"false"` are taken too.
@@ -98,11 +96,28 @@ impl Record {
     /// # Errors
     /// If the field is missing or neither.
     pub fn content(&self, field: &str) -> Result<Content, Fault> {
-        match self.require(field)? {
-            Value::String(text) => Ok(Content::text(text.as_str())),
-            Value::Array(_) => Ok(Content::messages(self.messages(field)?)),
-            _ => Err(self.wrong(field, "a text or a list of messages")),
-        }
+        self.read_content(field, self.column(field), self.require(field)?)
+    }
+
+    /// A list of texts or of lists of messages: several responses to one prompt.
+    ///
+    /// # Errors
+    /// If the field is missing or something else.
+    pub fn contents(&self, field: &str) -> Result<Vec<Content>, Fault> {
+        let list = self.list(field)?.iter().enumerate();
+        list.map(|(i, value)| {
+            self.read_content(field, &format!("{}[{i}]", self.column(field)), value)
+        })
+        .collect()
+    }
+
+    /// A list of numbers.
+    ///
+    /// # Errors
+    /// If the field is missing or something else.
+    pub fn numbers(&self, field: &str) -> Result<Vec<f64>, Fault> {
+        let numbers: Option<Vec<f64>> = self.list(field)?.iter().map(finite).collect();
+        numbers.ok_or_else(|| self.wrong(field, "a list of numbers"))
     }
 
     /// A list of messages `{role, content, …}`; further fields of a message go to the template.
@@ -110,14 +125,10 @@ impl Record {
     /// # Errors
     /// If the field is missing or a message has no role or no text.
     pub fn messages(&self, field: &str) -> Result<Vec<Message>, Fault> {
-        let list = self.require(field)?.as_array();
-        let list = list.ok_or_else(|| self.wrong(field, "a list of messages"))?;
-        let parsed = list.iter().enumerate().map(|(i, value)| {
-            message(value).map_err(|why| {
-                Fault::record(format!("`{}` message {i}: {why}", self.column(field)))
-            })
-        });
-        parsed.collect()
+        match self.require(field)? {
+            Value::Array(list) => read_messages(self.column(field), list),
+            _ => Err(self.wrong(field, "a list of messages")),
+        }
     }
 
     /// The JSON object for [`Sample::template_args`](crate::sample::Sample): `tools` and the
@@ -135,6 +146,19 @@ impl Record {
             args.insert("tools".into(), tools.clone());
         }
         Ok(if args.is_empty() { String::new() } else { Value::Object(args).to_string() })
+    }
+
+    fn read_content(&self, field: &str, name: &str, value: &Value) -> Result<Content, Fault> {
+        match value {
+            Value::String(text) => Ok(Content::text(text.as_str())),
+            Value::Array(list) => Ok(Content::messages(read_messages(name, list)?)),
+            _ => Err(self.wrong(field, "a text or a list of messages")),
+        }
+    }
+
+    fn list(&self, field: &str) -> Result<&[Value], Fault> {
+        let list = self.require(field)?.as_array();
+        list.map(Vec::as_slice).ok_or_else(|| self.wrong(field, "a list"))
     }
 
     fn require(&self, field: &str) -> Result<&Value, Fault> {
@@ -155,9 +179,22 @@ impl Record {
     }
 
     /// The name that a field has in the file.
-    fn column<'a>(&'a self, field: &'a str) -> &'a str {
+    pub fn column<'a>(&'a self, field: &'a str) -> &'a str {
         self.columns.iter().find(|(f, _)| f == field).map_or(field, |(_, column)| column)
     }
+}
+
+/// A number, also as a text.
+fn finite(value: &Value) -> Option<f64> {
+    let number = value.as_f64().or_else(|| value.as_str()?.trim().parse().ok());
+    number.filter(|n| n.is_finite())
+}
+
+fn read_messages(name: &str, list: &[Value]) -> Result<Vec<Message>, Fault> {
+    let parsed = list.iter().enumerate().map(|(i, value)| {
+        message(value).map_err(|why| Fault::record(format!("`{name}` message {i}: {why}")))
+    });
+    parsed.collect()
 }
 
 fn message(value: &Value) -> Result<Message, String> {
