@@ -26,6 +26,11 @@ impl Chat {
         Self { as_chat: Some(self.as_chat.unwrap_or(true)) }
     }
 
+    /// Whether strings stay text.
+    pub fn is_text(self) -> bool {
+        self.as_chat != Some(true)
+    }
+
     /// A sample, still without responses, of a prompt and the record's template arguments.
     ///
     /// # Errors
@@ -73,9 +78,7 @@ impl Chat {
 
     fn turn(self, content: Content, role: &str) -> Content {
         match content {
-            Content::Text(text) if self.as_chat == Some(true) => {
-                Content::messages([Message::new(role, text)])
-            }
+            Content::Text(text) if !self.is_text() => Content::messages([Message::new(role, text)]),
             content => content,
         }
     }
@@ -85,7 +88,7 @@ impl Chat {
 ///
 /// # Errors
 /// Why not: no assistant message, an empty one, or others after the last one.
-pub fn check_turns(messages: &[Message]) -> Result<(), String> {
+fn check_turns(messages: &[Message]) -> Result<(), String> {
     let Some(last) = messages.iter().rposition(|m| m.role == "assistant") else {
         return Err("has no assistant message".into());
     };
