@@ -1,1 +1,24 @@
 //! The decoder: configuration, weights, LoRA, forward and backward.
+//!
+//! What is computed stands here, how it is computed in `uft_kernels`. A batch of packed groups
+//! ([`Packed`]) goes through [`Model::logps`] or [`Model::forward`] to one log-prob per trained
+//! token; [`Model::backward`] takes the loss's derivative to those and adds to [`LoraGrads`].
+
+pub mod config;
+pub mod lora;
+pub mod packed;
+pub mod targets;
+
+mod buffers;
+mod decoder;
+mod json;
+mod layer;
+mod linear;
+mod rope;
+mod shards;
+mod weights;
+
+pub use config::{Family, ModelConfig};
+pub use decoder::{Model, Tape};
+pub use lora::{Adapter, Lora, LoraConfig, LoraGrads};
+pub use packed::Packed;

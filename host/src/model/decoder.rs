@@ -1,0 +1,185 @@
+//! The decoder: token log-probs of a packed batch, and the way back to the adapters.
+//!
+//! T rows, N needed rows (those that targets read), M targets, H hidden width, V vocabulary.
+
+use super::buffers::{Buffer, Pool};
+use super::config::ModelConfig;
+use super::layer::{Context, Layer, LayerTape};
+use super::lora::{Adapter, Lora, LoraGrads};
+use super::packed::{NeededRows, Packed};
+use super::targets::Site;
+use uft_kernels::logprob::{self, Head, LowRank};
+use uft_kernels::rope::Rope;
+use uft_kernels::{elementwise, embedding, rmsnorm};
+
+/// A decoder with its frozen weights in memory; see [`Model::load`].
+#[derive(Debug)]
+pub struct Model {
+    pub config: ModelConfig,
+    /// `[V, H]`.
+    pub(super) embedding: Vec<f32>,
+    /// `[V, H]`, or the embedding where they are tied.
+    pub(super) head: Option<Vec<f32>>,
+    /// `[H]`, before the head.
+    pub(super) norm: Vec<f32>,
+    pub(super) layers: Vec<Layer>,
+    pub(super) rope: Rope,
+    pub(super) pool: Pool,
+}
+
+/// A forward pass, kept for [`Model::backward`].
+#[derive(Debug)]
+pub struct Tape<'p> {
+    packed: &'p Packed,
+    needed: NeededRows,
+    /// From the lowest layer with an adapter upwards.
+    layers: Vec<LayerTape>,
+    /// `[N, H]`: what the final norm got.
+    last: Buffer,
+    /// `[N]`.
+    inv_rms: Buffer,
+    /// `[M, H]`: what the head got; kept only where the head has an adapter.
+    hidden: Option<Buffer>,
+    /// `[M, H]`: the gradient of each log-prob to `hidden`.
+    unit_grad: Buffer,
+    /// `[M]`.
+    logps: Vec<f32>,
+}
+
+impl Tape<'_> {
+    /// `[M]`: the log-prob of every target, in the order of the batch's targets.
+    pub fn logps(&self) -> &[f32] {
+        &self.logps
+    }
+}
+
+/// The top of the model.
+struct Top {
+    needed: NeededRows,
+    /// `[N, H]`.
+    last: Buffer,
+    /// `[N]`.
+    inv_rms: Buffer,
+    /// `[M, H]`.
+    hidden: Buffer,
+}
+
+impl Model {
+    /// The log-prob of every target, `[M]`, without what a way back would need. The same bits as
+    /// [`Self::forward`] gives, and with adapters whose B is zero the same bits as without any.
+    pub fn logps(&self, packed: &Packed, lora: Option<&Lora>) -> Vec<f32> {
+        let mut logps = vec![0.0; packed.targets.rows.len()];
+        if !logps.is_empty() {
+            let top = self.run(packed, lora, |_| ());
+            logprob::forward(&top.hidden, &packed.targets.tokens, &self.head(lora), &mut logps);
+        }
+        logps
+    }
+
+    /// The log-prob of every target, with what [`Self::backward`] needs. The batch must have targets.
+    pub fn forward<'p>(&self, packed: &'p Packed, lora: &Lora) -> Tape<'p> {
+        let targets = &packed.targets;
+        assert!(!targets.rows.is_empty(), "a batch without trained tokens");
+        let lowest = lora.lowest_layer();
+        let mut layers = Vec::with_capacity(self.layers.len() - lowest);
+        let mut below = lowest;
+        let top = self.run(packed, Some(lora), |tape| match below {
+            0 => layers.push(tape),
+            _ => below -= 1,
+        });
+        let Top { needed, last, inv_rms, hidden } = top;
+        let mut logps = vec![0.0; targets.rows.len()];
+        let mut unit_grad = self.pool.take(hidden.len());
+        let head = self.head(Some(lora));
+        logprob::forward_with_gradient(&hidden, &targets.tokens, &head, &mut logps, &mut unit_grad);
+        let hidden = Some(hidden).filter(|_| head.adapter.is_some());
+        Tape { packed, needed, layers, last, inv_rms, hidden, unit_grad, logps }
+    }
+
+    /// Embedding, blocks and final norm; every block's tape goes to `keep`, lowest first.
+    fn run(&self, packed: &Packed, lora: Option<&Lora>, mut keep: impl FnMut(LayerTape)) -> Top {
+        let (h, pool) = (self.config.hidden, &self.pool);
+        let needed = NeededRows::of(&packed.targets);
+        let pruned = (needed.rows.len() < packed.rows()).then_some(needed.rows.as_slice());
+        let mut x = pool.take(packed.rows() * h);
+        embedding::gather(&self.embedding, &packed.tokens, &mut x);
+        for layer in &self.layers {
+            let needed = pruned.filter(|_| layer.index + 1 == self.layers.len());
+            let (y, tape) = layer.forward(x, &packed.layout, needed, self.context(lora));
+            keep(tape);
+            x = y;
+        }
+        let (mut normed, mut inv_rms) = (pool.take(x.len()), pool.take(needed.rows.len()));
+        rmsnorm::forward(&x, &self.norm, self.config.norm_eps, &mut normed, &mut inv_rms);
+        let mut hidden = pool.take(needed.of_target.len() * h);
+        embedding::gather(&normed, &needed.of_target, &mut hidden);
+        Top { needed, last: x, inv_rms, hidden }
+    }
+
+    /// Adds the gradient of a loss to `grads`, from `dlogp`: `[M]`, its gradient to the log-probs.
+    /// `lora` must be as it was in [`Self::forward`].
+    pub fn backward(&self, tape: &Tape, dlogp: &[f32], lora: &Lora, grads: &mut LoraGrads) {
+        let targets = &tape.packed.targets;
+        assert_eq!(dlogp.len(), targets.rows.len(), "dlogp must have one entry per target");
+        let (h, pool) = (self.config.hidden, &self.pool);
+        if let (Some(hidden), Some(at)) = (&tape.hidden, lora.index(Site::Head)) {
+            let (head, grad) = (self.head(Some(lora)), &mut grads.adapters[at]);
+            let (da, db) = (&mut grad.a, &mut grad.b);
+            logprob::adapter_backward(hidden, &targets.tokens, &head, &tape.logps, dlogp, da, db);
+        }
+        if tape.layers.is_empty() {
+            return;
+        }
+        let mut dhidden = pool.take(tape.unit_grad.len());
+        elementwise::scale_rows(&tape.unit_grad, dlogp, &mut dhidden);
+        let mut dnormed = pool.zeros(tape.last.len());
+        for (d, row) in dhidden.chunks_exact(h).zip(&tape.needed.of_target) {
+            elementwise::add(&mut dnormed[*row as usize * h..][..h], d);
+        }
+        drop(dhidden);
+        let mut d = pool.zeros(tape.last.len());
+        rmsnorm::backward(&dnormed, &tape.last, &self.norm, &tape.inv_rms, &mut d);
+        drop(dnormed);
+
+        let lowest = self.layers.len() - tape.layers.len();
+        let pruned =
+            (tape.needed.rows.len() < tape.packed.rows()).then_some(tape.needed.rows.as_slice());
+        for (layer, layer_tape) in self.layers[lowest..].iter().zip(&tape.layers).rev() {
+            let needed = pruned.filter(|_| layer.index + 1 == self.layers.len());
+            let input_needed = layer.index > lowest;
+            let below = layer.backward(
+                d,
+                layer_tape,
+                &tape.packed.layout,
+                needed,
+                input_needed,
+                lora,
+                grads,
+                self.context(Some(lora)),
+            );
+            match below {
+                Some(below) => d = below,
+                None => break,
+            }
+        }
+    }
+
+    pub(super) fn context<'a>(&'a self, lora: Option<&'a Lora>) -> Context<'a> {
+        Context { config: &self.config, rope: &self.rope, lora, pool: &self.pool }
+    }
+
+    pub(super) fn head<'a>(&'a self, lora: Option<&'a Lora>) -> Head<'a> {
+        let adapter = lora.and_then(|lora| lora.get(Site::Head));
+        Head {
+            weight: self.head.as_ref().unwrap_or(&self.embedding),
+            vocab: self.config.vocab,
+            hidden: self.config.hidden,
+            adapter: adapter.map(|Adapter { a, b, rank, scale, .. }| LowRank {
+                a,
+                b,
+                rank: *rank,
+                scale: *scale,
+            }),
+        }
+    }
+}

@@ -1,0 +1,361 @@
+//! One decoder block, forward and, read upwards, backward.
+//!
+//! ```text
+//! h    = norm(x)                      q, k, v = h Wq, h Wk, h Wv      (+ adapters, as everywhere)
+//! q, k = rotate(norm_q(q)), rotate(norm_k(k))                         (norms: Qwen3)
+//! mid  = x + attention(q, k, v) Wo
+//! h    = norm(mid)                    y = mid + (silu(h Wgate) ⊙ (h Wup)) Wdown
+//! ```
+//!
+//! T rows, H hidden width, D head_dim, Q = heads D, K = kv_heads D, I feed-forward width, r rank.
+//! In the last block only the N rows that targets read go on after the attention; elsewhere N = T.
+//!
+//! The tape keeps the results of large products and of attention. Normed inputs and the activation
+//! are computed again on the way back: a pass over memory each, against a third less to keep.
+
+use super::buffers::{Buffer, Pool};
+use super::config::ModelConfig;
+use super::linear::{Linear, Trained};
+use super::lora::{Adapter, Lora, LoraGrads};
+use super::targets::{Projection, Site};
+use uft_kernels::layout::Layout;
+use uft_kernels::rope::Rope;
+use uft_kernels::{attention, embedding, rmsnorm, swiglu};
+
+/// The frozen weights of a block.
+#[derive(Debug)]
+pub struct Layer {
+    pub index: usize,
+    /// `[H]`.
+    pub input_norm: Vec<f32>,
+    pub q: Linear,
+    pub k: Linear,
+    pub v: Linear,
+    pub o: Linear,
+    /// `[D]` for q and for k (Qwen3).
+    pub head_norms: Option<[Vec<f32>; 2]>,
+    /// `[H]`.
+    pub mlp_norm: Vec<f32>,
+    pub gate: Linear,
+    pub up: Linear,
+    pub down: Linear,
+}
+
+/// What a block computes with besides its own weights.
+#[derive(Clone, Copy)]
+pub struct Context<'a> {
+    pub config: &'a ModelConfig,
+    pub rope: &'a Rope,
+    pub lora: Option<&'a Lora>,
+    pub pool: &'a Pool,
+}
+
+/// What the way back needs of one block.
+#[derive(Debug)]
+pub struct LayerTape {
+    x: Buffer, // [T, H]
+    inputs: AttentionInputs,
+    attended: Buffer, // [T, Q]
+    lse: Buffer,      // [T, heads]
+    outputs: Outputs,
+}
+
+/// Queries, keys and values, ready for attention.
+#[derive(Debug)]
+pub struct AttentionInputs {
+    inv_rms: Buffer, // [T]
+    pub q: Buffer,   // [T, Q]
+    pub k: Buffer,   // [T, K]
+    pub v: Buffer,   // [T, K]
+    head_norms: Option<[HeadNorm; 2]>,
+    u: [Option<Buffer>; 3], // [T, r] of q, k, v
+}
+
+/// The norm of q's or k's heads.
+#[derive(Debug)]
+struct HeadNorm {
+    before: Buffer,  // [T, heads, D]
+    inv_rms: Buffer, // [T, heads]
+}
+
+/// What follows the attention.
+#[derive(Debug)]
+struct Outputs {
+    mid: Buffer,            // [N, H]
+    inv_rms: Buffer,        // [N]
+    gate: Buffer,           // [N, I]
+    up: Buffer,             // [N, I]
+    u: [Option<Buffer>; 4], // [N, r] of o, gate, up, down
+}
+
+use Projection::{Down, Gate, K, O, Q, Up, V};
+
+impl Layer {
+    /// `x`: `[T, H]`. Returns `[N, H]` for the rows `needed`, or for all, and the tape.
+    pub fn forward(
+        &self,
+        x: Buffer,
+        layout: &Layout,
+        needed: Option<&[u32]>,
+        with: Context,
+    ) -> (Buffer, LayerTape) {
+        let (heads, pool) = (&with.config.heads, with.pool);
+        let inputs = self.attention_inputs(&x, &layout.positions, with);
+        let mut attended = pool.take(inputs.q.len());
+        let mut lse = pool.take(layout.rows() * heads.heads);
+        let AttentionInputs { q, k, v, .. } = &inputs;
+        attention::forward(q, k, v, layout, heads, self.window(with), &mut attended, &mut lse);
+        let (y, outputs) = match needed {
+            None => self.outputs(&x, &attended, with),
+            Some(rows) => {
+                let attended = gather(&attended, rows, with.config.query_width(), pool);
+                self.outputs(&gather(&x, rows, with.config.hidden, pool), &attended, with)
+            }
+        };
+        (y, LayerTape { x, inputs, attended, lse, outputs })
+    }
+
+    /// Everything before the attention. `x`: `[T, H]`, `positions`: `[T]`.
+    pub fn attention_inputs(&self, x: &[f32], positions: &[u32], with: Context) -> AttentionInputs {
+        let (config, pool, rows) = (with.config, with.pool, positions.len());
+        let (query_width, key_width) = (config.query_width(), config.key_width());
+        let (mut h, mut inv_rms) = (pool.take(x.len()), pool.take(rows));
+        rmsnorm::forward(x, &self.input_norm, config.norm_eps, &mut h, &mut inv_rms);
+        let mut q = pool.take(rows * query_width);
+        let mut k = pool.take(rows * key_width);
+        let mut v = pool.take(rows * key_width);
+        let u = [
+            self.q.forward(&h, self.adapter(Q, with.lora), &mut q, 0.0, pool),
+            self.k.forward(&h, self.adapter(K, with.lora), &mut k, 0.0, pool),
+            self.v.forward(&h, self.adapter(V, with.lora), &mut v, 0.0, pool),
+        ];
+        let head_norms = self.head_norms.as_ref().map(|[q_norm, k_norm]| {
+            [(&mut q, q_norm), (&mut k, k_norm)].map(|(x, weight)| {
+                let mut normed = pool.take(x.len());
+                let mut inv_rms = pool.take(x.len() / weight.len());
+                rmsnorm::forward(x, weight, config.norm_eps, &mut normed, &mut inv_rms);
+                HeadNorm { before: std::mem::replace(x, normed), inv_rms }
+            })
+        });
+        with.rope.forward(&mut q, config.heads.heads, positions);
+        with.rope.forward(&mut k, config.heads.kv_heads, positions);
+        AttentionInputs { inv_rms, q, k, v, head_norms, u }
+    }
+
+    /// Everything after the attention. `x`: `[N, H]`, `attended`: `[N, Q]`; returns `[N, H]`.
+    fn outputs(&self, x: &[f32], attended: &[f32], with: Context) -> (Buffer, Outputs) {
+        let (config, pool, lora) = (with.config, with.pool, with.lora);
+        let rows = x.len() / config.hidden;
+        let mut mid = pool.copy(x);
+        let u_o = self.o.forward(attended, self.adapter(O, lora), &mut mid, 1.0, pool);
+        let (mut h, mut inv_rms) = (pool.take(x.len()), pool.take(rows));
+        rmsnorm::forward(&mid, &self.mlp_norm, config.norm_eps, &mut h, &mut inv_rms);
+        let mut gate = pool.take(rows * config.intermediate);
+        let mut up = pool.take(rows * config.intermediate);
+        let u_gate = self.gate.forward(&h, self.adapter(Gate, lora), &mut gate, 0.0, pool);
+        let u_up = self.up.forward(&h, self.adapter(Up, lora), &mut up, 0.0, pool);
+        drop(h);
+        let mut act = pool.take(gate.len());
+        swiglu::forward(&gate, &up, &mut act);
+        let mut y = pool.copy(&mid);
+        let u_down = self.down.forward(&act, self.adapter(Down, lora), &mut y, 1.0, pool);
+        (y, Outputs { mid, inv_rms, gate, up, u: [u_o, u_gate, u_up, u_down] })
+    }
+
+    /// The block for one new token of a text: `x`: `[H]` at position `n`, with the keys and values
+    /// of positions 0 to n-1 in `k_cache` and `v_cache`, which get the new ones: `[n + 1, K]`.
+    pub fn decode(
+        &self,
+        x: Buffer,
+        k_cache: &mut Vec<f32>,
+        v_cache: &mut Vec<f32>,
+        with: Context,
+    ) -> Buffer {
+        let n = k_cache.len() / with.config.key_width();
+        let inputs = self.attention_inputs(&x, &[n as u32], with);
+        k_cache.extend_from_slice(&inputs.k);
+        v_cache.extend_from_slice(&inputs.v);
+        let mut attended = with.pool.take(inputs.q.len());
+        let (heads, window) = (&with.config.heads, self.window(with));
+        attention::decode(&inputs.q, k_cache, v_cache, n + 1, heads, window, &mut attended);
+        self.outputs(&x, &attended, with).0
+    }
+
+    /// Turns `d`, the gradient to the block's output `[N, H]`, into that to its input `[T, H]`,
+    /// which is `None` where `input_needed` is false. Adds to the adapters' gradients.
+    pub fn backward(
+        &self,
+        mut d: Buffer,
+        tape: &LayerTape,
+        layout: &Layout,
+        needed: Option<&[u32]>,
+        input_needed: bool,
+        lora: &Lora,
+        grads: &mut LoraGrads,
+        with: Context,
+    ) -> Option<Buffer> {
+        let (config, pool) = (with.config, with.pool);
+        let mut back = Back { layer: self.index, lora, grads, pool };
+        let below_o = input_needed || back.any(&[Q, K, V]);
+        let below_mlp = below_o || back.any(&[O]);
+        if !self.mlp_backward(&mut d, &tape.outputs, below_mlp, &mut back, with) {
+            return None;
+        }
+
+        let gathered = needed.map(|rows| gather(&tape.attended, rows, config.query_width(), pool));
+        let attended = gathered.as_ref().unwrap_or(&tape.attended);
+        let mut dattended = below_o.then(|| pool.take(attended.len()));
+        let u = &tape.outputs.u[0];
+        back.linear(&self.o, O, &d, attended, u, dattended.as_deref_mut().map(|dx| (dx, 0.0)));
+        let mut dattended = dattended?;
+        if let Some(rows) = needed {
+            d = scatter(&d, rows, layout.rows(), pool);
+            dattended = scatter(&dattended, rows, layout.rows(), pool);
+        }
+
+        let AttentionInputs { inv_rms, q, k, v, head_norms, u } = &tape.inputs;
+        let (mut dq, mut dk, mut dv) = (pool.take(q.len()), pool.take(k.len()), pool.take(v.len()));
+        let (heads, window) = (&config.heads, self.window(with));
+        attention::backward(
+            &dattended,
+            q,
+            k,
+            v,
+            &tape.attended,
+            &tape.lse,
+            layout,
+            heads,
+            window,
+            &mut dq,
+            &mut dk,
+            &mut dv,
+        );
+        with.rope.backward(&mut dq, heads.heads, &layout.positions);
+        with.rope.backward(&mut dk, heads.kv_heads, &layout.positions);
+        if let (Some(weights), Some(norms)) = (&self.head_norms, head_norms) {
+            for ((dx, weight), norm) in [&mut dq, &mut dk].into_iter().zip(weights).zip(norms) {
+                let mut before = pool.zeros(dx.len());
+                rmsnorm::backward(dx, &norm.before, weight, &norm.inv_rms, &mut before);
+                *dx = before;
+            }
+        }
+
+        let mut h = pool.take(tape.x.len());
+        rmsnorm::forward(
+            &tape.x,
+            &self.input_norm,
+            config.norm_eps,
+            &mut h,
+            &mut pool.take(inv_rms.len()),
+        );
+        let mut dh = input_needed.then(|| pool.take(h.len()));
+        let each = [(&self.q, Q, &dq, &u[0]), (&self.k, K, &dk, &u[1]), (&self.v, V, &dv, &u[2])];
+        for (i, (linear, projection, dy, u)) in each.into_iter().enumerate() {
+            let beta = if i == 0 { 0.0 } else { 1.0 };
+            back.linear(linear, projection, dy, &h, u, dh.as_deref_mut().map(|dx| (dx, beta)));
+        }
+        let dh = dh?;
+        rmsnorm::backward(&dh, &tape.x, &self.input_norm, inv_rms, &mut d);
+        Some(d)
+    }
+
+    /// The feed-forward part: turns `d` from the gradient to y into that to mid, both `[N, H]`, if
+    /// `below_needed`, which it returns.
+    fn mlp_backward(
+        &self,
+        d: &mut Buffer,
+        tape: &Outputs,
+        below_needed: bool,
+        back: &mut Back,
+        with: Context,
+    ) -> bool {
+        let (config, pool) = (with.config, with.pool);
+        let Outputs { mid, inv_rms, gate, up, u } = tape;
+        let below_act = below_needed || back.any(&[Gate, Up]);
+        let mut act = pool.take(gate.len());
+        if back.any(&[Down]) {
+            swiglu::forward(gate, up, &mut act);
+        }
+        let mut dact = below_act.then(|| pool.take(gate.len()));
+        back.linear(&self.down, Down, d, &act, &u[3], dact.as_deref_mut().map(|dx| (dx, 0.0)));
+        drop(act);
+        let Some(dact) = dact else { return false };
+        let (mut dgate, mut dup) = (pool.take(gate.len()), pool.take(up.len()));
+        swiglu::backward(&dact, gate, up, &mut dgate, &mut dup);
+        drop(dact);
+
+        let mut h = pool.take(mid.len());
+        rmsnorm::forward(
+            mid,
+            &self.mlp_norm,
+            config.norm_eps,
+            &mut h,
+            &mut pool.take(inv_rms.len()),
+        );
+        let mut dh = below_needed.then(|| pool.take(h.len()));
+        back.linear(&self.gate, Gate, &dgate, &h, &u[1], dh.as_deref_mut().map(|dx| (dx, 0.0)));
+        back.linear(&self.up, Up, &dup, &h, &u[2], dh.as_deref_mut().map(|dx| (dx, 1.0)));
+        let Some(dh) = dh else { return false };
+        rmsnorm::backward(&dh, mid, &self.mlp_norm, inv_rms, d);
+        true
+    }
+
+    fn window(&self, with: Context) -> Option<usize> {
+        with.config.windows[self.index]
+    }
+
+    fn adapter<'a>(&self, projection: Projection, lora: Option<&'a Lora>) -> Option<&'a Adapter> {
+        lora.and_then(|lora| lora.get(Site::Layer(self.index, projection)))
+    }
+}
+
+/// The adapters of one block on the way back.
+struct Back<'a> {
+    layer: usize,
+    lora: &'a Lora,
+    grads: &'a mut LoraGrads,
+    pool: &'a Pool,
+}
+
+impl Back<'_> {
+    /// Whether any of the projections has an adapter.
+    fn any(&self, projections: &[Projection]) -> bool {
+        projections.iter().any(|p| self.lora.index(Site::Layer(self.layer, *p)).is_some())
+    }
+
+    /// [`Linear::backward`] with the projection's adapter, if there is one.
+    fn linear(
+        &mut self,
+        linear: &Linear,
+        projection: Projection,
+        dy: &[f32],
+        x: &[f32],
+        u: &Option<Buffer>,
+        dx: Option<(&mut [f32], f32)>,
+    ) {
+        let place = self.lora.index(Site::Layer(self.layer, projection));
+        let trained = place.zip(u.as_deref()).map(|(at, u)| Trained {
+            adapter: &self.lora.adapters[at],
+            grad: &mut self.grads.adapters[at],
+            u,
+        });
+        linear.backward(dy, x, trained, dx, self.pool);
+    }
+}
+
+/// The rows `rows` of `x`: `[T, width]`.
+fn gather(x: &[f32], rows: &[u32], width: usize, pool: &Pool) -> Buffer {
+    let mut out = pool.take(rows.len() * width);
+    embedding::gather(x, rows, &mut out);
+    out
+}
+
+/// `[total, width]` with `x`'s rows at `rows` and zeros elsewhere.
+fn scatter(x: &[f32], rows: &[u32], total: usize, pool: &Pool) -> Buffer {
+    let width = x.len() / rows.len();
+    let mut out = pool.zeros(total * width);
+    for (x, row) in x.chunks_exact(width).zip(rows) {
+        out[*row as usize * width..][..width].copy_from_slice(x);
+    }
+    out
+}

@@ -1,0 +1,98 @@
+//! A packed micro-batch: groups laid out without padding, and which rows predict which tokens.
+
+use crate::group::Group;
+use uft_kernels::layout::Layout;
+
+/// T rows of tokens with their layout, and M targets.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Packed {
+    /// `[T]`.
+    pub tokens: Vec<u32>,
+    pub layout: Layout,
+    pub targets: Targets,
+}
+
+/// What the log-probs are of: hidden row `rows[i]` predicts `tokens[i]`. A prompt's last row
+/// predicts the first token of each of its branches, so rows may repeat.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Targets {
+    /// `[M]`.
+    pub rows: Vec<u32>,
+    /// `[M]`.
+    pub tokens: Vec<u32>,
+}
+
+impl Packed {
+    /// Packs groups. Targets are ordered by group, branch, segment and trained position.
+    ///
+    /// A branch gets rows only up to its last trained token, which is predicted but predicts
+    /// nothing, so a batch has fewer rows than its groups have tokens.
+    ///
+    /// # Panics
+    /// If the first token of a branch without a prompt is trained: nothing predicts it.
+    pub fn new(groups: &[&Group]) -> Self {
+        let lengths: Vec<(usize, Vec<usize>)> = groups
+            .iter()
+            .map(|group| (group.prompt.len(), group.branches.iter().map(rows_needed).collect()))
+            .collect();
+        let layout = Layout::new(&lengths);
+        let mut tokens = Vec::with_capacity(layout.rows());
+        let mut targets = Targets::default();
+        for (group, place) in groups.iter().zip(&layout.groups) {
+            tokens.extend(&group.prompt);
+            for (branch, place_of_branch) in group.branches.iter().zip(&place.branches) {
+                tokens.extend(&branch.tokens[..place_of_branch.len]);
+                let trained = branch.segments.iter().flat_map(|segment| &segment.trained);
+                for index in trained.flat_map(Clone::clone) {
+                    let row = match index.checked_sub(1) {
+                        Some(before) => place_of_branch.start + before,
+                        None => {
+                            assert!(place.prompt_len > 0, "a first token cannot be trained");
+                            place.start + place.prompt_len - 1
+                        }
+                    };
+                    targets.rows.push(u32::try_from(row).expect("a batch of more than 2^32 rows"));
+                    targets.tokens.push(branch.tokens[index]);
+                }
+            }
+        }
+        Self { tokens, layout, targets }
+    }
+
+    /// One text without branches, nothing trained: a prompt to be continued.
+    pub fn prompt(tokens: &[u32]) -> Self {
+        let layout = Layout::new(&[(tokens.len(), Vec::new())]);
+        Self { tokens: tokens.to_vec(), layout, targets: Targets::default() }
+    }
+
+    /// T.
+    pub fn rows(&self) -> usize {
+        self.tokens.len()
+    }
+}
+
+/// Rows up to the last trained token, exclusive.
+fn rows_needed(branch: &crate::group::Branch) -> usize {
+    let ends = branch.segments.iter().flat_map(|segment| segment.trained.iter().map(|r| r.end));
+    ends.max().map_or(0, |end| end - 1)
+}
+
+/// The rows that targets read: what the top of the model is computed for.
+#[derive(Debug)]
+pub(super) struct NeededRows {
+    /// `[N]`: rising, each once.
+    pub rows: Vec<u32>,
+    /// `[M]`: for every target the index of its row in `rows`.
+    pub of_target: Vec<u32>,
+}
+
+impl NeededRows {
+    pub fn of(targets: &Targets) -> Self {
+        let mut rows = targets.rows.clone();
+        rows.sort_unstable();
+        rows.dedup();
+        let index = |row: &u32| rows.binary_search(row).expect("every row was collected") as u32;
+        let of_target = targets.rows.iter().map(index).collect();
+        Self { rows, of_target }
+    }
+}

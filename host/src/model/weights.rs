@@ -1,0 +1,138 @@
+//! From a model directory to the decoder's weights in `f32`.
+
+use super::buffers::Pool;
+use super::config::ModelConfig;
+use super::decoder::Model;
+use super::layer::Layer;
+use super::linear::Linear;
+use super::shards::Shards;
+use super::targets::{HEAD, LinearSite, Projection};
+use crate::{Error, Result};
+use std::collections::BTreeSet;
+use std::path::Path;
+
+/// The embedding table, and the head where it is tied.
+const EMBEDDING: &str = "model.embed_tokens.weight";
+
+impl Model {
+    /// Reads `config.json` and the weights (f32, f16 or bf16, one file or shards) in `dir`.
+    ///
+    /// Every tensor that the configuration asks for must be there with its shape, and no other, but
+    /// for what is known to be without effect.
+    pub fn load(dir: &Path) -> Result<Self> {
+        let config = ModelConfig::load(dir)?;
+        let shards = Shards::open(dir)?;
+        let mut reader = Reader { dir, shards: &shards, unread: shards.names().collect() };
+        let model = reader.model(config)?;
+        reader.refuse_leftovers(&model)?;
+        Ok(model)
+    }
+}
+
+struct Reader<'a> {
+    dir: &'a Path,
+    shards: &'a Shards,
+    unread: BTreeSet<&'a str>,
+}
+
+impl Reader<'_> {
+    fn model(&mut self, config: ModelConfig) -> Result<Model> {
+        let hidden = config.hidden;
+        let linears = config.linears();
+        let layers = linears
+            .chunks_exact(Projection::ALL.len())
+            .enumerate()
+            .map(|(index, linears)| self.layer(index, linears, &config))
+            .collect::<Result<_>>()?;
+        Ok(Model {
+            embedding: self.read(EMBEDDING, &[config.vocab, hidden])?,
+            head: match config.tied {
+                true => None,
+                false => Some(self.read(&format!("{HEAD}.weight"), &[config.vocab, hidden])?),
+            },
+            norm: self.read("model.norm.weight", &[hidden])?,
+            rope: config.rope.rotation(config.heads.head_dim),
+            pool: Pool::default(),
+            layers,
+            config,
+        })
+    }
+
+    fn layer(
+        &mut self,
+        index: usize,
+        linears: &[LinearSite],
+        config: &ModelConfig,
+    ) -> Result<Layer> {
+        let name = |part: &str| format!("model.layers.{index}.{part}.weight");
+        let mut linear = |projection: Projection| {
+            let bias = match projection {
+                Projection::Q | Projection::K | Projection::V => config.qkv_bias,
+                Projection::O => config.o_bias,
+                Projection::Gate | Projection::Up | Projection::Down => config.mlp_bias,
+            };
+            self.linear(&linears[projection as usize], bias)
+        };
+        let (q, k) = (linear(Projection::Q)?, linear(Projection::K)?);
+        let (v, o) = (linear(Projection::V)?, linear(Projection::O)?);
+        let (gate, up) = (linear(Projection::Gate)?, linear(Projection::Up)?);
+        let down = linear(Projection::Down)?;
+        let (hidden, head_dim) = (config.hidden, config.heads.head_dim);
+        let head_norms = match config.qk_norm {
+            false => None,
+            true => Some([
+                self.read(&name("self_attn.q_norm"), &[head_dim])?,
+                self.read(&name("self_attn.k_norm"), &[head_dim])?,
+            ]),
+        };
+        let input_norm = self.read(&name("input_layernorm"), &[hidden])?;
+        let mlp_norm = self.read(&name("post_attention_layernorm"), &[hidden])?;
+        Ok(Layer { index, input_norm, q, k, v, o, head_norms, mlp_norm, gate, up, down })
+    }
+
+    fn linear(&mut self, site: &LinearSite, bias: bool) -> Result<Linear> {
+        let LinearSite { name, inputs, outputs, .. } = site;
+        let weight = self.read(&format!("{name}.weight"), &[*outputs, *inputs])?;
+        let bias = match bias {
+            true => Some(self.read(&format!("{name}.bias"), &[*outputs])?),
+            false => None,
+        };
+        Ok(Linear { weight, bias, inputs: *inputs, outputs: *outputs })
+    }
+
+    fn read(&mut self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
+        let tensor = self.shards.tensor(name).ok_or_else(|| {
+            Error::model(format!(
+                "{}: the tensor {name} {shape:?} is missing from the weights",
+                self.dir.display()
+            ))
+        })?;
+        self.unread.remove(name);
+        tensor.expect_shape(shape)?;
+        tensor.to_f32()
+    }
+
+    /// A tensor that nothing reads would change the model in transformers, unless it is known not to.
+    fn refuse_leftovers(&self, model: &Model) -> Result<()> {
+        for name in &self.unread {
+            // Old files hold the rotation's frequencies, which follow from the configuration.
+            if name.ends_with(".rotary_emb.inv_freq") {
+                continue;
+            }
+            let Some(tensor) = self.shards.tensor(name) else { continue };
+            if model.config.tied && *name == "lm_head.weight" {
+                if tensor.to_f32()? == model.embedding {
+                    continue;
+                }
+                return Err(tensor.error(format!(
+                    "differs from {EMBEDDING}, although tie_word_embeddings is true in config.json"
+                )));
+            }
+            return Err(tensor.error(format!(
+                "not a tensor of a {} model with this config.json; it would have no effect",
+                model.config.family.name()
+            )));
+        }
+        Ok(())
+    }
+}
