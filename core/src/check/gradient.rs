@@ -1,0 +1,131 @@
+//! The gradient of an objective against difference quotients of its loss.
+
+use super::case::Case;
+use super::properties::{check_finite, fresh};
+use super::{Make, Outcome};
+use crate::needs::Needs;
+
+/// The gradient against differences of the loss. Statistics of the step (`log_ratios`) may be
+/// constants for it or move with the log-probs, but one of the two everywhere.
+pub(super) fn gradient(make: Make, needs: Needs, random: &[Case], extreme: &[Case]) -> Outcome {
+    let mut compare = |moving: bool| {
+        let mut seen = Compared::default();
+        for case in random {
+            let tokens: Vec<usize> = (0..case.logps.len()).collect();
+            seen.case(make, case, &tokens, moving)?;
+        }
+        for case in extreme {
+            // The edges of each response; a log-prob of 0 cannot be moved both ways.
+            let ends = case.segments.iter().flat_map(|s| [s.range().start, s.range().end - 1]);
+            let tokens: Vec<usize> = ends.filter(|t| case.logps[*t] < -0.1).collect();
+            seen.case(make, case, &tokens, moving)?;
+        }
+        seen.verdict()
+    };
+    let held = compare(false);
+    if held.is_err() && needs.contains(Needs::STEP_LOG_RATIOS) {
+        let moved = compare(true);
+        return moved.map(|seen| format!("{seen}, through the step's log-ratios too")).or(held);
+    }
+    held
+}
+
+#[derive(Default)]
+struct Compared {
+    tokens: usize,
+    /// Tokens where the loss is too rough for a difference quotient.
+    unsure: usize,
+    worst: f64,
+}
+
+impl Compared {
+    fn case(
+        &mut self,
+        make: Make,
+        case: &Case,
+        tokens: &[usize],
+        moving: bool,
+    ) -> Result<(), String> {
+        // What cannot be evaluated or is not finite has failed its own check.
+        let Ok(seen) = fresh(make, case) else { return Ok(()) };
+        if check_finite(case, &seen).is_err() {
+            return Ok(());
+        }
+        let largest = seen.dlogp.iter().fold(0.0, |max: f64, g| max.max(f64::from(g.abs())));
+        for &token in tokens {
+            let mut at = |h: f32| {
+                let mut case = case.clone();
+                case.logps[token] += h;
+                if moving {
+                    case.refresh();
+                }
+                fresh(make, &case).map(|seen| seen.loss)
+            };
+            let numeric = Differences::new(seen.loss, &mut at)?;
+            let given = f64::from(seen.dlogp[token]);
+            let error = (given - numeric.value).abs();
+            let allowed = 1e-5 * numeric.value.abs() + 1e-7 * largest + numeric.error;
+            let scale = largest.max(numeric.value.abs());
+            self.tokens += 1;
+            if numeric.error > 0.01 * scale + numeric.rounding {
+                self.unsure += 1;
+            } else if error <= allowed {
+                self.worst = self.worst.max(error / scale.max(f64::MIN_POSITIVE));
+            } else if !numeric.is_subgradient(given, scale, allowed) {
+                let i = case.segments.iter().position(|s| s.range().contains(&token));
+                let (name, numeric, i) = (&case.name, numeric.value, i.unwrap_or_default());
+                return Err(format!(
+                    "{name}, response {i}: d loss / d logp is {numeric:.6e} by central \
+                     differences, given as {given:.6e}"
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    fn verdict(&self) -> Outcome {
+        if self.tokens == 0 || self.unsure * 4 > self.tokens {
+            let (unsure, tokens) = (self.unsure, self.tokens);
+            return Err(format!("the loss is too rough to differentiate ({unsure} of {tokens})"));
+        }
+        Ok(format!("{} tokens, worst deviation {:.0e} of the largest", self.tokens, self.worst))
+    }
+}
+
+/// Central differences at steps of 2^-6, 2^-7 and 2^-8, which are exact in f32, extrapolated to 0.
+struct Differences {
+    value: f64,
+    /// How far `value` can be off: by the last extrapolation and by rounding.
+    error: f64,
+    /// The rounding alone.
+    rounding: f64,
+    /// One-sided differences at the two smallest steps.
+    sides: [(f64, f64); 2],
+}
+
+impl Differences {
+    fn new(loss: f64, at: &mut dyn FnMut(f32) -> Result<f64, String>) -> Result<Self, String> {
+        let mut central = [0.0; 3];
+        let mut sides = [(0.0, 0.0); 3];
+        for (i, h) in [1.0 / 64.0, 1.0 / 128.0, 1.0 / 256.0].into_iter().enumerate() {
+            let (up, down, h) = (at(h)?, at(-h)?, f64::from(h));
+            central[i] = (up - down) / (2.0 * h);
+            sides[i] = ((loss - down) / h, (up - loss) / h);
+        }
+        let [coarse, middle, fine] = central;
+        let first = [(4.0 * middle - coarse) / 3.0, (4.0 * fine - middle) / 3.0];
+        let value = (16.0 * first[1] - first[0]) / 15.0;
+        let rounding = 64.0 * f64::EPSILON * loss.abs() * 256.0;
+        let error = 2.0 * (value - first[1]).abs() + rounding;
+        Ok(Self { value, error, rounding, sides: [sides[1], sides[2]] })
+    }
+
+    /// At a kink of the loss every slope between those of its two sides is right. There the sides
+    /// stay apart as the step shrinks; where the loss is smooth, their distance halves.
+    fn is_subgradient(&self, slope: f64, scale: f64, allowed: f64) -> bool {
+        let [coarse, (left, right)] = self.sides;
+        let apart = (right - left).abs();
+        let kink = apart > 0.75 * (coarse.1 - coarse.0).abs() && apart > 0.05 * scale;
+        kink && (left.min(right) - allowed..=left.max(right) + allowed).contains(&slope)
+    }
+}

@@ -1,0 +1,286 @@
+//! Objectives with one planted fault each: every check has to bite, and only where it should.
+
+use super::*;
+use crate::prelude::*;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+const SOUND: u8 = 0;
+const WRONG_SIGN: u8 = 1;
+const WRONG_SCALE: u8 = 2;
+const LAST_TOKEN_UNWRITTEN: u8 = 3;
+const ADDED_TO_NOTHING: u8 = 4;
+const NAN_AT_EXTREMES: u8 = 5;
+const BATCH_NORMALISED: u8 = 6;
+const RANDOM: u8 = 7;
+const ORDER: u8 = 8;
+const UNDECLARED_REFERENCE: u8 = 9;
+const UNDECLARED_COUNTS: u8 = 10;
+const UNDECLARED_TOKENS: u8 = 11;
+const UNKNOWN_NEED: u8 = 12;
+const ACCEPTS_NOTHING: u8 = 13;
+const PAIRS_OF_WHAT: u8 = 14;
+const NAN_METRIC: u8 = 15;
+const PANIC: u8 = 16;
+const KINK: u8 = 17;
+const KINK_WRONG: u8 = 18;
+
+static CALLS: AtomicU64 = AtomicU64::new(0);
+
+/// `mean of -log sigmoid(±beta * d)`, apart from its fault.
+struct Planted<const FAULT: u8>;
+
+impl<const FAULT: u8> Objective for Planted<FAULT> {
+    const NAME: &'static str = "planted";
+    const ABOUT: &'static str = "";
+
+    fn new(_: &mut Params) -> Self {
+        Self
+    }
+
+    fn needs(&self) -> Needs {
+        match FAULT {
+            UNDECLARED_REFERENCE => Needs::NOTHING,
+            UNKNOWN_NEED => Needs(1 << 40),
+            PAIRS_OF_WHAT => Needs::PAIRS,
+            _ => Needs::REFERENCE,
+        }
+    }
+
+    fn accepts(&self) -> Kinds {
+        if FAULT == ACCEPTS_NOTHING { Kinds(0) } else { Kinds::BINARY | Kinds::SCORE }
+    }
+
+    fn evaluate(&self, batch: &Batch, out: &mut Evaluation) -> Result<(), Fault> {
+        assert!(FAULT != PANIC, "on purpose");
+        let n = match FAULT {
+            BATCH_NORMALISED => batch.segments().len() as f64,
+            UNDECLARED_COUNTS => batch.step.tokens as f64,
+            _ => batch.step.segments as f64,
+        };
+        for (i, s) in batch.segments().iter().enumerate() {
+            let sign = if s.value > 0.5 { 1.0 } else { -1.0 };
+            let mut d = sign * 0.1 * batch.log_ratio(s);
+            if FAULT == UNDECLARED_TOKENS {
+                d += sign * 0.1 * f64::from(batch.logps[s.range()][0]);
+            }
+            let (loss, slope) = match FAULT {
+                NAN_AT_EXTREMES => {
+                    let p = 1.0 / (1.0 + (-d).exp());
+                    (-p.ln(), p - 1.0)
+                }
+                KINK | KINK_WRONG if d == 0.0 => (1.0, if FAULT == KINK { -0.3 } else { 0.5 }),
+                KINK | KINK_WRONG => ((1.0 - d).min(1.0), if d > 0.0 { -1.0 } else { 0.0 }),
+                _ => (math::softplus(-d), -math::sigmoid(-d)),
+            };
+            let weight = match FAULT {
+                RANDOM => 1.0 + CALLS.fetch_add(1, Ordering::Relaxed) as f64 * 1e-9,
+                ORDER => 1.0 + i as f64,
+                _ => 1.0,
+            };
+            out.loss(weight * loss / n);
+            let slope = weight * slope * sign * 0.1 / n;
+            match FAULT {
+                WRONG_SIGN => out.gradient(s, -slope),
+                WRONG_SCALE => out.gradient(s, 1.001 * slope),
+                LAST_TOKEN_UNWRITTEN => {
+                    out.token_gradients(s)[..s.tokens as usize - 1].fill(slope as f32);
+                }
+                ADDED_TO_NOTHING => out.add_gradient(s, slope),
+                UNDECLARED_TOKENS => {
+                    out.gradient(s, slope);
+                    out.token_gradients(s)[0] *= 2.0;
+                }
+                _ => out.gradient(s, slope),
+            }
+            if FAULT == NAN_METRIC {
+                out.metric("ratio", f64::NAN);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The names of the failed checks and what the first of them says.
+fn failures(report: &Report) -> (Vec<&'static str>, String) {
+    let failed = report.checks.iter().filter(|check| check.outcome.is_err());
+    let names = failed.clone().map(|check| check.name).collect();
+    (names, failed.clone().next().map_or(String::new(), |c| c.outcome.clone().unwrap_err()))
+}
+
+#[track_caller]
+fn bites<T: Objective>(checks: &[&str], says: &str) {
+    let report = objective::<T>("{}");
+    let (names, why) = failures(&report);
+    assert_eq!(names, checks, "{report}");
+    assert!(why.contains(says), "{why}");
+    assert!(!report.passed() && report.to_string().contains("FAIL"));
+}
+
+#[test]
+fn a_sound_objective_passes() {
+    let report = objective::<Planted<SOUND>>("{}");
+    report.expect_passed();
+    assert_eq!(report.checks.len(), 8);
+    assert!(report.to_string().contains("ok    gradient: "), "{report}");
+}
+
+#[test]
+fn wrong_gradients_are_found() {
+    bites::<Planted<WRONG_SIGN>>(&["gradient"], "by central differences");
+    bites::<Planted<WRONG_SCALE>>(&["gradient"], "by central differences");
+}
+
+#[test]
+fn missing_and_infinite_numbers_are_found() {
+    let both = ["finite on random steps", "finite at extremes"];
+    bites::<Planted<LAST_TOKEN_UNWRITTEN>>(&both, "is NaN or was never set");
+    bites::<Planted<ADDED_TO_NOTHING>>(&both, "is NaN or was never set");
+    bites::<Planted<NAN_METRIC>>(&both, "the metric `ratio` is NaN");
+    bites::<Planted<NAN_AT_EXTREMES>>(&["finite at extremes"], "the loss is inf");
+}
+
+#[test]
+fn what_depends_on_more_than_the_step_is_found() {
+    bites::<Planted<BATCH_NORMALISED>>(&["independent of the split"], "in two batches");
+    bites::<Planted<ORDER>>(&["independent of the split"], "`batch.step`");
+    let report = objective::<Planted<RANDOM>>("{}");
+    assert!(failures(&report).0.contains(&"deterministic"), "{report}");
+}
+
+#[test]
+fn undeclared_use_is_found() {
+    let report = objective::<Planted<UNDECLARED_REFERENCE>>("{}");
+    assert!(failures(&report).1.contains("does it use the reference"), "{report}");
+    bites::<Planted<UNDECLARED_COUNTS>>(&["uses only what it declares"], "token counts matter");
+    bites::<Planted<UNDECLARED_TOKENS>>(&["uses only what it declares"], "single tokens matter");
+}
+
+#[test]
+fn unsound_declarations_end_the_check() {
+    bites::<Planted<UNKNOWN_NEED>>(&["declarations"], "unknown bits in needs 0x10000000000");
+    bites::<Planted<ACCEPTS_NOTHING>>(&["declarations"], "accepts no feedback");
+    bites::<Planted<PAIRS_OF_WHAT>>(&["declarations"], "needs pairs");
+    let report = objective::<Planted<SOUND>>(r#"{"gamma": 1}"#);
+    assert!(failures(&report).1.contains("unknown parameter `gamma`"), "{report}");
+}
+
+#[test]
+fn a_panic_is_a_failed_check() {
+    let both = ["finite on random steps", "finite at extremes"];
+    bites::<Planted<PANIC>>(&both, "`planted` panicked: on purpose");
+}
+
+#[test]
+fn at_a_kink_any_slope_between_its_sides_is_right() {
+    objective::<Planted<KINK>>("{}").expect_passed();
+    bites::<Planted<KINK_WRONG>>(&["gradient"], "policy = reference");
+}
+
+const FORGETFUL: u8 = 0;
+const SECRET: u8 = 1;
+const LEARNS_IN_EVALUATION: u8 = 2;
+const BATCHES_COUNT: u8 = 3;
+const HONEST: u8 = 4;
+const THROUGH_THE_MEAN: u8 = 5;
+
+/// `(d - 2 * running mean of the steps' log-ratios)^2`, apart from its fault.
+struct Stateful<const FAULT: u8> {
+    mean: f64,
+    batches: AtomicU64,
+}
+
+impl<const FAULT: u8> Objective for Stateful<FAULT> {
+    const NAME: &'static str = "stateful";
+    const ABOUT: &'static str = "";
+
+    fn new(_: &mut Params) -> Self {
+        Self { mean: 0.0, batches: AtomicU64::new(0) }
+    }
+
+    fn needs(&self) -> Needs {
+        let needs = Needs::REFERENCE | Needs::STEP_LOG_RATIOS;
+        if FAULT == SECRET || FAULT == THROUGH_THE_MEAN { needs } else { needs | Needs::STATE }
+    }
+
+    fn accepts(&self) -> Kinds {
+        Kinds::DEMONSTRATION
+    }
+
+    fn begin_step(&mut self, step: &Step) -> Result<(), Fault> {
+        let mean = step.log_ratios.iter().sum::<f64>() / step.segments as f64;
+        if FAULT == THROUGH_THE_MEAN {
+            self.mean = mean;
+        } else if step.training || FAULT == LEARNS_IN_EVALUATION {
+            self.mean = 0.9 * self.mean + 0.1 * mean;
+        }
+        Ok(())
+    }
+
+    fn evaluate(&self, batch: &Batch, out: &mut Evaluation) -> Result<(), Fault> {
+        self.batches.fetch_add(1, Ordering::Relaxed);
+        let n = batch.step.segments as f64;
+        for segment in batch.segments() {
+            let d = batch.log_ratio(segment);
+            let apart = d - 2.0 * self.mean;
+            out.loss(apart * apart / n);
+            // What comes through the mean, summed over the step, is 4 mean / n.
+            let through = if FAULT == THROUGH_THE_MEAN { 2.0 * d } else { 2.0 * apart };
+            out.gradient(segment, through / n);
+        }
+        Ok(())
+    }
+
+    fn save_state(&self) -> Vec<u8> {
+        match FAULT {
+            SECRET | THROUGH_THE_MEAN => Vec::new(),
+            BATCHES_COUNT => {
+                let count = self.batches.load(Ordering::Relaxed) as f64;
+                [self.mean.to_le_bytes(), count.to_le_bytes()].concat()
+            }
+            _ => self.mean.to_le_bytes().to_vec(),
+        }
+    }
+
+    fn load_state(&mut self, state: &[u8]) -> Result<(), Fault> {
+        if let Some(mean) = state.first_chunk()
+            && FAULT != FORGETFUL
+        {
+            self.mean = f64::from_le_bytes(*mean);
+        }
+        Ok(())
+    }
+}
+
+#[test]
+fn state_is_saved_restored_and_left_alone() {
+    objective::<Stateful<HONEST>>("{}").expect_passed();
+    bites::<Stateful<FORGETFUL>>(&["state"], "after load_state the next step differs");
+    bites::<Stateful<SECRET>>(&["state"], "depends on earlier ones");
+    bites::<Stateful<LEARNS_IN_EVALUATION>>(&["state"], "`training = false`");
+    bites::<Stateful<BATCHES_COUNT>>(&["state"], "evaluating a batch changes");
+}
+
+#[test]
+fn a_statistic_of_the_step_may_be_differentiated_through() {
+    let report = objective::<Stateful<THROUGH_THE_MEAN>>("{}");
+    report.expect_passed();
+    assert!(report.to_string().contains("through the step's log-ratios too"), "{report}");
+}
+
+#[test]
+fn a_case_by_hand_knows_its_totals() {
+    let case = Case::new()
+        .group(&[
+            (Feedback::Binary(true), &[-1.0, -2.0], &[-1.5, -2.0]),
+            (Feedback::Binary(false), &[-1.0], &[-0.25]),
+        ])
+        .group(&[(Feedback::Score(1.0), &[-3.0], &[-3.0])]);
+    assert_eq!((case.groups(), case.log_ratios.as_slice()), (2, &[0.5, -0.75, 0.0][..]));
+    let mut sound = make_objective::<Planted<SOUND>>("{}").into_result().unwrap();
+    let seen = case.run(&mut sound).unwrap();
+    let expected = [0.05, 0.075, 0.0].map(|x: f64| math::softplus(-x)).iter().sum::<f64>() / 3.0;
+    assert!((seen.loss - expected).abs() < 1e-15);
+    assert_eq!(seen.dlogp[3], -0.05 / 3.0);
+    let part = case.evaluate(&sound, &[1]).unwrap();
+    assert!(part.dlogp[..3].iter().all(|g| g.is_nan()) && part.dlogp[3] == seen.dlogp[3]);
+}
