@@ -1,0 +1,88 @@
+//! `uft generate`.
+
+use super::print;
+use crate::model::{Model, ModelConfig, SampleOptions, peft};
+use crate::text::Text;
+use crate::train::setup::use_threads;
+use crate::{Error, Result};
+use clap::Args;
+use std::path::PathBuf;
+use uft_core::Message;
+
+#[derive(Args)]
+pub struct GenerateArgs {
+    /// Directory of the base model
+    #[arg(long)]
+    model: PathBuf,
+    /// PEFT adapter directory
+    #[arg(long)]
+    adapter: Option<PathBuf>,
+    /// What the user says; `-` reads it from stdin
+    #[arg(long)]
+    prompt: String,
+    /// A system message before it
+    #[arg(long)]
+    system: Option<String>,
+    /// Continue the prompt as plain text, without the chat template
+    #[arg(long, conflicts_with = "system")]
+    raw: bool,
+    /// Most tokens to generate
+    #[arg(long, default_value_t = 256)]
+    max_tokens: usize,
+    /// 0 takes the likeliest token every time
+    #[arg(long, default_value_t = 0.0)]
+    temperature: f32,
+    /// Sample from the smallest set of tokens with this probability
+    #[arg(long, default_value_t = 1.0)]
+    top_p: f32,
+    /// Sample from so many likeliest tokens at most
+    #[arg(long)]
+    top_k: Option<usize>,
+    /// Seed of the sampling
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Threads; 0 takes every core
+    #[arg(long, default_value_t = 0)]
+    threads: usize,
+}
+
+pub fn run(args: &GenerateArgs) -> Result<()> {
+    if !(args.temperature >= 0.0 && args.temperature.is_finite()) {
+        return Err(Error::config("--temperature must not be negative"));
+    }
+    if !(args.top_p > 0.0 && args.top_p <= 1.0) {
+        return Err(Error::config("--top-p must be above 0 and at most 1"));
+    }
+    use_threads(args.threads)?;
+    let prompt = match args.prompt.as_str() {
+        "-" => std::io::read_to_string(std::io::stdin())
+            .map_err(|e| Error::data(format!("stdin: {e}")))?,
+        text => text.to_owned(),
+    };
+    let text = Text::load(&args.model)?;
+    let ids = if args.raw {
+        text.encode_prompt(&prompt)?
+    } else {
+        let system = args.system.iter().map(|content| Message::new("system", content.as_str()));
+        let messages: Vec<Message> = system.chain([Message::new("user", prompt)]).collect();
+        text.encode(&text.render(&messages, "", true)?, false)?
+    };
+    if ids.is_empty() {
+        return Err(Error::data("the prompt has no tokens, and the tokenizer adds none"));
+    }
+    let lora = match &args.adapter {
+        Some(dir) => Some(peft::load(dir, &ModelConfig::load(&args.model)?)?),
+        None => None,
+    };
+    let model = Model::load(&args.model)?;
+    let options = SampleOptions {
+        max_tokens: args.max_tokens,
+        temperature: args.temperature,
+        top_p: args.top_p,
+        top_k: args.top_k,
+        seed: args.seed,
+        eos: text.eos_ids().to_vec(),
+    };
+    let answer = model.generate(&ids, &options, lora.as_ref())?;
+    print(&format!("{}\n", text.decode(&answer, true)?.trim_end()))
+}

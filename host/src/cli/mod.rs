@@ -1,0 +1,95 @@
+//! The command line. Results go to stdout, progress and messages to stderr.
+
+mod check;
+mod config;
+mod generate;
+mod grad;
+mod mask;
+mod merge;
+mod plugins;
+mod score;
+mod train;
+
+use crate::{ErrorKind, Result};
+use clap::{Args, Parser, Subcommand};
+use std::path::PathBuf;
+
+/// Unified fine-tuning: demonstrations, scores, thumbs and preference pairs in one stage.
+#[derive(Parser)]
+#[command(name = "uft", version, after_help = exit_codes(), arg_required_else_help = true)]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Train an adapter as a TOML file says
+    Train(RunArgs),
+    /// Do everything but train: config, plugins, every row, the token mask, the step-0 identity
+    Check(check::CheckArgs),
+    /// Print the log-probs and implicit rewards of responses, one JSON object a line
+    Score(score::ScoreArgs),
+    /// Write the gradient of the first optimizer step, before clipping
+    Grad(grad::GradArgs),
+    /// Answer a prompt
+    Generate(generate::GenerateArgs),
+    /// Write a model with an adapter merged into its weights
+    Merge(merge::MergeArgs),
+    /// List plugins with their parameters, or check their gradients
+    #[command(subcommand)]
+    Plugins(plugins::PluginsCommand),
+    /// Print every configuration key with its meaning and default
+    Config(config::ConfigArgs),
+}
+
+/// A run's configuration.
+#[derive(Args)]
+pub struct RunArgs {
+    /// The run's TOML file
+    pub config: PathBuf,
+    /// Override a key: train.lr=3e-5, data[rated].weight=2
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    pub set: Vec<String>,
+}
+
+impl RunArgs {
+    fn load(&self) -> Result<crate::config::Config> {
+        crate::config::Config::load(&self.config, &self.set)
+    }
+}
+
+fn exit_codes() -> String {
+    let codes = ErrorKind::ALL.iter().map(|(_, code, meaning)| format!("  {code}  {meaning}\n"));
+    format!("Exit codes:\n  0  success\n{}", codes.collect::<String>())
+}
+
+impl Cli {
+    /// Runs the command.
+    ///
+    /// # Errors
+    /// What went wrong, in words for the user.
+    pub fn run(self) -> Result<()> {
+        match self.command {
+            Command::Train(args) => train::run(&args),
+            Command::Check(args) => check::run(&args),
+            Command::Score(args) => score::run(&args),
+            Command::Grad(args) => grad::run(&args),
+            Command::Generate(args) => generate::run(&args),
+            Command::Merge(args) => merge::run(&args),
+            Command::Plugins(command) => plugins::run(&command),
+            Command::Config(args) => config::run(&args),
+        }
+    }
+}
+
+/// Prints to stdout; a reader that went away (`uft score … | head`) ends the command quietly.
+fn print(text: &str) -> Result<()> {
+    use std::io::Write;
+    let mut out = anstream::stdout();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => std::process::exit(0),
+        Err(e) => Err(crate::Error::other(format!("stdout: {e}"))),
+        Ok(()) => Ok(()),
+    }
+}

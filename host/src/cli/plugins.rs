@@ -1,0 +1,106 @@
+//! `uft plugins list` and `uft plugins check`.
+
+use super::print;
+use crate::config::PluginRef;
+use crate::plugins::Registry;
+use crate::{Error, Result};
+use clap::{Args, Subcommand};
+use std::fmt::Write;
+use std::path::PathBuf;
+use uft_core::abi::Role;
+use uft_core::check;
+
+/// The plugins that come with `uft`.
+pub const BUNDLED: [&str; 10] = [
+    "demonstrations",
+    "scores",
+    "labels",
+    "preferences",
+    "sft",
+    "uft-sft",
+    "una-score",
+    "una-binary",
+    "una-pairwise",
+    "kto",
+];
+
+#[derive(Subcommand)]
+pub enum PluginsCommand {
+    /// Show what plugins export, with every parameter
+    List(PluginsArgs),
+    /// Check every objective: gradient against finite differences, extremes, split of the step
+    Check(PluginsArgs),
+}
+
+#[derive(Args)]
+pub struct PluginsArgs {
+    /// Libraries by name or path; the bundled ones by default
+    plugins: Vec<String>,
+    /// Folders to search for plugins
+    #[arg(long = "plugin-dir", value_name = "DIR")]
+    plugin_dirs: Vec<PathBuf>,
+}
+
+pub fn run(command: &PluginsCommand) -> Result<()> {
+    match command {
+        PluginsCommand::List(args) => list(&args.load()?),
+        PluginsCommand::Check(args) => check_all(args.load()?),
+    }
+}
+
+impl PluginsArgs {
+    fn load(&self) -> Result<Registry> {
+        let mut registry = Registry::new(self.plugin_dirs.iter().cloned());
+        let bundled = BUNDLED.map(String::from);
+        let names = if self.plugins.is_empty() { &bundled[..] } else { &self.plugins };
+        for name in names {
+            registry.load(name)?;
+        }
+        Ok(registry)
+    }
+}
+
+fn list(registry: &Registry) -> Result<()> {
+    let mut out = String::new();
+    for (library, entry) in registry.entries() {
+        let role = match entry.role {
+            Role::Objective => "objective",
+            Role::Adapter => "adapter",
+        };
+        let _ =
+            writeln!(out, "{} ({role}, {})\n  {}", entry.name, library.path.display(), entry.about);
+        for param in &entry.params {
+            let _ = writeln!(
+                out,
+                "    {} = {}  # {}: {}",
+                param.name, param.default, param.kind, param.about
+            );
+        }
+        out.push('\n');
+    }
+    print(&out)
+}
+
+fn check_all(mut registry: Registry) -> Result<()> {
+    let names: Vec<String> = registry
+        .entries()
+        .filter(|(_, entry)| entry.role == Role::Objective)
+        .map(|(_, entry)| entry.name.to_string())
+        .collect();
+    let mut failed = Vec::new();
+    for name in &names {
+        let plugin = PluginRef { plugin: name.clone(), params: toml::Table::new() };
+        let mut make = || registry.objective(&plugin).map(|o| o.into_object());
+        let report = check::check_objective(name, &mut || {
+            make().map_err(|e| uft_core::Fault::evaluation(e.message))
+        });
+        print(&format!("{name}\n{report}\n"))?;
+        if !report.passed() {
+            failed.push(name.as_str());
+        }
+    }
+    match failed.as_slice() {
+        [] => Ok(()),
+        _ => Err(Error::plugin(format!("the check failed for: {}", failed.join(", ")))),
+    }
+}

@@ -1,0 +1,156 @@
+//! `uft score`: log-probs and implicit rewards of the responses in a data file.
+
+use super::print;
+use crate::config::{EndOfTurn, LongRows, PluginRef};
+use crate::data::rows;
+use crate::group::Group;
+use crate::model::{Lora, Model, ModelConfig, Packed, peft};
+use crate::plugins::{Adapter, Registry};
+use crate::text::{Limits, Text};
+use crate::train::setup::use_threads;
+use crate::{Error, Result};
+use clap::Args;
+use serde_json::{Value, json};
+use std::path::PathBuf;
+
+#[derive(Args)]
+pub struct ScoreArgs {
+    /// Directory of the base model, which is the reference
+    #[arg(long)]
+    model: PathBuf,
+    /// PEFT adapter directory: the policy; without one, policy and reference are the same
+    #[arg(long)]
+    adapter: Option<PathBuf>,
+    /// JSONL file
+    #[arg(long)]
+    data: String,
+    /// Feedback adapter that reads it: a name, or a table such as '{ plugin = "scores", range = [0, 4] }'
+    #[arg(long)]
+    format: String,
+    /// Scale of the reward: beta * (logp - ref_logp)
+    #[arg(long, default_value_t = 0.1)]
+    beta: f64,
+    /// Print token ids and the log-prob of every token too
+    #[arg(long)]
+    tokens: bool,
+    /// Longest sequence in tokens; a longer row is an error
+    #[arg(long, default_value_t = 1 << 20)]
+    max_length: usize,
+    /// Most tokens in one forward pass
+    #[arg(long, default_value_t = 4096)]
+    micro_tokens: usize,
+    /// Folders to search for plugins
+    #[arg(long = "plugin-dir", value_name = "DIR")]
+    plugin_dirs: Vec<PathBuf>,
+    /// Threads; 0 takes every core
+    #[arg(long, default_value_t = 0)]
+    threads: usize,
+}
+
+pub fn run(args: &ScoreArgs) -> Result<()> {
+    use_threads(args.threads)?;
+    let plugin = plugin_ref(&args.format)?;
+    let adapter = Registry::new(args.plugin_dirs.iter().cloned()).adapter(&plugin)?;
+    let text = Text::load(&args.model)?;
+    let scored = read(args, &adapter, &text)?;
+    let lora = match &args.adapter {
+        Some(dir) => Some(peft::load(dir, &ModelConfig::load(&args.model)?)?),
+        None => None,
+    };
+    let model = Model::load(&args.model)?;
+    let mut rest = scored.as_slice();
+    while !rest.is_empty() {
+        let mut count = 1;
+        let mut rows = rest[0].group.rows();
+        while count < rest.len() && rows + rest[count].group.rows() <= args.micro_tokens {
+            rows += rest[count].group.rows();
+            count += 1;
+        }
+        let (batch, after) = rest.split_at(count);
+        score(args, &model, lora.as_ref(), batch)?;
+        rest = after;
+    }
+    Ok(())
+}
+
+/// A group of the file, and the place of its first response.
+struct Scored {
+    row: usize,
+    first_response: usize,
+    group: Group,
+}
+
+/// `--format` as the configuration would have it.
+fn plugin_ref(format: &str) -> Result<PluginRef> {
+    if !format.trim_start().starts_with('{') {
+        return Ok(PluginRef { plugin: format.to_owned(), params: toml::Table::new() });
+    }
+    #[derive(serde::Deserialize)]
+    struct Line {
+        format: PluginRef,
+    }
+    let line: std::result::Result<Line, _> = toml::from_str(&format!("format = {format}"));
+    line.map(|l| l.format).map_err(|e| Error::config(format!("--format: {}", e.message())))
+}
+
+fn read(args: &ScoreArgs, adapter: &Adapter, text: &Text) -> Result<Vec<Scored>> {
+    let limits = Limits {
+        max_length: args.max_length,
+        long_rows: LongRows::Error,
+        end_of_turn: EndOfTurn::Ignore,
+    };
+    let mut out = Vec::new();
+    for (row, record) in rows::read(std::slice::from_ref(&args.data))?.iter().enumerate() {
+        let mut first_response = 0;
+        for sample in adapter.adapt(&record.text).map_err(|e| e.at(&record.origin))? {
+            let groups = text.encode_sample(&sample, &limits);
+            for group in groups.map_err(|why| Error::data(why.detail).at(&record.origin))? {
+                let responses = group.segments().count();
+                out.push(Scored { row, first_response, group });
+                first_response += responses;
+            }
+        }
+    }
+    Ok(out)
+}
+
+/// Prints one line for every response of a batch.
+fn score(args: &ScoreArgs, model: &Model, lora: Option<&Lora>, batch: &[Scored]) -> Result<()> {
+    let packed = Packed::new(&batch.iter().map(|s| &s.group).collect::<Vec<_>>());
+    let ref_logps = model.logps(&packed, None);
+    let logps = lora.map_or_else(|| ref_logps.clone(), |lora| model.logps(&packed, Some(lora)));
+    let mut start = 0;
+    let mut out = String::new();
+    for Scored { row, first_response, group } in batch {
+        for (index, segment) in group.segments().enumerate() {
+            let range = start..start + segment.tokens();
+            start = range.end;
+            let sum = |values: &[f32]| values.iter().map(|&v| f64::from(v)).sum::<f64>();
+            let (logp, ref_logp) = (sum(&logps[range.clone()]), sum(&ref_logps[range.clone()]));
+            let mut line = json!({
+                "row": row,
+                "response": first_response + index,
+                "tokens": range.len(),
+                "logp": logp,
+                "ref_logp": ref_logp,
+                "reward": args.beta * (logp - ref_logp),
+            });
+            if args.tokens {
+                line["ids"] = packed.targets.tokens[range.clone()].into();
+                line["token_logps"] = floats(&logps[range.clone()]);
+                line["ref_token_logps"] = floats(&ref_logps[range]);
+            }
+            out.push_str(&line.to_string());
+            out.push('\n');
+        }
+    }
+    print(&out)
+}
+
+/// f32 values as JSON, with the digits that they have.
+fn floats(values: &[f32]) -> Value {
+    values
+        .iter()
+        .map(|v| serde_json::from_str::<Value>(&v.to_string()).unwrap_or(Value::Null))
+        .collect()
+}

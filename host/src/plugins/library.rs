@@ -1,0 +1,102 @@
+//! One plugin library: found by name or path, checked, loaded, kept for the life of the process.
+
+use super::elf;
+use crate::{Error, Result};
+use std::path::{Path, PathBuf};
+use uft_core::abi::{self, Entry, PluginModule_Ref};
+
+/// A loaded plugin library.
+pub struct Library {
+    pub path: PathBuf,
+    pub module: PluginModule_Ref,
+    pub entries: Vec<Entry>,
+}
+
+/// The file for a plugin's name in one folder: `una-score` → `libuna_score.so`.
+fn file_name(name: &str) -> String {
+    let prefix = std::env::consts::DLL_PREFIX;
+    let suffix = std::env::consts::DLL_SUFFIX;
+    format!("{prefix}{}{suffix}", name.replace('-', "_"))
+}
+
+/// Whether `load` or `plugin` gives a path and not a name.
+pub fn is_path(name: &str) -> bool {
+    name.contains('/') || name.ends_with(std::env::consts::DLL_SUFFIX)
+}
+
+/// Finds a library: a path as it is; a name in the configured folders, then beside the executable
+/// and in its `deps` (where cargo puts the plugins that are built with the host).
+///
+/// # Errors
+/// With the folders searched and what to do.
+pub fn find(name: &str, dirs: &[PathBuf]) -> Result<PathBuf> {
+    if is_path(name) {
+        let path = PathBuf::from(name);
+        return match path.is_file() {
+            true => Ok(path),
+            false => Err(Error::plugin(format!("plugin `{name}`: no such file"))),
+        };
+    }
+    let mut folders = dirs.to_vec();
+    if let Some(own) = std::env::current_exe().ok().as_deref().and_then(Path::parent) {
+        folders.extend([own.to_owned(), own.join("deps")]);
+    }
+    let file = file_name(name);
+    folders.iter().map(|folder| folder.join(&file)).find(|path| path.is_file()).ok_or_else(|| {
+        let searched: Vec<String> = folders.iter().map(|f| f.display().to_string()).collect();
+        Error::plugin(format!(
+            "plugin `{name}`: no {file} in {}; build it, add its folder to [plugins] dirs, or give its path",
+            searched.join(", ")
+        ))
+    })
+}
+
+impl Library {
+    /// Loads a library. It is never unloaded: its code stands behind every object it made.
+    ///
+    /// # Errors
+    /// If the file is no whole shared library, no uft plugin, or of another ABI revision; one line
+    /// that names the file and what to do.
+    pub fn open(path: &Path) -> Result<Self> {
+        let fail = |why: String| Error::plugin(format!("plugin {}: {why}", path.display()));
+        let bytes = std::fs::read(path).map_err(|e| fail(format!("cannot be read: {e}")))?;
+        elf::check(&bytes).map_err(fail)?;
+        drop(bytes);
+
+        // SAFETY: loading runs the library's initialisers; a plugin is code that the user named.
+        let library = unsafe { libloading::Library::new(path) }
+            .map_err(|e| fail(format!("cannot be loaded: {}", cause(&e))))?;
+        let library: &'static libloading::Library = Box::leak(Box::new(library));
+        let not_ours = |_| {
+            fail("it is a shared library, but not a uft plugin (nothing exported by `uft_core::plugin!`)".into())
+        };
+        // SAFETY: the symbol has this type in every library that `plugin!` exported, and the name
+        // is used by nothing else.
+        let revision = unsafe { library.get::<extern "C" fn() -> u32>(abi::REVISION_SYMBOL) }
+            .map_err(not_ours)?;
+        let revision = revision();
+        if revision != abi::ABI_REVISION {
+            return Err(fail(format!(
+                "it speaks ABI revision {revision}, this host speaks {}; rebuild it against this uft-core",
+                abi::ABI_REVISION
+            )));
+        }
+        // SAFETY: as above; the header is checked by `open` before anything behind it is used.
+        let header =
+            unsafe { library.get::<abi::Header>(abi::ROOT_SYMBOL.as_bytes()) }.map_err(not_ours)?;
+        let module = abi::open(*header).map_err(|(line, full)| {
+            log::debug!("{}: {full}", path.display());
+            fail(format!("{line}; rebuild it against this uft-core"))
+        })?;
+        let entries: Vec<Entry> = (module.entries())().into_iter().collect();
+        Ok(Self { path: path.to_owned(), module, entries })
+    }
+}
+
+/// libloading's own message hides what the loader said.
+fn cause(error: &libloading::Error) -> String {
+    match std::error::Error::source(error) {
+        Some(source) => source.to_string(),
+        None => error.to_string(),
+    }
+}

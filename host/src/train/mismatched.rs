@@ -1,0 +1,90 @@
+//! Mismatched completions: every response's prompt with the completion of the response before it,
+//! rotated over the whole step (KTO, arXiv 2402.01306, and TRL's `KTOTrainer`, which rotates within
+//! a micro-batch and so depends on how a step is split).
+
+use super::micro::{self, Load};
+use super::pass::Pass;
+use super::plan::{Plan, Rows};
+use crate::data::Source;
+use crate::group::{Branch, Group, Segment};
+use crate::model::Packed;
+use uft_core::Feedback;
+
+/// One group per response of the source in the pass: its prompt, and another response's completion.
+pub fn groups(source: &Source, index: usize, rows: Rows, plan: &Plan) -> Vec<Group> {
+    let examples = source.rows(rows);
+    let members: Vec<usize> =
+        plan.groups.iter().filter(|g| g.item.source == index).map(|g| g.item.row).collect();
+    let own: Vec<(Vec<u32>, Vec<u32>)> =
+        members.iter().flat_map(|&row| responses(&examples[row].group)).collect();
+    let completion = |i: usize| match own.len() {
+        // A response alone in its step takes the completion of the row before it in the data.
+        1 => {
+            let before = (members[0] + examples.len() - 1) % examples.len();
+            responses(&examples[before].group).pop().expect("every group has a response").1
+        }
+        n => own[(i + n - 1) % n].1.clone(),
+    };
+    own.iter()
+        .enumerate()
+        .map(|(i, (prompt, _))| {
+            let tokens = completion(i);
+            let trained = vec![0..tokens.len()];
+            // The feedback is not looked at: only the log-ratio is.
+            let segments = vec![Segment { feedback: Feedback::Demonstration, trained }];
+            Group { prompt: prompt.clone(), branches: vec![Branch { tokens, segments }] }
+        })
+        .collect()
+}
+
+/// Every response of a group as the tokens before it and its own.
+fn responses(group: &Group) -> Vec<(Vec<u32>, Vec<u32>)> {
+    let of_branch = |branch: &Branch| -> Vec<(Vec<u32>, Vec<u32>)> {
+        let split = |segment: &Segment| {
+            let before = &branch.tokens[..segment.trained[0].start];
+            let completion =
+                segment.trained.iter().flat_map(|r| &branch.tokens[r.clone()]).copied();
+            ([&group.prompt, before].concat(), completion.collect())
+        };
+        branch.segments.iter().map(split).collect()
+    };
+    group.branches.iter().flat_map(of_branch).collect()
+}
+
+/// `log pi - log pi_ref` of every group's completion, in nats; no gradient.
+pub fn log_ratios(pass: &Pass<'_>, groups: &[Group]) -> Vec<f64> {
+    let loads: Vec<Load> = groups.iter().map(|g| Load { rows: g.rows(), class: 0 }).collect();
+    let mut ratios = vec![0.0; groups.len()];
+    for batch in micro::split(&loads, pass.micro_tokens) {
+        let packed = Packed::new(&batch.iter().map(|&g| &groups[g]).collect::<Vec<_>>());
+        let policy = pass.model.logps(&packed, Some(pass.policy));
+        let reference = pass.model.logps(&packed, pass.reference);
+        let mut start = 0;
+        for g in batch {
+            let tokens = groups[g].branches[0].tokens.len();
+            let range = start..start + tokens;
+            let difference = policy[range.clone()].iter().zip(&reference[range]);
+            ratios[g] = difference.map(|(p, r)| f64::from(*p) - f64::from(*r)).sum();
+            start += tokens;
+        }
+    }
+    ratios
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_response_is_split_from_what_comes_before_it() {
+        let segment = |range| Segment { feedback: Feedback::Binary(true), trained: vec![range] };
+        let group = Group {
+            prompt: vec![1, 2],
+            branches: vec![Branch {
+                tokens: vec![3, 4, 5, 6],
+                segments: vec![segment(0..1), segment(2..4)],
+            }],
+        };
+        assert_eq!(responses(&group), [(vec![1, 2], vec![3]), (vec![1, 2, 3, 4], vec![5, 6])]);
+    }
+}

@@ -1,0 +1,306 @@
+//! One pass over rows: log-probs, objectives, and the gradient if it is a training step. Training,
+//! evaluation, `grad` and `check` all go through here.
+
+use super::metrics::Metrics;
+use super::mismatched;
+use super::plan::{At, Plan, Rows};
+use crate::config::Mixing;
+use crate::data::{Item, Source};
+use crate::group::Group;
+use crate::model::{Lora, LoraGrads, Model, Packed};
+use crate::{Error, Result};
+use std::ops::Range;
+use uft_core::Needs;
+use uft_core::batch::{Batch, Segment};
+
+/// What a pass computes with.
+#[derive(Clone, Copy)]
+pub struct Pass<'a> {
+    pub model: &'a Model,
+    pub policy: &'a Lora,
+    /// The reference's adapter; none is the base model.
+    pub reference: Option<&'a Lora>,
+    pub micro_tokens: usize,
+    pub mixing: Mixing,
+    pub at: At,
+    /// Policy and reference are the same function, so every log-ratio must be exactly 0; anything
+    /// else is a fault of ours and stops the run.
+    pub identical: bool,
+}
+
+/// What a pass gives besides the gradient.
+#[derive(Debug, Default)]
+pub struct Outcome {
+    /// The weighted sum of the sources' losses.
+    pub loss: f64,
+    pub metrics: Metrics,
+    /// Rows that went through the policy: every prompt once, and the responses.
+    pub tokens: u64,
+    /// Trained tokens.
+    pub trained: u64,
+}
+
+impl Pass<'_> {
+    /// Goes over `items`; with `grads`, adds the gradient of the loss to it.
+    ///
+    /// # Errors
+    /// If an objective fails or anything is not finite.
+    pub fn run(
+        &self,
+        sources: &mut [Source],
+        rows: Rows,
+        items: &[Item],
+        mut grads: Option<&mut LoraGrads>,
+    ) -> Result<Outcome> {
+        let plan = Plan::new(sources, rows, items, self.micro_tokens);
+        for batch in &plan.micro_batches {
+            self.reference_logps(sources, rows, &plan, batch)?;
+        }
+        let statistics = self.statistics(sources, rows, &plan)?;
+        for source in plan.sources() {
+            let step = statistics.step(&plan, source, self.at);
+            sources[source].objective.begin_step(&step)?;
+        }
+        let mut outcome = Outcome {
+            tokens: plan.rows(),
+            trained: plan.totals.iter().map(|t| t.tokens).sum(),
+            ..Outcome::default()
+        };
+        for batch in &plan.micro_batches {
+            let packed = Packed::new(&groups(sources, rows, &plan, batch));
+            let (tape, logps) = match &grads {
+                Some(_) => {
+                    let tape = self.model.forward(&packed, self.policy);
+                    let logps = tape.logps().to_vec();
+                    (Some(tape), logps)
+                }
+                None => (None, self.model.logps(&packed, Some(self.policy))),
+            };
+            let dlogps =
+                self.objectives(sources, rows, &plan, batch, &logps, &statistics, &mut outcome)?;
+            if let (Some(tape), Some(grads)) = (tape, grads.as_deref_mut()) {
+                self.model.backward(&tape, &dlogps, self.policy, grads);
+            }
+        }
+        Ok(outcome)
+    }
+
+    /// Computes the reference log-probs that a micro-batch lacks, packed as the policy's are.
+    fn reference_logps(
+        &self,
+        sources: &mut [Source],
+        rows: Rows,
+        plan: &Plan,
+        batch: &[usize],
+    ) -> Result<()> {
+        let lacks = |&g: &usize| {
+            let item = plan.groups[g].item;
+            let source = &sources[item.source];
+            source.needs_reference() && source.rows(rows)[item.row].ref_logps.is_none()
+        };
+        if !batch.iter().any(lacks) {
+            return Ok(());
+        }
+        let packed = Packed::new(&groups(sources, rows, plan, batch));
+        let logps = self.model.logps(&packed, self.reference);
+        finite(&logps, "reference", sources, rows, plan, batch)?;
+        let mut start = 0;
+        for &g in batch {
+            let (item, tokens) = (plan.groups[g].item, plan.groups[g].tokens);
+            let example = &mut sources[item.source].rows_mut(rows)[item.row];
+            example.ref_logps = Some(logps[start..start + tokens].into());
+            start += tokens;
+        }
+        Ok(())
+    }
+
+    /// Evaluates every objective of a micro-batch; the gradient comes back in the order of `logps`.
+    fn objectives(
+        &self,
+        sources: &[Source],
+        rows: Rows,
+        plan: &Plan,
+        batch: &[usize],
+        logps: &[f32],
+        statistics: &Statistics,
+        outcome: &mut Outcome,
+    ) -> Result<Vec<f32>> {
+        finite(logps, "policy", sources, rows, plan, batch)?;
+        let mut dlogps = vec![0.0; logps.len()];
+        for (source_index, members, tokens) in stretches(plan, batch) {
+            let source = &sources[source_index];
+            let segments = segments(plan, members);
+            let ref_logps = collect_ref_logps(source, rows, plan, members);
+            if self.identical && source.needs_reference() && logps[tokens.clone()] != ref_logps[..]
+            {
+                return Err(Error::other(format!(
+                    "source `{}`: the adapter is new, yet policy and reference differ; this is a bug of uft",
+                    source.name
+                )));
+            }
+            let view = Batch {
+                step: statistics.step(plan, source_index, self.at),
+                segment_list: segments.as_slice().into(),
+                logps: logps[tokens.clone()].into(),
+                ref_logps: ref_logps.as_slice().into(),
+            };
+            let dlogp = &mut dlogps[tokens];
+            let evaluated = source.objective.evaluate(&view, dlogp).map_err(|e| {
+                let places: Vec<String> = members
+                    .iter()
+                    .take(4)
+                    .map(|&g| source.rows(rows)[plan.groups[g].item.row].origin.to_string())
+                    .collect();
+                e.at(format!("source `{}`, rows {}", source.name, places.join(", ")))
+            })?;
+            let scale = self.scale(sources, plan, source_index);
+            dlogp.iter_mut().for_each(|g| *g *= scale as f32);
+            outcome.loss += scale * evaluated.loss;
+            outcome.metrics.add_loss(&source.name, evaluated.loss);
+            for metric in &evaluated.metrics {
+                outcome.metrics.add(&source.name, metric);
+            }
+        }
+        Ok(dlogps)
+    }
+
+    /// Factor of a source's loss in the step's.
+    fn scale(&self, sources: &[Source], plan: &Plan, index: usize) -> f64 {
+        let source = &sources[index];
+        source.weight
+            * match self.mixing {
+                Mixing::Sources => 1.0,
+                Mixing::Items => {
+                    let all: u64 = plan.sources().map(|s| plan.items(&sources[s], s)).sum();
+                    plan.items(source, index) as f64 / all as f64
+                }
+            }
+    }
+
+    /// What objectives need of the whole step before their first batch.
+    fn statistics(&self, sources: &[Source], rows: Rows, plan: &Plan) -> Result<Statistics> {
+        let mut statistics = Statistics {
+            log_ratios: vec![Vec::new(); sources.len()],
+            mismatched: vec![Vec::new(); sources.len()],
+        };
+        for index in plan.sources() {
+            let source = &sources[index];
+            if source.objective.needs(Needs::MISMATCHED) {
+                let groups = mismatched::groups(source, index, rows, plan);
+                statistics.mismatched[index] = mismatched::log_ratios(self, &groups);
+            }
+            if source.objective.needs(Needs::STEP_LOG_RATIOS) {
+                statistics.log_ratios[index] = vec![0.0; plan.totals[index].segments as usize];
+            }
+        }
+        let wanted =
+            |&(s, ..): &(usize, &[usize], Range<usize>)| !statistics.log_ratios[s].is_empty();
+        let batches: Vec<&Vec<usize>> = plan
+            .micro_batches
+            .iter()
+            .filter(|batch| stretches(plan, batch).any(|s| wanted(&s)))
+            .collect();
+        for batch in batches {
+            let logps = self
+                .model
+                .logps(&Packed::new(&groups(sources, rows, plan, batch)), Some(self.policy));
+            for (index, members, tokens) in stretches(plan, batch) {
+                let ref_logps = collect_ref_logps(&sources[index], rows, plan, members);
+                let ratios = &mut statistics.log_ratios[index];
+                if ratios.is_empty() {
+                    continue;
+                }
+                for segment in segments(plan, members) {
+                    let sum = |values: &[f32]| values.iter().map(|&v| f64::from(v)).sum::<f64>();
+                    let policy = sum(&logps[tokens.clone()][segment.range()]);
+                    let reference =
+                        if ref_logps.is_empty() { 0.0 } else { sum(&ref_logps[segment.range()]) };
+                    ratios[segment.in_step as usize] = policy - reference;
+                }
+            }
+        }
+        Ok(statistics)
+    }
+}
+
+/// Numbers over the whole step, by source (see [`uft_core::batch::Step`]).
+struct Statistics {
+    log_ratios: Vec<Vec<f64>>,
+    mismatched: Vec<Vec<f64>>,
+}
+
+impl Statistics {
+    fn step(&self, plan: &Plan, source: usize, at: At) -> uft_core::batch::Step<'_> {
+        plan.totals[source].step(at, &self.log_ratios[source], &self.mismatched[source])
+    }
+}
+
+/// The groups of a micro-batch in packing order.
+fn groups<'s>(sources: &'s [Source], rows: Rows, plan: &Plan, batch: &[usize]) -> Vec<&'s Group> {
+    let item = |&g: &usize| plan.groups[g].item;
+    batch.iter().map(item).map(|i| &sources[i.source].rows(rows)[i.row].group).collect()
+}
+
+/// A micro-batch's stretches of equal source: the source, its groups, its tokens in the log-probs.
+fn stretches<'b>(
+    plan: &Plan,
+    batch: &'b [usize],
+) -> impl Iterator<Item = (usize, &'b [usize], Range<usize>)> {
+    let source = |g: usize| plan.groups[g].item.source;
+    let mut start = 0;
+    batch.chunk_by(move |&a, &b| source(a) == source(b)).map(move |members| {
+        let tokens: usize = members.iter().map(|&g| plan.groups[g].tokens).sum();
+        start += tokens;
+        (source(members[0]), members, start - tokens..start)
+    })
+}
+
+/// The segments of neighbouring groups, with `start` counted from the first group's first token.
+fn segments(plan: &Plan, members: &[usize]) -> Vec<Segment> {
+    let mut start = 0;
+    let mut out = Vec::new();
+    for &g in members {
+        let group = &plan.groups[g];
+        out.extend(group.segments.iter().map(|s| Segment { start: s.start + start, ..*s }));
+        start += group.tokens as u32;
+    }
+    out
+}
+
+/// Reference log-probs of neighbouring groups; empty if the objective reads none.
+fn collect_ref_logps(source: &Source, rows: Rows, plan: &Plan, members: &[usize]) -> Vec<f32> {
+    if !source.needs_reference() {
+        return Vec::new();
+    }
+    let examples = members.iter().map(|&g| &source.rows(rows)[plan.groups[g].item.row]);
+    let known =
+        |e: &crate::data::Example| e.ref_logps.as_deref().expect("computed before").to_vec();
+    examples.flat_map(known).collect()
+}
+
+/// Stops with the rows whose log-probs are not finite.
+fn finite(
+    logps: &[f32],
+    whose: &str,
+    sources: &[Source],
+    rows: Rows,
+    plan: &Plan,
+    batch: &[usize],
+) -> Result<()> {
+    if logps.iter().all(|p| p.is_finite()) {
+        return Ok(());
+    }
+    let mut start = 0;
+    let mut places = Vec::new();
+    for &g in batch {
+        let group = &plan.groups[g];
+        if logps[start..start + group.tokens].iter().any(|p| !p.is_finite()) {
+            places.push(sources[group.item.source].rows(rows)[group.item.row].origin.to_string());
+        }
+        start += group.tokens;
+    }
+    Err(Error::non_finite(format!(
+        "log-probs of the {whose} are not finite in {}; is the model whole, is the learning rate too high?",
+        places.join(", ")
+    )))
+}

@@ -1,0 +1,180 @@
+//! From a configuration to everything that a run computes with.
+
+use super::plan::Rows;
+use crate::config::schema::{Config, TrainSection};
+use crate::config::{Device, Reference, Targets as ConfigTargets};
+use crate::data::{Item, Order, Source};
+use crate::model::targets::{Patterns, Targets};
+use crate::model::{Lora, LoraConfig, Model, ModelConfig, peft};
+use crate::plugins::Registry;
+use crate::text::Text;
+use crate::{Error, Result};
+use std::path::{Path, PathBuf};
+
+/// A run before its first step.
+pub struct Run {
+    pub config: Config,
+    pub text: Text,
+    pub sources: Vec<Source>,
+    pub model: Model,
+    /// The adapter that is trained.
+    pub lora: Lora,
+}
+
+/// One stage: its settings, and which sources are in it.
+pub struct Stage {
+    /// None if the run has no `[[stage]]`.
+    pub name: Option<String>,
+    pub train: TrainSection,
+    pub sources: Vec<usize>,
+}
+
+impl Run {
+    /// Loads data, model and adapter, in the order in which mistakes show soonest.
+    ///
+    /// # Errors
+    /// Whatever cannot be used, in one line.
+    pub fn prepare(config: Config) -> Result<Self> {
+        use_device(config.train.device)?;
+        use_threads(config.train.threads)?;
+        let dir = PathBuf::from(&config.model.path);
+        let model_config = ModelConfig::load(&dir)?;
+        let text = load_text(&config)?;
+        let mut registry = registry(&config)?;
+        let mut sources = Vec::new();
+        for data in &config.data {
+            sources.push(Source::load(&config, data, &text, &mut registry)?);
+        }
+        let lora = match &config.model.adapter {
+            Some(adapter) => peft::load(Path::new(adapter), &model_config)?,
+            None => Lora::init(&lora_config(&config)?, &model_config, config.train.seed)?,
+        };
+        let model = Model::load(&dir)?;
+        Ok(Self { config, text, sources, model, lora })
+    }
+
+    /// The stages in order; one over all sources if the configuration has none.
+    pub fn stages(&self) -> Vec<Stage> {
+        let train = &self.config.train;
+        if self.config.stage.is_empty() {
+            let sources = (0..self.sources.len()).collect();
+            return vec![Stage { name: None, train: train.clone(), sources }];
+        }
+        let of = |stage: &crate::config::schema::StageSection| Stage {
+            name: Some(stage.name.clone()),
+            train: train.for_stage(stage),
+            sources: (0..self.sources.len())
+                .filter(|&s| stage.data.contains(&self.sources[s].name))
+                .collect(),
+        };
+        self.config.stage.iter().map(of).collect()
+    }
+
+    /// Whether policy and reference are the same function before a stage's first step.
+    pub fn identical(&self, reference: Reference) -> bool {
+        match reference {
+            Reference::Previous => true,
+            Reference::Base => self.lora.adapters.iter().all(|a| a.b.iter().all(|b| *b == 0.0)),
+        }
+    }
+
+    /// The reference's adapter: none is the base model.
+    pub fn reference(&self, reference: Reference) -> Option<Lora> {
+        match reference {
+            Reference::Base => None,
+            Reference::Previous => Some(self.lora.clone()),
+        }
+    }
+
+    /// Every held-out row of some sources.
+    pub fn held_out(&self, sources: &[usize]) -> Vec<Item> {
+        let of = |&source: &usize| {
+            (0..self.sources[source].rows(Rows::HeldOut).len()).map(move |row| Item { source, row })
+        };
+        sources.iter().flat_map(of).collect()
+    }
+}
+
+impl Stage {
+    /// The stream of training rows.
+    pub fn order(&self, run: &Run) -> Order {
+        let entry = |&s: &usize| {
+            let rows = run.sources[s].train.len();
+            (s, rows, run.sources[s].ratio.unwrap_or(rows as f64))
+        };
+        let entries: Vec<_> = self.sources.iter().map(entry).collect();
+        Order::new(&entries, self.train.shuffle, self.train.seed)
+    }
+
+    /// Optimizer steps: as set, or as many as the epochs need. An epoch draws as many rows as there are.
+    pub fn steps(&self, run: &Run) -> u64 {
+        self.train.steps.unwrap_or_else(|| {
+            let rows: usize = self.sources.iter().map(|&s| run.sources[s].train.len()).sum();
+            ((rows as f64 * self.train.epochs) / self.train.batch as f64).ceil().max(1.0) as u64
+        })
+    }
+}
+
+fn load_text(config: &Config) -> Result<Text> {
+    let dir = Path::new(&config.model.path);
+    let Some(file) = &config.text.template else { return Text::load(dir) };
+    let template = std::fs::read_to_string(file)
+        .map_err(|e| Error::config(format!("[text] template: {file}: cannot be read: {e}")))?;
+    Text::load_with(dir, Some(&template))
+}
+
+/// The registry with the plugins of `[plugins] load`.
+///
+/// # Errors
+/// If one cannot be loaded.
+pub fn registry(config: &Config) -> Result<Registry> {
+    let mut registry = Registry::new(config.plugins.dirs.iter().map(PathBuf::from));
+    for name in &config.plugins.load {
+        registry.load(name)?;
+    }
+    Ok(registry)
+}
+
+fn lora_config(config: &Config) -> Result<LoraConfig> {
+    let lora = &config.lora;
+    Ok(LoraConfig {
+        rank: lora.rank,
+        alpha: lora.alpha,
+        targets: match &lora.targets {
+            ConfigTargets::Pattern(text) => Targets::from_text(text),
+            ConfigTargets::List(names) => Targets::List(names.clone()),
+        },
+        rank_pattern: Patterns(lora.rank_pattern.iter().map(|(k, v)| (k.clone(), *v)).collect()),
+        alpha_pattern: Patterns(lora.alpha_pattern.iter().map(|(k, v)| (k.clone(), *v)).collect()),
+        rslora: lora.rslora,
+    })
+}
+
+/// Checks that the device is one that this build has.
+///
+/// # Errors
+/// For `cuda`, which is not there yet.
+pub fn use_device(device: Device) -> Result<()> {
+    match device {
+        Device::Auto | Device::Cpu => Ok(()),
+        Device::Cuda => Err(Error::config(
+            "[train] device = \"cuda\": this version computes on the CPU only; set device to \"cpu\" or \"auto\"",
+        )),
+    }
+}
+
+/// Sets the number of threads for the whole process; 0 takes every core. The first call decides.
+///
+/// # Errors
+/// If the threads cannot be started.
+pub fn use_threads(threads: usize) -> Result<()> {
+    if threads > 0 && rayon::ThreadPoolBuilder::new().num_threads(threads).build_global().is_err() {
+        let running = rayon::current_num_threads();
+        if running != threads {
+            return Err(Error::other(format!(
+                "{running} threads run already, {threads} are asked for"
+            )));
+        }
+    }
+    Ok(())
+}
