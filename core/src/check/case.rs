@@ -1,9 +1,10 @@
 //! Optimizer steps made by hand or at random, with everything that a host would prepare.
 
-use crate::abi::ObjectiveObject;
+use crate::abi::{ObjectiveObject, make_objective};
 use crate::batch::{Batch, Metric, Segment, Step, pairs};
 use crate::fault::Fault;
 use crate::needs::{Kinds, Needs};
+use crate::objective::Objective;
 use crate::sample::{Feedback, Kind};
 use abi_stable::std_types::ROption;
 
@@ -35,6 +36,20 @@ pub struct Evaluated {
 }
 
 impl Evaluated {
+    /// Whether the loss and the gradient of every token are these, up to `1e-6` of the largest.
+    ///
+    /// # Panics
+    /// If they are not, with both.
+    #[track_caller]
+    pub fn expect(&self, loss: f64, dlogp: &[f64]) {
+        let largest = dlogp.iter().fold(loss.abs(), |max, g| max.max(g.abs()));
+        let near = |a: f64, b: f64| (a - b).abs() <= 1e-6 * largest;
+        let same = near(self.loss, loss)
+            && self.dlogp.len() == dlogp.len()
+            && self.dlogp.iter().zip(dlogp).all(|(a, b)| near(f64::from(*a), *b));
+        assert!(same, "loss {} and gradient {:?}, not {loss} and {dlogp:?}", self.loss, self.dlogp);
+    }
+
     /// The mean of a metric.
     pub fn metric(&self, name: &str) -> Option<f64> {
         self.metrics.iter().find(|m| m.name == name).map(|m| m.sum / m.count)
@@ -105,6 +120,14 @@ impl Case {
         self.begin(objective)?;
         let groups: Vec<usize> = (0..self.groups()).collect();
         self.evaluate(objective, &groups)
+    }
+
+    /// Runs the step on a new objective of a type, with parameters given as a JSON object.
+    ///
+    /// # Errors
+    /// What the objective says, of its parameters or of the step.
+    pub fn on<T: Objective>(&self, params: &str) -> Result<Evaluated, Fault> {
+        self.run(&mut make_objective::<T>(params).into_result()?)
     }
 
     /// Evaluates some groups in one batch, in the given order. Gradients of the others are NaN.

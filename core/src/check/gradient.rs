@@ -64,7 +64,9 @@ impl Compared {
             let numeric = Differences::new(seen.loss, &mut at)?;
             let given = f64::from(seen.dlogp[token]);
             let error = (given - numeric.value).abs();
-            let allowed = 1e-5 * numeric.value.abs() + 1e-7 * largest + numeric.error;
+            // Below MIN_POSITIVE a gradient may round to 0 in f32.
+            let rounding = 1e-7 * largest + f64::from(f32::MIN_POSITIVE);
+            let allowed = 1e-5 * numeric.value.abs() + rounding + numeric.error;
             let scale = largest.max(numeric.value.abs());
             self.tokens += 1;
             if numeric.error > 0.01 * scale + numeric.rounding {

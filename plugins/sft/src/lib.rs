@@ -46,3 +46,42 @@ impl Objective for Sft {
 }
 
 uft_core::plugin! { objectives: [Sft] }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use uft_core::check::{self, Case};
+
+    fn step() -> Case {
+        Case::new().group(&[(Feedback::Demonstration, &[-1.0, -0.5, -0.5], &[0.0; 3])]).group(&[(
+            Feedback::Demonstration,
+            &[-4.0],
+            &[0.0],
+        )])
+    }
+
+    #[test]
+    fn is_a_sound_objective() {
+        for params in ["{}", r#"{"per": "response"}"#] {
+            check::objective::<Sft>(params).expect_passed();
+        }
+    }
+
+    #[test]
+    fn the_mean_is_over_the_tokens_of_the_step_or_over_its_responses() {
+        let seen = step().on::<Sft>("{}").unwrap();
+        seen.expect(6.0 / 4.0, &[-0.25; 4]);
+        assert_eq!(seen.metric("nll_loss"), Some(1.5));
+        assert_eq!(seen.metric("logps/chosen"), Some(-3.0));
+        step().on::<Sft>(r#"{"per": "response"}"#).unwrap().expect(6.0 / 2.0, &[-0.5; 4]);
+    }
+
+    #[test]
+    fn parameters_are_checked() {
+        let fault = step().on::<Sft>(r#"{"per": "batch"}"#).unwrap_err();
+        let says = "parameter `per` must be \"token\" or \"response\", not \"batch\"";
+        assert_eq!(fault.message.as_str(), says);
+        let fault = step().on::<Sft>(r#"{"beta": 1}"#).unwrap_err();
+        assert_eq!(fault.message.as_str(), "unknown parameter `beta`; known: per");
+    }
+}

@@ -60,3 +60,68 @@ impl Objective for UnaBinary {
 }
 
 uft_core::plugin! { objectives: [UnaBinary] }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use uft_core::check::{self, Case};
+
+    /// Thumbs up at a log-ratio of 2, thumbs down at 1.
+    fn step() -> Case {
+        Case::new().group(&[(Feedback::Binary(true), &[-1.0, -0.5], &[-2.0, -1.5])]).group(&[(
+            Feedback::Binary(false),
+            &[-1.0],
+            &[-2.0],
+        )])
+    }
+
+    #[test]
+    fn is_a_sound_objective() {
+        for params in [
+            "{}",
+            r#"{"loss": "bce"}"#,
+            r#"{"beta": 2, "shift": -0.5, "undesirable_weight": 1.33}"#,
+            r#"{"beta": 2, "loss": "bce", "shift": 3, "desirable_weight": 0}"#,
+        ] {
+            check::objective::<UnaBinary>(params).expect_passed();
+        }
+    }
+
+    #[test]
+    fn by_hand() {
+        let params = r#"{"beta": 0.1, "undesirable_weight": 3}"#;
+        let mse = step().on::<UnaBinary>(params).unwrap();
+        mse.expect(0.514729436, &[-0.0111423546, -0.0111423546, 0.0392751693]);
+        assert_eq!(mse.metric("rewards/binary/accuracy"), Some(0.5));
+        assert_eq!(mse.metric("rewards/chosen"), Some(0.2));
+        assert_eq!(mse.metric("rewards/rejected"), Some(0.1));
+        assert_eq!(mse.metric("logps/rejected"), Some(-1.0));
+        let params = r#"{"beta": 0.1, "undesirable_weight": 3, "loss": "bce"}"#;
+        assert!((step().on::<UnaBinary>(params).unwrap().loss - 1.415664424801).abs() < 1e-9);
+    }
+
+    #[test]
+    fn at_step_0_the_loss_is_a_quarter_or_log_2() {
+        for label in [true, false] {
+            let start = Case::new().group(&[(Feedback::Binary(label), &[-1.0], &[-1.0])]);
+            let sign = if label { -1.0 } else { 1.0 };
+            start.on::<UnaBinary>("{}").unwrap().expect(0.25, &[sign * 0.25 * 0.01]);
+            let bce = start.on::<UnaBinary>(r#"{"loss": "bce"}"#).unwrap();
+            bce.expect(std::f64::consts::LN_2, &[sign * 0.5 * 0.01]);
+        }
+    }
+
+    #[test]
+    fn cross_entropy_is_dpo_against_a_response_of_log_ratio_0() {
+        let up = Case::new().group(&[(Feedback::Binary(true), &[-1.0], &[-4.0])]);
+        let seen = up.on::<UnaBinary>(r#"{"beta": 0.3, "loss": "bce"}"#).unwrap();
+        seen.expect(-math::log_sigmoid(0.3 * 3.0), &[-0.3 * math::sigmoid(-0.3 * 3.0)]);
+    }
+
+    #[test]
+    fn parameters_are_checked() {
+        let fault = step().on::<UnaBinary>(r#"{"desirable_weight": -1}"#).unwrap_err();
+        let says = "parameter `desirable_weight` must be a number that is not negative, not -1";
+        assert_eq!(fault.message.as_str(), says);
+    }
+}

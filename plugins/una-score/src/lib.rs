@@ -51,3 +51,67 @@ impl Objective for UnaScore {
 }
 
 uft_core::plugin! { objectives: [UnaScore] }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use uft_core::check::{self, Case};
+
+    /// Log-ratios of 1 and -3, scores of 0.75 and 0.25, for one prompt.
+    fn step() -> Case {
+        Case::new().group(&[
+            (Feedback::Score(0.75), &[-1.0, -0.5], &[-1.5, -1.0]),
+            (Feedback::Score(0.25), &[-4.0], &[-1.0]),
+        ])
+    }
+
+    #[test]
+    fn is_a_sound_objective() {
+        for params in [
+            "{}",
+            r#"{"loss": "bce"}"#,
+            r#"{"beta": 2, "shift": -0.5}"#,
+            r#"{"beta": 2, "loss": "bce", "shift": 3}"#,
+        ] {
+            check::objective::<UnaScore>(params).expect_passed();
+        }
+    }
+
+    #[test]
+    fn by_hand() {
+        let mse = step().on::<UnaScore>(r#"{"beta": 0.1}"#).unwrap();
+        mse.expect(0.040727398, &[-0.00561147992, -0.00561147992, 0.00429164859]);
+        assert!((mse.metric("rewards/score/mse").unwrap() - mse.loss).abs() < 1e-15);
+        assert_eq!(mse.metric("rewards/accuracies"), Some(1.0));
+        let bce = step().on::<UnaScore>(r#"{"beta": 0.1, "loss": "bce"}"#).unwrap();
+        bce.expect(0.649375952, &[-0.0112510406, -0.0112510406, 0.00877787416]);
+        let shifted = step().on::<UnaScore>(r#"{"beta": 0.1, "shift": 0.5}"#).unwrap();
+        assert!((shifted.loss - 0.050394016187).abs() < 1e-9);
+    }
+
+    #[test]
+    fn at_step_0_the_implicit_score_is_a_half() {
+        for score in [0.0, 0.25, 1.0] {
+            let start = Case::new().group(&[(Feedback::Score(score), &[-2.0], &[-2.0])]);
+            let apart = 0.5 - f64::from(score);
+            start.on::<UnaScore>("{}").unwrap().expect(apart * apart, &[0.5 * apart * 0.03]);
+        }
+    }
+
+    #[test]
+    fn it_is_at_rest_where_the_log_ratio_is_the_logit_of_the_score_over_beta() {
+        let ratio = (0.75f32 / 0.25).ln() / 0.5;
+        let rest = Case::new().group(&[(Feedback::Score(0.75), &[ratio - 9.0], &[-9.0])]);
+        for loss in ["mse", "bce"] {
+            let seen = rest.on::<UnaScore>(&format!(r#"{{"beta": 0.5, "loss": "{loss}"}}"#));
+            assert!(seen.unwrap().dlogp[0].abs() < 1e-6, "{loss}");
+        }
+    }
+
+    #[test]
+    fn parameters_are_checked() {
+        let fault = step().on::<UnaScore>(r#"{"loss": "mae"}"#).unwrap_err();
+        let says = "parameter `loss` must be \"mse\" or \"bce\", not \"mae\"";
+        assert_eq!(fault.message.as_str(), says);
+    }
+}
