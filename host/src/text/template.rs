@@ -1,0 +1,174 @@
+//! Chat templates: messages to text, as transformers' `apply_chat_template` renders them.
+
+use super::{clock, python};
+use crate::{Error, Result};
+use minijinja::{
+    AutoEscape, Environment, ErrorKind, State, UndefinedBehavior, Value, syntax::SyntaxConfig,
+    value::Kwargs,
+};
+use regex::Regex;
+use std::ops::Range;
+
+/// Work that one rendering may do, in instructions or 64 bytes of text. The longest conversations
+/// need some hundred thousand; a template that does not end is stopped after about a second.
+const FUEL: u64 = 20_000_000;
+const RECURSION: usize = 200;
+/// Transformers' sandbox limits `range` too;
+const NAME: &str = "chat";
+/// Function that a `{% generation %}` block calls with its body.
+const GENERATION: &str = "__uft_generation";
+/// Noncharacters of Unicode around the text of a `{% generation %}` block, removed after rendering.
+const START: char = '\u{FDD0}';
+const END: char = '\u{FDD1}';
+
+/// A compiled chat template.
+pub struct Template {
+    env: Environment<'static>,
+    /// The file that it comes from, for messages.
+    origin: String,
+    has_generation: bool,
+    uses_clock: bool,
+}
+
+/// What a template wrote.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Rendered {
+    pub text: String,
+    /// Byte ranges of `text` that stand in `{% generation %}` blocks, in order.
+    pub generation: Vec<Range<usize>>,
+}
+
+impl Template {
+    /// Compiles a template. `now` is the moment of `strftime_now`, in seconds since 1970 (UTC).
+    ///
+    /// # Errors
+    /// Syntax that is not Jinja's, with file and line.
+    pub fn new(source: &str, origin: impl Into<String>, now: i64) -> Result<Self> {
+        let origin = origin.into();
+        let tag =
+            Regex::new(r"\{%([-+]?)(\s*)(end)?generation(\s*)([-+]?)%\}").expect("a valid regex");
+        let has_generation = tag.is_match(source);
+        let source = tag.replace_all(source, |c: &regex::Captures| {
+            let call =
+                if c.get(3).is_some() { "endcall".into() } else { format!("call {GENERATION}()") };
+            format!("{{%{}{}{call}{}{}%}}", &c[1], &c[2], &c[4], &c[5])
+        });
+        let uses_clock = source.contains("strftime_now");
+        let mut env = environment(now);
+        env.add_template_owned(NAME, source.into_owned()).map_err(|e| explain(&origin, &e))?;
+        Ok(Self { env, origin, has_generation, uses_clock })
+    }
+
+    /// Whether the template marks what the assistant says with `{% generation %}`.
+    pub fn has_generation(&self) -> bool {
+        self.has_generation
+    }
+
+    /// Whether what the template writes can depend on today's date.
+    pub fn uses_clock(&self) -> bool {
+        self.uses_clock
+    }
+
+    /// Renders messages with further variables.
+    ///
+    /// # Errors
+    /// Whatever the template refuses or cannot do, with file and line.
+    pub fn render(
+        &self,
+        messages: &[Value],
+        variables: &[(String, Value)],
+        add_generation_prompt: bool,
+    ) -> Result<Rendered> {
+        let own = [
+            ("messages".to_owned(), Value::from(messages.to_vec())),
+            ("add_generation_prompt".to_owned(), Value::from(add_generation_prompt)),
+        ];
+        let context = Value::from_pairs(variables.iter().cloned().chain(own));
+        let fail = |e| explain(&self.origin, &e);
+        let text = self.env.get_template(NAME).and_then(|t| t.render(context)).map_err(fail)?;
+        if !self.has_generation {
+            return Ok(Rendered { text, generation: Vec::new() });
+        }
+        unmark(&text).ok_or_else(|| {
+            Error::data(format!(
+                "{}: the text of a generation block is cut apart by the template, or a message \
+                 contains U+FDD0 or U+FDD1",
+                self.origin
+            ))
+        })
+    }
+}
+
+/// The environment that transformers compiles chat templates in, with bounds on time and memory.
+fn environment(now: i64) -> Environment<'static> {
+    let mut env = Environment::new();
+    env.set_syntax(
+        SyntaxConfig::builder()
+            .trim_blocks(true)
+            .lstrip_blocks(true)
+            .keep_trailing_newline(false)
+            .build()
+            .expect("Jinja's own delimiters"),
+    );
+    env.set_auto_escape_callback(|_| AutoEscape::None);
+    env.set_undefined_behavior(UndefinedBehavior::Lenient);
+    env.set_fuel(Some(FUEL));
+    env.set_recursion_limit(RECURSION);
+    env.set_debug(true);
+    python::install(&mut env);
+    env.add_function("raise_exception", |message: String| -> std::result::Result<Value, _> {
+        Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
+    });
+    env.add_function("strftime_now", move |format: &str| {
+        clock::strftime(now, format).ok_or_else(|| {
+            let message = format!("strftime_now: the format {format:?} is not supported");
+            minijinja::Error::new(ErrorKind::InvalidOperation, message)
+        })
+    });
+    env.add_function(GENERATION, |state: &mut State, kwargs: Kwargs| {
+        let body = kwargs.get::<Value>("caller")?.call(state, &[])?;
+        Ok(format!("{START}{body}{END}"))
+    });
+    env
+}
+
+/// Removes the marks and says where they were. `None` if they do not match.
+fn unmark(marked: &str) -> Option<Rendered> {
+    let mut rendered =
+        Rendered { text: String::with_capacity(marked.len()), generation: Vec::new() };
+    let (mut depth, mut start) = (0, 0);
+    for c in marked.chars() {
+        match c {
+            START => {
+                if depth == 0 {
+                    start = rendered.text.len();
+                }
+                depth += 1;
+            }
+            END if depth == 0 => return None,
+            END => {
+                depth -= 1;
+                if depth == 0 && start < rendered.text.len() {
+                    rendered.generation.push(start..rendered.text.len());
+                }
+            }
+            c => rendered.text.push(c),
+        }
+    }
+    (depth == 0).then_some(rendered)
+}
+
+/// One line for a template's error: file, line, what is wrong.
+fn explain(origin: &str, error: &minijinja::Error) -> Error {
+    let place = match error.line() {
+        Some(line) => format!("{origin}, line {line}"),
+        None => origin.to_owned(),
+    };
+    let what = match (error.kind(), error.detail()) {
+        (ErrorKind::OutOfFuel, _) => "the template does not come to an end".to_owned(),
+        (ErrorKind::InvalidOperation, Some(detail)) => detail.to_owned(),
+        (kind, Some(detail)) => format!("{kind}: {detail}"),
+        (kind, None) => kind.to_string(),
+    };
+    Error::data(format!("{place}: {what}"))
+}
