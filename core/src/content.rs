@@ -98,10 +98,10 @@ fn check_turns(messages: &[Message]) -> Result<(), String> {
     // A message without text may still call a tool or hold reasoning.
     let empty =
         |m: &Message| m.role == "assistant" && m.content.trim().is_empty() && m.extra.is_empty();
-    match messages.iter().position(empty) {
-        Some(i) => Err(format!("has an empty assistant message ({i})")),
-        None => Ok(()),
+    if messages.iter().any(empty) {
+        return Err("has an empty assistant message".into());
     }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -154,7 +154,7 @@ mod tests {
                 &list,
                 "`r` ends with a `user` message that nobody answers",
             ),
-            (messages(&[("assistant", " ")]), &list, "`r` has an empty assistant message (0)"),
+            (messages(&[("assistant", " ")]), &list, "`r` has an empty assistant message"),
         ] {
             let fault = chat("{}").response("r", response, prompt).unwrap_err();
             assert_eq!(fault.message.as_str(), says);

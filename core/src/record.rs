@@ -2,7 +2,9 @@
 
 use crate::fault::Fault;
 use crate::sample::{Content, Message};
-use serde_json::{Map, Value};
+use serde_json::Map;
+/// What [`Record::get`] gives.
+pub use serde_json::Value;
 
 /// One JSON object of a data file, its fields renamed by the adapter's `columns`.
 #[derive(Debug)]
@@ -272,6 +274,17 @@ mod tests {
             "no field `completion` or `response`; the record has: prompt, answer"
         );
         assert!(!r.has("answer"));
+    }
+
+    #[test]
+    fn lists_name_the_entry_that_is_wrong() {
+        let r = record(r#"{"t": ["a", [{"role": "user"}]], "n": [1, "2.5"], "x": "a"}"#);
+        assert_eq!(
+            r.contents("t").unwrap_err().message.as_str(),
+            "`t[1]` message 0: no text `content`"
+        );
+        assert_eq!(r.numbers("n").unwrap(), [1.0, 2.5]);
+        assert_eq!(r.numbers("x").unwrap_err().message.as_str(), "`x` must be a list, not \"a\"");
     }
 
     #[test]

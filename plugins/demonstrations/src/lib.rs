@@ -13,6 +13,7 @@
 //! conversations (arXiv 2410.21438).
 
 use uft_core::prelude::*;
+use uft_core::record::Value;
 
 /// ShareGPT's speakers and the roles that they are.
 const SPEAKERS: [(&str, &str); 9] = [
@@ -84,22 +85,9 @@ impl Demonstrations {
                 Ok((self.chat, field, record.content("prompt")?, record.content(field)?))
             }
             Ok(_) => {
-                let mut prompt = record.text("instruction")?.to_owned();
-                if let Some(input) = optional(record, "input")? {
-                    prompt = format!("{prompt}\n\n{input}");
-                }
                 let chat = self.chat.instruction_data();
-                let prompt = match optional(record, "system")? {
-                    None => Content::text(prompt),
-                    Some(system) if chat.is_text() => {
-                        Content::text(format!("{system}\n\n{prompt}"))
-                    }
-                    Some(system) => Content::messages([
-                        Message::new("system", system),
-                        Message::new("user", prompt),
-                    ]),
-                };
-                Ok((chat, "output", prompt, Content::text(record.text("output")?)))
+                let answer = Content::text(record.text("output")?);
+                Ok((chat, "output", instruction(record, chat)?, answer))
             }
             Err(_) if record.has("text") => Err(Fault::record(
                 "`text` alone does not say what is prompt and what is answer: give `prompt`, which \
@@ -134,6 +122,22 @@ fn optional<'r>(record: &'r Record, field: &str) -> Result<Option<&'r str>, Faul
     Ok(text.filter(|text| !text.is_empty()))
 }
 
+/// Alpaca's prompt: the instruction, its input behind an empty line, and what the system says.
+fn instruction(record: &Record, chat: Chat) -> Result<Content, Fault> {
+    let instruction = record.text("instruction")?;
+    let prompt = match optional(record, "input")? {
+        Some(input) => format!("{instruction}\n\n{input}"),
+        None => instruction.to_owned(),
+    };
+    Ok(match optional(record, "system")? {
+        None => Content::text(prompt),
+        Some(system) if chat.is_text() => Content::text(format!("{system}\n\n{prompt}")),
+        Some(system) => {
+            Content::messages([Message::new("system", system), Message::new("user", prompt)])
+        }
+    })
+}
+
 /// All before the first assistant message, and the rest.
 fn split(name: &str, mut messages: Vec<Message>) -> Result<(Content, Content), Fault> {
     match messages.iter().position(|m| m.role == "assistant") {
@@ -149,30 +153,187 @@ fn split(name: &str, mut messages: Vec<Message>) -> Result<(Content, Content), F
 /// The messages of a conversation, whether in TRL's form or in ShareGPT's.
 fn conversation(record: &Record, field: &str) -> Result<Vec<Message>, Fault> {
     let turns = record.get(field).and_then(|value| value.as_array());
-    let Some(turns) = turns.filter(|t| t.first().is_some_and(|t| t.get("from").is_some())) else {
-        return record.messages(field);
+    let mut messages = match turns {
+        Some(turns) if turns.first().is_some_and(|turn| turn.get("from").is_some()) => {
+            let name = record.column(field);
+            let parsed = turns.iter().enumerate().map(|(i, turn)| {
+                spoken(turn).map_err(|why| Fault::record(format!("`{name}` message {i}: {why}")))
+            });
+            parsed.collect::<Result<_, _>>()?
+        }
+        _ => record.messages(field)?,
     };
-    let fault = |i: usize, why: String| {
-        Fault::record(format!("`{}` message {i}: {why}", record.column(field)))
-    };
-    let mut messages = Vec::with_capacity(turns.len() + 1);
-    if let Some(system) = optional(record, "system")? {
-        messages.push(Message::new("system", system));
-    }
-    for (i, turn) in turns.iter().enumerate() {
-        let text = |key: &str| {
-            turn.get(key)
-                .and_then(|v| v.as_str())
-                .ok_or_else(|| fault(i, format!("no text `{key}`")))
-        };
-        let from = text("from")?;
-        let role = SPEAKERS.iter().find(|(speaker, _)| *speaker == from).ok_or_else(|| {
-            let known = SPEAKERS.map(|(speaker, _)| speaker).join(", ");
-            fault(i, format!("unknown `from` \"{from}\"; known: {known}"))
-        })?;
-        messages.push(Message::new(role.1, text("value")?));
+    if field == "conversations"
+        && let Some(system) = optional(record, "system")?
+    {
+        messages.insert(0, Message::new("system", system));
     }
     Ok(messages)
 }
 
+/// A turn of ShareGPT, a JSON object.
+fn spoken(turn: &Value) -> Result<Message, String> {
+    let text = |key: &str| turn[key].as_str().ok_or_else(|| format!("no text `{key}`"));
+    let from = text("from")?;
+    let Some((_, role)) = SPEAKERS.iter().find(|(speaker, _)| *speaker == from) else {
+        let known = SPEAKERS.map(|(speaker, _)| speaker).join(", ");
+        return Err(format!("unknown `from` \"{from}\"; known: {known}"));
+    };
+    Ok(Message::new(*role, text("value")?))
+}
+
 uft_core::plugin! { adapters: [Demonstrations] }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use uft_core::check::adapt;
+
+    fn fault(params: &str, record: &str) -> String {
+        adapt::<Demonstrations>(params, record).unwrap_err().message.into()
+    }
+
+    /// Prompt and response of the only sample.
+    fn parts(params: &str, record: &str) -> (Content, Content) {
+        let sample = adapt::<Demonstrations>(params, record).unwrap().pop().unwrap();
+        assert_eq!(sample.responses.len(), 1);
+        assert_eq!(sample.responses[0].feedback, Feedback::Demonstration);
+        (sample.prompt.clone(), sample.responses[0].content.clone())
+    }
+
+    fn messages(turns: &[(&str, &str)]) -> Content {
+        Content::messages(turns.iter().map(|(role, text)| Message::new(*role, *text)))
+    }
+
+    #[test]
+    fn a_conversation_is_split_before_its_first_answer() {
+        // The shape of ultrachat_200k, which repeats the first turn as `prompt`.
+        let record = r#"{"prompt": "Q", "prompt_id": "x", "messages": [
+            {"role": "system", "content": "S"}, {"role": "user", "content": "Q"},
+            {"role": "assistant", "content": "A"},
+            {"role": "user", "content": "R"}, {"role": "assistant", "content": "B"}
+        ]}"#;
+        let (prompt, response) = parts("{}", record);
+        assert_eq!(prompt, messages(&[("system", "S"), ("user", "Q")]));
+        assert_eq!(response, messages(&[("assistant", "A"), ("user", "R"), ("assistant", "B")]));
+        let turns = |params| adapt::<Demonstrations>(params, record).unwrap()[0].responses[0].turns;
+        assert_eq!(turns("{}"), Turns::Together);
+        assert_eq!(turns(r#"{"turns": "each"}"#), Turns::Each);
+    }
+
+    #[test]
+    fn share_gpt_speakers_are_roles() {
+        let record = r#"{"id": "x", "system": "S", "conversations": [
+            {"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"},
+            {"from": "observation", "value": "1"}, {"from": "gpt", "value": "B"}
+        ]}"#;
+        let (prompt, response) = parts("{}", record);
+        assert_eq!(prompt, messages(&[("system", "S"), ("user", "Q")]));
+        assert_eq!(response, messages(&[("assistant", "A"), ("tool", "1"), ("assistant", "B")]));
+        let trl = r#"{"conversations": [
+            {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
+        ]}"#;
+        let expected = (messages(&[("user", "Q")]), messages(&[("assistant", "A")]));
+        assert_eq!(parts("{}", trl), expected);
+    }
+
+    #[test]
+    fn prompt_and_completion_stay_what_they_are() {
+        let expected = (Content::text("Q"), Content::text("A"));
+        assert_eq!(parts("{}", r#"{"prompt": "Q", "completion": "A"}"#), expected);
+        let record = r#"{"prompt": "Q", "response": "A", "messages": null}"#;
+        assert_eq!(parts("{}", record), expected);
+        let expected = (messages(&[("user", "Q")]), messages(&[("assistant", "A")]));
+        assert_eq!(parts(r#"{"as_chat": true}"#, record), expected);
+        let record = r#"{
+            "prompt": [{"role": "user", "content": "Q"}],
+            "completion": [{"role": "assistant", "content": "A"}]
+        }"#;
+        assert_eq!(parts("{}", record), expected);
+        let unconditional = r#"{"prompt": "", "completion": "A"}"#;
+        assert_eq!(parts("{}", unconditional), (Content::text(""), Content::text("A")));
+    }
+
+    #[test]
+    fn alpaca_is_a_chat_unless_it_is_not_wanted() {
+        let answer = messages(&[("assistant", "O")]);
+        for (record, prompt) in [
+            (r#"{"instruction": "I", "input": "", "output": "O"}"#, "I"),
+            (r#"{"instruction": "I", "input": null, "output": "O", "text": "t"}"#, "I"),
+            (r#"{"instruction": "I", "input": "N", "output": "O"}"#, "I\n\nN"),
+        ] {
+            assert_eq!(parts("{}", record), (messages(&[("user", prompt)]), answer.clone()));
+        }
+        let record = r#"{"instruction": "I", "output": "O", "system": "S"}"#;
+        assert_eq!(parts("{}", record), (messages(&[("system", "S"), ("user", "I")]), answer));
+        let text = (Content::text("S\n\nI"), Content::text("O"));
+        assert_eq!(parts(r#"{"as_chat": false}"#, record), text);
+    }
+
+    #[test]
+    fn trailing_turns_are_refused_or_cut() {
+        let record = r#"{"messages": [
+            {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"},
+            {"role": "user", "content": "R"}
+        ]}"#;
+        assert_eq!(
+            fault("{}", record),
+            "`messages` ends with a `user` message that nobody answers; `trailing = \"cut\"` \
+             leaves it out"
+        );
+        let expected = (messages(&[("user", "Q")]), messages(&[("assistant", "A")]));
+        assert_eq!(parts(r#"{"trailing": "cut"}"#, record), expected);
+    }
+
+    #[test]
+    fn what_is_wrong_is_said() {
+        for (record, says) in [
+            (
+                r#"{"messages": [{"role": "user", "content": "Q"}]}"#,
+                "`messages` has no assistant message",
+            ),
+            (r#"{"messages": []}"#, "`messages` has no assistant message"),
+            (
+                r#"{"messages": [{"role": "assistant", "content": "A"}]}"#,
+                "`messages` begins with the assistant",
+            ),
+            (
+                r#"{"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": ""}]}"#,
+                "`messages` has an empty assistant message",
+            ),
+            (
+                r#"{"messages": [{"role": "user", "content": 5}]}"#,
+                "`messages` message 0: no text `content`",
+            ),
+            (r#"{"messages": "Q"}"#, "`messages` must be a list of messages, not \"Q\""),
+            (
+                r#"{"conversations": [{"from": "human", "value": "Q"}, {"from": "narrator", "value": "A"}]}"#,
+                "`conversations` message 1: unknown `from` \"narrator\"; known: human, user, gpt, \
+                 chatgpt, assistant, system, tool, observation, function_response",
+            ),
+            (
+                r#"{"conversations": [{"from": "human", "value": null}]}"#,
+                "`conversations` message 0: no text `value`",
+            ),
+            (r#"{"prompt": "Q"}"#, "no field `completion` or `response`; the record has: prompt"),
+            (r#"{"instruction": "I", "input": 3, "output": "O"}"#, "`input` must be a text, not 3"),
+            (r#"{"instruction": "I"}"#, "no field `output`; the record has: instruction"),
+            (
+                r#"{"text": "once upon a time"}"#,
+                "`text` alone does not say what is prompt and what is answer: give `prompt`, which \
+                 may be empty, and `completion`",
+            ),
+            (
+                r#"{"story": "once"}"#,
+                "no field `messages` or `conversations` or `prompt` or `instruction`; the record \
+                 has: story",
+            ),
+        ] {
+            assert_eq!(fault("{}", record), says);
+        }
+        assert_eq!(
+            fault(r#"{"turns": "all"}"#, "{}"),
+            "parameter `turns` must be \"together\" or \"each\", not \"all\""
+        );
+    }
+}

@@ -21,7 +21,8 @@ struct Kto {
 
 impl Objective for Kto {
     const NAME: &'static str = "kto";
-    const ABOUT: &'static str = "1 - sigmoid(+-beta*(d - z0)), d = log(pi/pi_ref), z0 the step's KL (KTO, arXiv 2402.01306, eq. 7)";
+    const ABOUT: &'static str = "1 - sigmoid(+-beta*(d - z0)), d = log(pi/pi_ref), z0 \
+        the step's KL (KTO, arXiv 2402.01306, eq. 7)";
 
     fn new(params: &mut Params) -> Self {
         let weight = Bound::NotNegative;

@@ -89,8 +89,9 @@ fn split(chosen: &Content, rejected: &Content) -> Result<(Content, Content, Cont
             let common = c.char_indices().zip(r.chars()).find(|((_, c), r)| c != r);
             let common = &c[..common.map_or(c.len().min(r.len()), |((i, _), _)| i)];
             // A space belongs to the word behind it, as tokenizers see it; a line end does not.
-            let Some(space) = common.rfind(char::is_whitespace) else { return none() };
-            let n = if common[space..].starts_with(' ') { space } else { space + 1 };
+            let space = common.char_indices().rfind(|(_, c)| c.is_whitespace());
+            let Some((space, white)) = space else { return none() };
+            let n = if white == ' ' { space } else { space + white.len_utf8() };
             Ok((Content::text(&c[..n]), Content::text(&c[n..]), Content::text(&r[n..])))
         }
         _ => Err(Fault::record("one of `chosen` and `rejected` is a text, the other is not")),
@@ -109,3 +110,152 @@ fn margin(record: &Record) -> Result<Option<f64>, Fault> {
 }
 
 uft_core::plugin! { adapters: [Preferences] }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use uft_core::check::adapt;
+
+    fn fault(record: &str) -> String {
+        adapt::<Preferences>("{}", record).unwrap_err().message.into()
+    }
+
+    /// Prompt, chosen and rejected, and both margins, of the only sample.
+    fn pair(record: &str) -> (Content, [Content; 2], [Feedback; 2]) {
+        let sample = adapt::<Preferences>("{}", record).unwrap().pop().unwrap();
+        let [chosen, rejected] = &sample.responses[..] else { panic!("not a pair") };
+        let feedback = [chosen.feedback, rejected.feedback];
+        (sample.prompt.clone(), [chosen.content.clone(), rejected.content.clone()], feedback)
+    }
+
+    fn messages(turns: &[(&str, &str)]) -> Content {
+        Content::messages(turns.iter().map(|(role, text)| Message::new(*role, *text)))
+    }
+
+    fn margins(margin: Option<f32>) -> [Feedback; 2] {
+        [Feedback::Chosen(margin.into()), Feedback::Rejected(margin.into())]
+    }
+
+    #[test]
+    fn an_explicit_prompt() {
+        let (prompt, texts, feedback) =
+            pair(r#"{"prompt": "Q", "chosen": " A", "rejected": " B", "margin": 1.5}"#);
+        assert_eq!(prompt, Content::text("Q"));
+        assert_eq!(texts, [" A", " B"].map(Content::text));
+        assert_eq!(feedback, margins(Some(1.5)));
+    }
+
+    #[test]
+    fn whole_conversations_beside_a_prompt_that_is_text() {
+        // The shape of ultrafeedback_binarized.
+        let (prompt, [chosen, rejected], feedback) = pair(
+            r#"{
+                "prompt": "Q", "prompt_id": "x",
+                "chosen": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}],
+                "rejected": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "B"}],
+                "messages": [], "score_chosen": 8.5, "score_rejected": 8.0
+            }"#,
+        );
+        assert_eq!(prompt, messages(&[("user", "Q")]));
+        assert_eq!(chosen, messages(&[("assistant", "A")]));
+        assert_eq!(rejected, messages(&[("assistant", "B")]));
+        assert_eq!(feedback, margins(Some(0.5)));
+    }
+
+    #[test]
+    fn whole_conversations_beside_a_prompt_of_messages() {
+        let (prompt, [chosen, _], _) = pair(
+            r#"{
+                "prompt": [{"role": "user", "content": "Q"}],
+                "chosen": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}],
+                "rejected": [{"role": "assistant", "content": "B"}]
+            }"#,
+        );
+        assert_eq!(prompt, messages(&[("user", "Q")]));
+        assert_eq!(chosen, messages(&[("assistant", "A")]));
+    }
+
+    #[test]
+    fn an_implicit_prompt_of_messages() {
+        let (prompt, [chosen, rejected], feedback) = pair(
+            r#"{
+                "chosen": [
+                    {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"},
+                    {"role": "user", "content": "R"}, {"role": "assistant", "content": "C"}
+                ],
+                "rejected": [
+                    {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"},
+                    {"role": "user", "content": "R"}, {"role": "assistant", "content": "D"}
+                ]
+            }"#,
+        );
+        assert_eq!(prompt, messages(&[("user", "Q"), ("assistant", "A"), ("user", "R")]));
+        assert_eq!(chosen, messages(&[("assistant", "C")]));
+        assert_eq!(rejected, messages(&[("assistant", "D")]));
+        assert_eq!(feedback, margins(None));
+    }
+
+    #[test]
+    fn an_implicit_prompt_of_texts_ends_between_words() {
+        for (chosen, rejected, prompt) in [
+            // The shape of hh-rlhf; both answers begin with the same letters.
+            (
+                "\n\nHuman: Hi\n\nAssistant: blue",
+                "\n\nHuman: Hi\n\nAssistant: black",
+                "\n\nHuman: Hi\n\nAssistant:",
+            ),
+            ("Q:\nyes", "Q:\nno", "Q:\n"),
+            ("Q: yes", "Q: yes, but", "Q:"),
+            ("問\u{3000}甲", "問\u{3000}乙", "問\u{3000}"),
+        ] {
+            let (p, c, r) = split(&Content::text(chosen), &Content::text(rejected)).unwrap();
+            assert_eq!(p, Content::text(prompt));
+            assert_eq!([c, r], [chosen, rejected].map(|t| Content::text(&t[prompt.len()..])));
+        }
+    }
+
+    #[test]
+    fn what_is_wrong_is_said() {
+        for (record, says) in [
+            (
+                r#"{"prompt": "Q", "chosen": "A", "rejected": "A"}"#,
+                "`chosen` and `rejected` are the same",
+            ),
+            (
+                r#"{"prompt": "Q", "chosen": "A", "rejected": null}"#,
+                "no field `rejected`; the record has: prompt, chosen, rejected",
+            ),
+            (
+                r#"{"chosen": "yes", "rejected": "no"}"#,
+                "no `prompt`, and `chosen` and `rejected` begin differently",
+            ),
+            (
+                r#"{"chosen": [{"role": "assistant", "content": "A"}], "rejected": "B"}"#,
+                "one of `chosen` and `rejected` is a text, the other is not",
+            ),
+            (
+                r#"{"prompt": "Q", "chosen": [{"role": "assistant", "content": "A"}], "rejected": [{"role": "assistant", "content": "B"}]}"#,
+                "`chosen` is a list of messages but the prompt is a text; `as_chat = true` makes \
+                 messages of texts",
+            ),
+            (
+                r#"{"chosen": [{"role": "user", "content": "Q"}], "rejected": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "B"}]}"#,
+                "`chosen` has no assistant message",
+            ),
+            (
+                r#"{"prompt": "Q", "chosen": ["A"], "rejected": "B"}"#,
+                "`chosen` message 0: not an object with `role` and `content`",
+            ),
+            (
+                r#"{"prompt": "Q", "chosen": "A", "rejected": "B", "margin": [1]}"#,
+                "`margin` must be a number, not [1]",
+            ),
+            (
+                r#"{"prompt": "Q", "chosen": "A", "rejected": "B", "chosen_score": 1}"#,
+                "no field `rejected_score`; the record has: prompt, chosen, rejected, chosen_score",
+            ),
+        ] {
+            assert_eq!(fault(record), says);
+        }
+    }
+}

@@ -13,7 +13,8 @@
 //! (arXiv 2408.15339, section 4; its published code).
 //!
 //! HelpSteer2 holds the earlier turns of a conversation in the prompt's text, behind lines
-//! `<extra_id_1>Assistant` and `<extra_id_1>User`; those prompts become messages.
+//! `<extra_id_1>Assistant` and `<extra_id_1>User`; they become messages. With `as_chat = false` the
+//! text stays as it is, which is what UNA's published code trains on.
 
 use uft_core::prelude::*;
 
@@ -61,8 +62,8 @@ impl FeedbackAdapter for Scores {
         let score = rated.into_iter().find(|f| record.has(f));
         let helpsteer = score.is_none() && self.weights.iter().all(|(name, _)| record.has(name));
         let (chat, prompt, score) = if helpsteer {
-            let score = self.weighed(record)?;
-            (self.chat.instruction_data(), turns(record.content("prompt")?)?, score)
+            let (chat, prompt) = (self.chat.instruction_data(), record.content("prompt")?);
+            (chat, if chat.is_text() { prompt } else { turns(prompt)? }, self.weighed(record)?)
         } else {
             let field = record.first_of(&rated)?;
             let score = unit(record.column(field), record.number(field)?, self.range)?;
@@ -138,3 +139,138 @@ fn turns(prompt: Content) -> Result<Content, Fault> {
 }
 
 uft_core::plugin! { adapters: [Scores] }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use uft_core::check::adapt;
+
+    fn fault(params: &str, record: &str) -> String {
+        adapt::<Scores>(params, record).unwrap_err().message.into()
+    }
+
+    /// The scores of the only sample.
+    fn scores(params: &str, record: &str) -> Vec<f32> {
+        let samples = adapt::<Scores>(params, record).unwrap();
+        assert_eq!(samples.len(), 1);
+        samples[0].responses.iter().map(|r| r.feedback.value()).collect()
+    }
+
+    #[test]
+    fn a_score_is_its_place_in_the_range() {
+        let record = r#"{"prompt": "Q", "completion": "A", "score": 0.25}"#;
+        let sample =
+            Sample::new(Content::text("Q")).response(Content::text("A"), Feedback::Score(0.25));
+        assert_eq!(adapt::<Scores>("{}", record).unwrap(), [sample]);
+        let record = r#"{"prompt": "Q", "response": "A", "rating": "7.75"}"#;
+        assert_eq!(scores(r#"{"range": [1, 10]}"#, record), [0.75]);
+        let record = r#"{"prompt": "Q", "response": "A", "score": null, "reward": -1}"#;
+        assert_eq!(scores(r#"{"range": [-1, 1]}"#, record), [0.0]);
+    }
+
+    #[test]
+    fn several_responses_share_their_prompt() {
+        let record = r#"{
+            "prompt": [{"role": "user", "content": "Q"}],
+            "completions": [
+                [{"role": "assistant", "content": "A"}],
+                [{"role": "assistant", "content": "B"}]
+            ],
+            "scores": [1, 4]
+        }"#;
+        assert_eq!(scores(r#"{"range": [0, 4]}"#, record), [0.25, 1.0]);
+        let texts = r#"{"prompt": "Q", "responses": ["A", "B", "C"], "rewards": [0, 0.5, 1]}"#;
+        assert_eq!(scores("{}", texts), [0.0, 0.5, 1.0]);
+    }
+
+    const HELPSTEER2: &str = r#"{
+        "prompt": "Hi\n<extra_id_1>Assistant\nHello!\n\n<extra_id_1>User\nAnd now?",
+        "response": "Bye.",
+        "helpfulness": 3, "correctness": 4, "coherence": 2, "complexity": 1, "verbosity": 4
+    }"#;
+
+    #[test]
+    fn helpsteer2_is_weighed_as_una_does() {
+        let una = (0.65 * 3.0 + 0.8 * 4.0 + 0.45 * 2.0) / 7.6;
+        assert_eq!(scores("{}", HELPSTEER2), [una as f32]);
+        // A negative weight counts what is missing to the top.
+        let params = r#"{"weights": {"helpfulness": 3, "verbosity": -1}}"#;
+        assert_eq!(scores(params, HELPSTEER2), [(3.0 * 0.75 + 1.0 - 1.0) / 4.0]);
+        // A score column comes first.
+        let scored = HELPSTEER2.replace("\"complexity\"", "\"score\"");
+        assert_eq!(scores("{}", &scored), [1.0]);
+    }
+
+    #[test]
+    fn helpsteer2_prompts_become_turns() {
+        let sample = &adapt::<Scores>("{}", HELPSTEER2).unwrap()[0];
+        let turns = [("user", "Hi"), ("assistant", "Hello!"), ("user", "And now?")];
+        let turns = turns.map(|(role, text)| Message::new(role, text));
+        assert_eq!(sample.prompt, Content::messages(turns));
+        let answer = Content::messages([Message::new("assistant", "Bye.")]);
+        assert_eq!(sample.responses[0].content, answer);
+        let raw = &adapt::<Scores>(r#"{"as_chat": false}"#, HELPSTEER2).unwrap()[0];
+        assert!(matches!(&raw.prompt, Content::Text(text) if text.contains(MARKER)));
+    }
+
+    #[test]
+    fn what_is_wrong_is_said() {
+        for (record, says) in [
+            (
+                r#"{"prompt": "Q", "completion": "A", "score": 7}"#,
+                "`score` is 7, outside the range [0, 1]",
+            ),
+            (
+                r#"{"prompt": "Q", "completion": "A", "score": "good"}"#,
+                "`score` must be a number, not \"good\"",
+            ),
+            (
+                r#"{"prompt": "Q", "completion": "A", "helpfulness": 3, "coherence": null}"#,
+                "no field `score` or `reward` or `rating`; the record has: prompt, completion, \
+                 helpfulness, coherence",
+            ),
+            (
+                r#"{"prompt": "Q", "response": "A", "helpfulness": 5, "correctness": 0, "coherence": 0}"#,
+                "`helpfulness` is 5, outside the range [0, 4]",
+            ),
+            (
+                r#"{"prompt": "Q<extra_id_1>Tool\n1", "response": "A", "helpfulness": 4, "correctness": 0, "coherence": 0}"#,
+                "`prompt` has a turn of `Tool` behind `<extra_id_1>`",
+            ),
+            (
+                r#"{"prompt": "Q", "completions": ["A", "B"], "scores": [1]}"#,
+                "2 `completions` but 1 `scores`",
+            ),
+            (
+                r#"{"prompt": "Q", "completions": [], "scores": []}"#,
+                "0 `completions` but 0 `scores`",
+            ),
+            (
+                r#"{"prompt": "Q", "completions": ["A", ""], "scores": [1, 0]}"#,
+                "`completions[1]` is empty",
+            ),
+            (
+                r#"{"prompt": "Q", "completions": ["A", "B"], "scores": [1, 2]}"#,
+                "`scores[1]` is 2, outside the range [0, 1]",
+            ),
+            (
+                r#"{"prompt": "Q", "completions": "A", "scores": [1]}"#,
+                "`completions` must be a list, not \"A\"",
+            ),
+            (
+                r#"{"prompt": "Q", "completions": ["A"], "scores": [null]}"#,
+                "`scores` must be a list of numbers, not [null]",
+            ),
+        ] {
+            assert_eq!(fault("{}", record), says);
+        }
+        assert_eq!(
+            fault(r#"{"weights": {"helpfulness": 0}}"#, "{}"),
+            "parameter `weights` has no weight other than 0"
+        );
+        assert_eq!(
+            fault(r#"{"range": [5, 1]}"#, "{}"),
+            "parameter `range` must be two numbers [low, high] in rising order, not [5,1]"
+        );
+    }
+}

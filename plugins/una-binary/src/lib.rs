@@ -18,7 +18,8 @@ struct UnaBinary {
 
 impl Objective for UnaBinary {
     const NAME: &'static str = "una-binary";
-    const ABOUT: &'static str = "(sigmoid(r) - label)^2, r = beta*log(pi/pi_ref) + shift (UNA, arXiv 2408.15339, eq. 11, 12)";
+    const ABOUT: &'static str = "(sigmoid(r) - label)^2, r = beta*log(pi/pi_ref) + shift \
+        (UNA, arXiv 2408.15339, eq. 11 and 12)";
 
     fn new(params: &mut Params) -> Self {
         let weight = Bound::NotNegative;
