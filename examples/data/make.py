@@ -167,6 +167,13 @@ class Answers:
             other = self.rng.choice(self.words)
         return self.right((entry[0], *other[1:]))
 
+    def other(self, entry):
+        """The right sentence about another word: off the question."""
+        other = self.rng.choice(self.words)
+        while other[0] == entry[0]:
+            other = self.rng.choice(self.words)
+        return self.right(other)
+
     def rambling(self, entry):
         first, second = self.rng.sample(RAMBLINGS, 2)
         return f"{article(entry[0]).capitalize()} {entry[0]}, {first} {second[:-1]}."
@@ -196,7 +203,7 @@ def demonstrations(part, make):
 
 
 def scores(part, make):
-    grades = [(make.right, 1.0), (make.bare, 0.6), (make.wrong, 0.3), (make.rambling, 0.0)]
+    grades = [(make.right, 1.0), (make.bare, 0.6), (make.other, 0.3), (make.rambling, 0.0)]
     return [
         {"prompt": user(e), "completion": assistant(answer(e)), "score": score}
         for e in part
@@ -215,7 +222,7 @@ def thumbs(part, make):
 
 
 def pairs(part, make):
-    bad = [make.wrong, make.bare, make.wrong, make.tail]
+    bad = [make.wrong, make.bare, make.other, make.tail]
     return [
         {"prompt": user(e), "chosen": assistant(make.right(e)), "rejected": assistant(cycle(bad, i)(e))}
         for i, e in enumerate(part)
