@@ -54,14 +54,14 @@ impl Tape<'_> {
 }
 
 /// The top of the model.
-struct Top {
+pub(super) struct Top {
     needed: NeededRows,
     /// `[N, H]`.
     last: Buffer,
     /// `[N]`.
     inv_rms: Buffer,
     /// `[M, H]`.
-    hidden: Buffer,
+    pub hidden: Buffer,
 }
 
 impl Model {
@@ -97,7 +97,12 @@ impl Model {
     }
 
     /// Embedding, blocks and final norm; every block's tape goes to `keep`, lowest first.
-    fn run(&self, packed: &Packed, lora: Option<&Lora>, mut keep: impl FnMut(LayerTape)) -> Top {
+    pub(super) fn run(
+        &self,
+        packed: &Packed,
+        lora: Option<&Lora>,
+        mut keep: impl FnMut(LayerTape),
+    ) -> Top {
         let (h, pool) = (self.config.hidden, &self.pool);
         let needed = NeededRows::of(&packed.targets);
         let pruned = (needed.rows.len() < packed.rows()).then_some(needed.rows.as_slice());

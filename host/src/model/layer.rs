@@ -60,6 +60,13 @@ pub struct LayerTape {
     outputs: Outputs,
 }
 
+impl LayerTape {
+    /// k and v, `[T, K]` each.
+    pub fn keys_and_values(&self) -> [&[f32]; 2] {
+        [&self.inputs.k, &self.inputs.v]
+    }
+}
+
 /// Queries, keys and values, ready for attention.
 #[derive(Debug)]
 pub struct AttentionInputs {

@@ -5,8 +5,12 @@
 //! token; [`Model::backward`] takes the loss's derivative to those and adds to [`LoraGrads`].
 
 pub mod config;
+pub mod files;
+pub mod generate;
 pub mod lora;
+pub mod merge;
 pub mod packed;
+pub mod peft;
 pub mod targets;
 
 mod buffers;
@@ -20,5 +24,9 @@ mod weights;
 
 pub use config::{Family, ModelConfig};
 pub use decoder::{Model, Tape};
+pub use generate::{Generator, SampleOptions};
 pub use lora::{Adapter, Lora, LoraConfig, LoraGrads};
 pub use packed::Packed;
+
+#[cfg(test)]
+mod tests;

@@ -96,3 +96,48 @@ impl NeededRows {
         Self { rows, of_target }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::group::{Branch, Segment};
+    use uft_core::Feedback;
+
+    fn branch(tokens: &[u32], trained: &[&[std::ops::Range<usize>]]) -> Branch {
+        let segment = |ranges: &&[std::ops::Range<usize>]| Segment {
+            feedback: Feedback::Demonstration,
+            trained: ranges.to_vec(),
+        };
+        Branch { tokens: tokens.to_vec(), segments: trained.iter().map(segment).collect() }
+    }
+
+    #[test]
+    fn targets_follow_group_branch_segment_and_position() {
+        let first = Group {
+            prompt: vec![1, 2],
+            branches: vec![
+                branch(&[10, 11, 12], &[&[0..2]]),
+                branch(&[20, 21, 22, 23, 24], &[&[3..4], &[0..1, 2..3]]),
+                branch(&[30], &[&[0..1]]),
+                branch(&[40, 41], &[]),
+            ],
+        };
+        let second = Group { prompt: vec![], branches: vec![branch(&[50, 51, 52], &[&[1..3]])] };
+        let packed = Packed::new(&[&first, &second]);
+        // Rows 0 1 | 2 | 3 4 5 | - | - and 6 7.
+        assert_eq!(packed.tokens, [1, 2, 10, 20, 21, 22, 50, 51]);
+        assert_eq!(packed.layout.positions, [0, 1, 2, 2, 3, 4, 0, 1]);
+        assert_eq!(packed.targets.rows, [1, 2, 5, 1, 4, 1, 6, 7]);
+        assert_eq!(packed.targets.tokens, [10, 11, 23, 20, 22, 30, 51, 52]);
+        let needed = NeededRows::of(&packed.targets);
+        assert_eq!(needed.rows, [1, 2, 4, 5, 6, 7]);
+        assert_eq!(needed.of_target, [0, 1, 3, 0, 2, 0, 4, 5]);
+    }
+
+    #[test]
+    #[should_panic(expected = "a first token cannot be trained")]
+    fn a_first_token_has_nothing_before_it() {
+        let group = Group { prompt: vec![], branches: vec![branch(&[1, 2], &[&[0..2]])] };
+        Packed::new(&[&group]);
+    }
+}

@@ -1,0 +1,90 @@
+//! What must hold whatever the weights are: how a batch is packed does not matter, and neither does
+//! an adapter that adds nothing.
+
+use super::*;
+
+fn rows(name: &str, file: &str) -> Vec<Value> {
+    expected(name, "responses.json")[file].as_array().unwrap().clone()
+}
+
+#[test]
+fn a_shared_prompt_is_as_good_as_a_copy_for_each_response() {
+    for name in MODELS {
+        let model = Model::load(&model_dir(name)).unwrap();
+        let lora = peft::load(&model_dir(name).join("adapter"), &model.config).unwrap();
+        let rows = rows(name, "pairs");
+        let shared: Vec<Group> = rows.iter().map(shared_group).collect();
+        let alone: Vec<Group> =
+            rows.iter().flat_map(|r| r.as_array().unwrap()).map(group).collect();
+        let (shared, alone) = (pack(&shared), pack(&alone));
+        assert!(shared.rows() < alone.rows());
+        let (a, b) = (model.logps(&shared, Some(&lora)), model.logps(&alone, Some(&lora)));
+        let b: Vec<f64> = b.into_iter().map(f64::from).collect();
+        assert_close(name, &a, &b, 1e-5);
+
+        let dlogp = uneven(a.len());
+        let (a, b) =
+            (&gradient(&model, &shared, &lora, &dlogp), gradient(&model, &alone, &lora, &dlogp));
+        for (a, b) in lora.grad_tensors(a).zip(lora.grad_tensors(&b)) {
+            assert!(relative(a.data, b.data) < 1e-5, "{name}: {}", a.name);
+        }
+    }
+}
+
+#[test]
+fn packed_together_is_as_good_as_alone() {
+    for name in MODELS {
+        let model = Model::load(&model_dir(name)).unwrap();
+        let groups: Vec<Group> = rows(name, "pairs").iter().map(shared_group).collect();
+        let together = model.logps(&pack(&groups), None);
+        let alone: Vec<f64> = groups
+            .iter()
+            .flat_map(|group| model.logps(&pack(std::slice::from_ref(group)), None))
+            .map(f64::from)
+            .collect();
+        assert_close(name, &together, &alone, 1e-5);
+    }
+}
+
+/// Step 0: every implicit reward is the difference of these and must be exactly 0.
+#[test]
+fn an_adapter_that_adds_nothing_changes_no_bit() {
+    for name in MODELS {
+        let model = Model::load(&model_dir(name)).unwrap();
+        let mut config = LoraConfig { rank: 4, ..LoraConfig::default() };
+        for targets in ["all-linear", ".*proj|lm_head"] {
+            config.targets = targets::Targets::from_text(targets);
+            let lora = Lora::init(&config, &model.config, 1).unwrap();
+            for file in FILES {
+                let packed = pack(&rows(name, file).iter().map(shared_group).collect::<Vec<_>>());
+                let base = model.logps(&packed, None);
+                assert_eq!(base, model.logps(&packed, Some(&lora)), "{name} {file}");
+                assert_eq!(base, model.forward(&packed, &lora).logps(), "{name} {file}");
+            }
+        }
+    }
+}
+
+#[test]
+fn with_and_without_a_tape_are_the_same_bits() {
+    for (name, adapter) in
+        [("llama", "adapter-patterns"), ("qwen2", "adapter-head"), ("mistral", "adapter")]
+    {
+        let model = Model::load(&model_dir(name)).unwrap();
+        let lora = peft::load(&model_dir(name).join(adapter), &model.config).unwrap();
+        let packed = pack(&rows(name, "pairs").iter().map(shared_group).collect::<Vec<_>>());
+        let logps = model.logps(&packed, Some(&lora));
+        assert_eq!(logps, model.forward(&packed, &lora).logps(), "{name}");
+        assert_eq!(logps, model.logps(&packed, Some(&lora)), "{name}, a second time");
+        let dlogp = uneven(logps.len());
+        let first = gradient(&model, &packed, &lora, &dlogp);
+        assert_eq!(first, gradient(&model, &packed, &lora, &dlogp), "{name}");
+    }
+}
+
+#[test]
+fn a_batch_with_nothing_to_predict_has_no_log_probs() {
+    let model = Model::load(&model_dir("llama")).unwrap();
+    assert!(model.logps(&Packed::prompt(&[1, 2, 3]), None).is_empty());
+    assert!(model.logps(&Packed::new(&[]), None).is_empty());
+}

@@ -1,0 +1,111 @@
+//! Weights that are not what they should be, each with its own error.
+
+use super::*;
+use crate::model::files::write_tensors;
+use crate::model::lora::LoraTensor;
+
+fn refusal(dir: &Path) -> String {
+    Model::load(dir).unwrap_err().message
+}
+
+#[test]
+fn shards_and_dtypes_are_read() {
+    for name in MODELS {
+        let model = Model::load(&model_dir(name)).unwrap();
+        assert_eq!(model.layers.len(), model.config.layers, "{name}");
+        assert!(model.embedding.iter().all(|x| x.is_finite()), "{name}");
+    }
+}
+
+#[test]
+fn a_configuration_that_asks_for_other_shapes_is_named() {
+    let scratch = Scratch::copy_of(&model_dir("llama"), "shapes");
+    scratch.edit("config.json", |config| config["intermediate_size"] = 96.into());
+    let message = refusal(&scratch.0);
+    let expected =
+        "model.safetensors: model.layers.0.mlp.gate_proj.weight: shape [64, 32], expected [96, 32]";
+    assert!(message.ends_with(expected), "{message}");
+}
+
+#[test]
+fn tensors_that_are_missing_or_too_many_are_named() {
+    let scratch = Scratch::copy_of(&model_dir("llama"), "tensors");
+    scratch.edit("config.json", |config| config["num_hidden_layers"] = 4.into());
+    let message = refusal(&scratch.0);
+    assert!(
+        message.contains("the tensor model.layers.3.self_attn.q_proj.weight [32, 32] is missing"),
+        "{message}"
+    );
+    scratch.edit("config.json", |config| config["num_hidden_layers"] = 2.into());
+    let message = refusal(&scratch.0);
+    assert!(
+        message.contains("model.layers.2.input_layernorm.weight: not a tensor of a llama model"),
+        "{message}"
+    );
+    let scratch = Scratch::copy_of(&model_dir("llama-bias"), "biases");
+    scratch.edit("config.json", |config| config["attention_bias"] = false.into());
+    let message = refusal(&scratch.0);
+    assert!(message.contains("model.layers.0.self_attn.k_proj.bias: not a tensor"), "{message}");
+    let scratch = Scratch::copy_of(&model_dir("mistral"), "tied");
+    scratch.edit("config.json", |config| config["tie_word_embeddings"] = true.into());
+    let message = refusal(&scratch.0);
+    assert!(
+        message.contains("lm_head.weight: differs from model.embed_tokens.weight"),
+        "{message}"
+    );
+}
+
+#[test]
+fn an_index_that_does_not_fit_its_files_is_named() {
+    const TENSOR: &str = "model.layers.1.mlp.up_proj.weight";
+    let index = "model.safetensors.index.json";
+    let scratch = Scratch::copy_of(&model_dir("mistral"), "index");
+    let original = std::fs::read(scratch.0.join(index)).unwrap();
+    let refused = |change: &dyn Fn(&mut Value)| {
+        std::fs::write(scratch.0.join(index), &original).unwrap();
+        scratch.edit(index, |value| change(&mut value["weight_map"]));
+        refusal(&scratch.0)
+    };
+    let message = refused(&|map| map[TENSOR] = "model-00003-of-00002.safetensors".into());
+    assert!(
+        message.contains(
+            "model-00003-of-00002.safetensors, which holds model.layers.1.mlp.up_proj.weight"
+        ),
+        "{message}"
+    );
+    let message = refused(&|map| map["model.extra"] = "model-00001-of-00002.safetensors".into());
+    assert!(
+        message.contains("model.extra is not in") && message.contains("model-00001"),
+        "{message}"
+    );
+    let message = refused(&|map| drop(map.as_object_mut().unwrap().remove(TENSOR)));
+    assert!(message.contains(TENSOR) && message.ends_with("is not listed"), "{message}");
+    let message = refused(&|map| map[TENSOR] = "../model.safetensors".into());
+    assert!(message.contains("is not a file name"), "{message}");
+    let message = refused(&|map| *map = Value::Null);
+    assert!(message.ends_with("weight_map is missing"), "{message}");
+
+    std::fs::write(scratch.0.join(index), &original).unwrap();
+    let duplicate = LoraTensor { name: TENSOR.into(), shape: [1, 1], data: &[0.0] };
+    write_tensors(&scratch.0.join("extra.safetensors"), [duplicate]).unwrap();
+    scratch.edit(index, |value| value["weight_map"][TENSOR] = "extra.safetensors".into());
+    let message = refusal(&scratch.0);
+    assert!(message.contains(&format!("{TENSOR} is also in")), "{message}");
+}
+
+#[test]
+fn files_that_are_no_safetensors_are_named() {
+    let scratch = Scratch::copy_of(&model_dir("llama"), "cut");
+    let path = scratch.0.join("model.safetensors");
+    let bytes = std::fs::read(&path).unwrap();
+    std::fs::write(&path, &bytes[..bytes.len() - 100]).unwrap();
+    assert!(refusal(&scratch.0).contains("model.safetensors: not a whole safetensors file"));
+    std::fs::write(&path, []).unwrap();
+    assert!(refusal(&scratch.0).contains("model.safetensors: "));
+    std::fs::remove_file(&path).unwrap();
+    assert!(
+        refusal(&scratch.0).contains("neither model.safetensors nor model.safetensors.index.json")
+    );
+    std::fs::remove_file(scratch.0.join("config.json")).unwrap();
+    assert!(refusal(&scratch.0).contains("config.json: "));
+}
