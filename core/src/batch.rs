@@ -55,7 +55,7 @@ pub struct Step<'a> {
     /// pi_ref` of every segment of the step, in nats; otherwise empty.
     pub log_ratios: RSlice<'a, f64>,
     /// With [`Needs::MISMATCHED`](crate::needs::Needs::MISMATCHED): `log pi - log pi_ref` of
-    /// every segment's prompt with the next segment's completion; otherwise empty.
+    /// every segment's prompt with a completion of the group before it; otherwise empty.
     pub mismatched: RSlice<'a, f64>,
 }
 

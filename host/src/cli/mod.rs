@@ -12,6 +12,7 @@ mod train;
 
 use crate::{ErrorKind, Result};
 use clap::{Args, Parser, Subcommand};
+use std::io::Write;
 use std::path::PathBuf;
 
 /// Unified fine-tuning: demonstrations, scores, thumbs and preference pairs in one stage.
@@ -83,9 +84,23 @@ impl Cli {
     }
 }
 
+/// The whole program: parses the command line, runs it, and exits with the error's code.
+pub fn main() {
+    let mut logger =
+        env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("info"));
+    logger.format(|out, record| match record.level() {
+        log::Level::Info => writeln!(out, "{}", record.args()),
+        level => writeln!(out, "{}: {}", level.as_str().to_lowercase(), record.args()),
+    });
+    logger.init();
+    if let Err(error) = Cli::parse().run() {
+        eprintln!("error: {error}");
+        std::process::exit(error.kind.exit_code());
+    }
+}
+
 /// Prints to stdout; a reader that went away (`uft score … | head`) ends the command quietly.
 fn print(text: &str) -> Result<()> {
-    use std::io::Write;
     let mut out = anstream::stdout();
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
         Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => std::process::exit(0),

@@ -2,7 +2,8 @@
 //! `uft config` prints and the page docs/config.md, which a test compares with this.
 
 use super::schema::{
-    DataSection, EvalSection, LoraSection, ModelSection, PluginsSection, StageSection, TextSection, TrainSection,
+    DataSection, EvalSection, LoraSection, ModelSection, PluginsSection, StageSection, TextSection,
+    TrainSection,
 };
 use super::section::SectionDoc;
 use std::fmt::Write;
@@ -69,7 +70,12 @@ pub fn page() -> String {
         let _ = writeln!(out, "| key | default | meaning |\n| --- | --- | --- |");
         for key in section.keys {
             let default = section.default_of(key.name).map_or("–".into(), |d| format!("`{d}`"));
-            let _ = writeln!(out, "| `{}` | {default} | {} |", key.name, joined(key.doc).replace('|', "\\|"));
+            let _ = writeln!(
+                out,
+                "| `{}` | {default} | {} |",
+                key.name,
+                joined(key.doc).replace('|', "\\|")
+            );
         }
     }
     out

@@ -34,7 +34,9 @@ fn step<'t>(table: &'t mut Table, part: &str) -> std::result::Result<&'t mut Tab
             let element = element.trim_end_matches(']');
             find(list, element).ok_or_else(|| format!("`{name}` has no element `{element}`"))
         }
-        (Value::Array(_), None) => Err(format!("`{name}` is a list: write {name}[NAME] or {name}[0]")),
+        (Value::Array(_), None) => {
+            Err(format!("`{name}` is a list: write {name}[NAME] or {name}[0]"))
+        }
         _ => Err(format!("`{name}` is not a section")),
     }
 }

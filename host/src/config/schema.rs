@@ -2,7 +2,9 @@
 //! docs/config.md.
 
 use super::section::section;
-use super::values::{Device, EndOfTurn, LongRows, BadRows, Mixing, PluginRef, Reference, Schedule, Targets};
+use super::values::{
+    BadRows, Device, EndOfTurn, LongRows, Mixing, PluginRef, Reference, Schedule, Targets,
+};
 use std::collections::BTreeMap;
 
 section! {

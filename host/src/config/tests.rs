@@ -31,7 +31,10 @@ fn a_plugin_is_a_name_or_a_table() {
     assert_eq!(objective.plugin, "una-score");
     assert_eq!(objective.params_json(), r#"{"beta":0.1,"loss":"mse"}"#);
     let config = Config::parse(WHOLE, &["data[rated].adapter=scores".into()]).unwrap();
-    assert_eq!(config.data[0].adapter, PluginRef { plugin: "scores".into(), params: toml::Table::new() });
+    assert_eq!(
+        config.data[0].adapter,
+        PluginRef { plugin: "scores".into(), params: toml::Table::new() }
+    );
 }
 
 #[test]
@@ -50,7 +53,12 @@ fn a_wrong_word_lists_the_right_ones() {
 
 #[test]
 fn overrides_reach_sections_and_list_elements() {
-    let set = ["train.lr=3e-5", "data[rated].weight=2", "data[0].objective.beta=0.5", "train.output=elsewhere"];
+    let set = [
+        "train.lr=3e-5",
+        "data[rated].weight=2",
+        "data[0].objective.beta=0.5",
+        "train.output=elsewhere",
+    ];
     let config = Config::parse(WHOLE, &set.map(String::from)).unwrap();
     assert_eq!(config.train.lr, 3e-5);
     assert_eq!(config.data[0].weight, 2.0);
@@ -63,11 +71,17 @@ fn overrides_reach_sections_and_list_elements() {
 
 #[test]
 fn what_types_cannot_say_is_checked() {
-    assert!(refused(&WHOLE.replace("name = \"rated\"", ""), &[]).contains("[[data]] number 1: name is missing"));
+    assert!(
+        refused(&WHOLE.replace("name = \"rated\"", ""), &[])
+            .contains("[[data]] number 1: name is missing")
+    );
     assert!(refused(WHOLE, &["train.batch=0"]).contains("batch must be at least 1"));
-    let twice = format!("{WHOLE}[[data]]\nname = \"rated\"\nfiles = [\"a\"]\nadapter = \"a\"\nobjective = \"b\"\n");
+    let twice = format!(
+        "{WHOLE}[[data]]\nname = \"rated\"\nfiles = [\"a\"]\nadapter = \"a\"\nobjective = \"b\"\n"
+    );
     assert!(refused(&twice, &[]).contains("the name is taken"));
-    let stage = format!("{WHOLE}[[stage]]\nname = \"one\"\ndata = [\"ratd\"]\nreference = \"base\"\n");
+    let stage =
+        format!("{WHOLE}[[stage]]\nname = \"one\"\ndata = [\"ratd\"]\nreference = \"base\"\n");
     assert!(refused(&stage, &[]).contains("no [[data]] is named `ratd`; did you mean `rated`?"));
     let stage = format!("{WHOLE}[[stage]]\nname = \"one\"\ndata = [\"rated\"]\n");
     assert!(refused(&stage, &[]).contains("reference is missing"));
@@ -95,5 +109,8 @@ fn the_annotated_defaults_are_the_defaults() {
 fn the_page_in_docs_is_current() {
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/config.md");
     let written = std::fs::read_to_string(path).unwrap_or_default();
-    assert!(written == docs::page(), "docs/config.md is stale: uft config --markdown > docs/config.md");
+    assert!(
+        written == docs::page(),
+        "docs/config.md is stale: uft config --markdown > docs/config.md"
+    );
 }

@@ -11,7 +11,10 @@ use uft_core::params::nearest;
 pub fn check(config: &Config) -> Result<()> {
     require(!config.model.path.is_empty(), "[model] path is missing: the base model's directory")?;
     require(config.lora.rank > 0, "[lora] rank must be at least 1")?;
-    require(config.lora.alpha.is_finite() && config.lora.alpha > 0.0, "[lora] alpha must be above 0")?;
+    require(
+        config.lora.alpha.is_finite() && config.lora.alpha > 0.0,
+        "[lora] alpha must be above 0",
+    )?;
     require(!config.data.is_empty(), "no [[data]]: at least one source of feedback is needed")?;
     for (index, data) in config.data.iter().enumerate() {
         let earlier = &config.data[..index];
@@ -19,7 +22,11 @@ pub fn check(config: &Config) -> Result<()> {
     }
     train(&config.train)?;
     for (index, stage) in config.stage.iter().enumerate() {
-        let place = if stage.name.is_empty() { format!("number {}", index + 1) } else { format!("`{}`", stage.name) };
+        let place = if stage.name.is_empty() {
+            format!("number {}", index + 1)
+        } else {
+            format!("`{}`", stage.name)
+        };
         check_stage(config, stage, index).map_err(|e| e.at(format!("[[stage]] {place}")))?;
     }
     let everything: Vec<&DataSection> = config.data.iter().collect();
@@ -36,11 +43,20 @@ fn label(data: &DataSection, index: usize) -> String {
 
 fn source(data: &DataSection, earlier: &[DataSection]) -> Result<()> {
     require(!data.name.is_empty(), "name is missing")?;
-    require(!data.name.contains(['/', '\n']), "name must not contain `/`: it separates parts of metric names")?;
+    require(
+        !data.name.contains(['/', '\n']),
+        "name must not contain `/`: it separates parts of metric names",
+    )?;
     require(!earlier.iter().any(|d| d.name == data.name), "the name is taken by another [[data]]")?;
     require(!data.files.is_empty(), "files is missing: at least one JSONL file")?;
-    require(!data.adapter.plugin.is_empty(), "adapter is missing, such as adapter = \"demonstrations\"")?;
-    require(!data.objective.plugin.is_empty(), "objective is missing, such as objective = \"uft-sft\"")?;
+    require(
+        !data.adapter.plugin.is_empty(),
+        "adapter is missing, such as adapter = \"demonstrations\"",
+    )?;
+    require(
+        !data.objective.plugin.is_empty(),
+        "objective is missing, such as objective = \"uft-sft\"",
+    )?;
     require(data.weight.is_finite() && data.weight >= 0.0, "weight must not be negative")?;
     require((0.0..1.0).contains(&data.eval_fraction), "eval_fraction must be from 0 to below 1")?;
     require(data.ratio.is_none_or(|r| r.is_finite() && r > 0.0), "ratio must be above 0")
@@ -55,18 +71,27 @@ fn train(train: &TrainSection) -> Result<()> {
     require(train.micro_tokens > 0, "[train] micro_tokens must be at least 1")?;
     require(train.max_length > 1, "[train] max_length must be at least 2")?;
     require(train.lr.is_finite() && train.lr >= 0.0, "[train] lr must not be negative")?;
-    require(train.warmup.is_finite() && train.warmup >= 0.0, "[train] warmup must not be negative")?;
+    require(
+        train.warmup.is_finite() && train.warmup >= 0.0,
+        "[train] warmup must not be negative",
+    )?;
     require((0.0..1.0).contains(&train.beta1), "[train] beta1 must be from 0 to below 1")?;
     require((0.0..1.0).contains(&train.beta2), "[train] beta2 must be from 0 to below 1")?;
     require(positive(train.eps), "[train] eps must be above 0")?;
-    require(train.weight_decay.is_finite() && train.weight_decay >= 0.0, "[train] weight_decay must not be negative")?;
+    require(
+        train.weight_decay.is_finite() && train.weight_decay >= 0.0,
+        "[train] weight_decay must not be negative",
+    )?;
     require(train.clip.is_finite() && train.clip >= 0.0, "[train] clip must not be negative")
 }
 
 fn check_stage(config: &Config, stage: &StageSection, index: usize) -> Result<()> {
     require(!stage.name.is_empty(), "name is missing")?;
     require(!stage.name.contains('/'), "name must not contain `/`")?;
-    require(!config.stage[..index].iter().any(|s| s.name == stage.name), "the name is taken by another stage")?;
+    require(
+        !config.stage[..index].iter().any(|s| s.name == stage.name),
+        "the name is taken by another stage",
+    )?;
     require(!stage.data.is_empty(), "data is missing: the names of its sources")?;
     require(
         stage.reference.is_some(),
@@ -74,9 +99,13 @@ fn check_stage(config: &Config, stage: &StageSection, index: usize) -> Result<()
     )?;
     let known: Vec<&str> = config.data.iter().map(|d| d.name.as_str()).collect();
     if let Some(unknown) = stage.data.iter().find(|name| !known.contains(&name.as_str())) {
-        return Err(Error::config(format!("no [[data]] is named `{unknown}`{}", nearest(unknown, &known))));
+        return Err(Error::config(format!(
+            "no [[data]] is named `{unknown}`{}",
+            nearest(unknown, &known)
+        )));
     }
-    let sources: Vec<&DataSection> = config.data.iter().filter(|d| stage.data.contains(&d.name)).collect();
+    let sources: Vec<&DataSection> =
+        config.data.iter().filter(|d| stage.data.contains(&d.name)).collect();
     ratios(&sources)?;
     train(&config.train.for_stage(stage))
 }

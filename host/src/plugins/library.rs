@@ -24,8 +24,9 @@ pub fn is_path(name: &str) -> bool {
     name.contains('/') || name.ends_with(std::env::consts::DLL_SUFFIX)
 }
 
-/// Finds a library: a path as it is; a name in the configured folders, then beside the executable
-/// and in its `deps` (where cargo puts the plugins that are built with the host).
+/// Finds a library: a path as it is; a name in the configured folders, then in `deps` beside the
+/// executable and in its own folder. Cargo keeps `deps` current; what lies beside the executable in a
+/// target directory may be of an earlier build.
 ///
 /// # Errors
 /// With the folders searched and what to do.
@@ -39,7 +40,7 @@ pub fn find(name: &str, dirs: &[PathBuf]) -> Result<PathBuf> {
     }
     let mut folders = dirs.to_vec();
     if let Some(own) = std::env::current_exe().ok().as_deref().and_then(Path::parent) {
-        folders.extend([own.to_owned(), own.join("deps")]);
+        folders.extend([own.join("deps"), own.to_owned()]);
     }
     let file = file_name(name);
     folders.iter().map(|folder| folder.join(&file)).find(|path| path.is_file()).ok_or_else(|| {

@@ -1,6 +1,6 @@
-//! Mismatched completions: every response's prompt with the completion of the response before it,
-//! rotated over the whole step (KTO, arXiv 2402.01306, and TRL's `KTOTrainer`, which rotates within
-//! a micro-batch and so depends on how a step is split).
+//! Mismatched completions: every prompt with the completions of the group before it, rotated over the
+//! whole step (KTO, arXiv 2402.01306; TRL's `KTOTrainer` rotates in the same direction, but within a
+//! micro-batch, and so depends on how a step is split).
 
 use super::micro::{self, Load};
 use super::pass::Pass;
@@ -10,29 +10,26 @@ use crate::group::{Branch, Group, Segment};
 use crate::model::Packed;
 use uft_core::Feedback;
 
-/// One group per response of the source in the pass: its prompt, and another response's completion.
+/// One group per response of the source in the pass: its prompt, and a completion of the group before.
 pub fn groups(source: &Source, index: usize, rows: Rows, plan: &Plan) -> Vec<Group> {
     let examples = source.rows(rows);
     let members: Vec<usize> =
         plan.groups.iter().filter(|g| g.item.source == index).map(|g| g.item.row).collect();
-    let own: Vec<(Vec<u32>, Vec<u32>)> =
-        members.iter().flat_map(|&row| responses(&examples[row].group)).collect();
-    let completion = |i: usize| match own.len() {
-        // A response alone in its step takes the completion of the row before it in the data.
-        1 => {
-            let before = (members[0] + examples.len() - 1) % examples.len();
-            responses(&examples[before].group).pop().expect("every group has a response").1
-        }
-        n => own[(i + n - 1) % n].1.clone(),
-    };
-    own.iter()
-        .enumerate()
-        .map(|(i, (prompt, _))| {
-            let tokens = completion(i);
-            let trained = vec![0..tokens.len()];
+    let own: Vec<_> = members.iter().map(|&row| responses(&examples[row].group)).collect();
+    // A group alone in its step takes the completions of the row before it in the data.
+    let alone = responses(&examples[(members[0] + examples.len() - 1) % examples.len()].group);
+    let before = |g: usize| if own.len() == 1 { &alone } else { &own[(g + own.len() - 1) % own.len()] };
+    let mismatched = own.iter().enumerate().flat_map(|(g, group)| {
+        let others = before(g);
+        group.iter().enumerate().map(|(i, (prompt, _))| (prompt, &others[i % others.len()].1))
+    });
+    mismatched
+        .map(|(prompt, completion)| {
+            let trained = vec![0..completion.len()];
             // The feedback is not looked at: only the log-ratio is.
             let segments = vec![Segment { feedback: Feedback::Demonstration, trained }];
-            Group { prompt: prompt.clone(), branches: vec![Branch { tokens, segments }] }
+            let branches = vec![Branch { tokens: completion.clone(), segments }];
+            Group { prompt: prompt.clone(), branches }
         })
         .collect()
 }

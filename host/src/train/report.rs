@@ -111,11 +111,8 @@ pub fn answers(run: &Run) -> Result<Vec<(String, String)>> {
     }
     let options = SampleOptions {
         max_tokens: run.config.eval.sample_tokens,
-        temperature: 0.0,
-        top_p: 1.0,
-        top_k: None,
-        seed: 0,
         eos: run.text.eos_ids().to_vec(),
+        ..SampleOptions::greedy()
     };
     let answer = |prompt: &&[u32]| {
         let tokens = run.model.generate(prompt, &options, Some(&run.lora))?;

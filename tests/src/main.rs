@@ -1,0 +1,5 @@
+//! The command line under test.
+
+fn main() {
+    uft::cli::main();
+}
