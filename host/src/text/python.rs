@@ -7,14 +7,17 @@ use std::fmt::Write as _;
 /// Adds Python's ways to an environment.
 pub fn install(env: &mut Environment) {
     env.add_filter("tojson", tojson);
-    // In Python strings and mappings have a length and items too.
-    env.add_test("sequence", |v: &Value| {
-        matches!(
-            v.kind(),
-            ValueKind::Undefined | ValueKind::Seq | ValueKind::String | ValueKind::Map
-        )
+    env.add_filter("string", |v: &Value| display(v));
+    env.set_formatter(|out, _, value| match value.as_str() {
+        Some(text) => Ok(out.write_str(text)?),
+        None => Ok(out.write_str(&display(value))?),
     });
-    env.add_test("iterable", |v: &Value| v.kind() == ValueKind::String || v.try_iter().is_ok());
+    // In Python strings and mappings have a length and items too, but nothing iterates over None.
+    use ValueKind::{Iterable, Map, Seq, String, Undefined};
+    env.add_test("sequence", |v: &Value| matches!(v.kind(), Undefined | Seq | String | Map));
+    env.add_test("iterable", |v: &Value| {
+        matches!(v.kind(), Undefined | Seq | String | Map | Iterable)
+    });
     env.set_unknown_method_callback(method);
 }
 
@@ -181,6 +184,11 @@ impl Json {
         }
         self.out.push('"');
     }
+}
+
+/// `str` of a value.
+fn display(value: &Value) -> String {
+    if value.kind() == ValueKind::Number { number(value) } else { value.to_string() }
 }
 
 /// A number as Python writes it.

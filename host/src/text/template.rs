@@ -3,8 +3,7 @@
 use super::{clock, python};
 use crate::{Error, Result};
 use minijinja::{
-    AutoEscape, Environment, ErrorKind, State, UndefinedBehavior, Value, syntax::SyntaxConfig,
-    value::Kwargs,
+    AutoEscape, Environment, ErrorKind, UndefinedBehavior, Value, syntax::SyntaxConfig,
 };
 use regex::Regex;
 use std::ops::Range;
@@ -15,9 +14,9 @@ const FUEL: u64 = 20_000_000;
 const RECURSION: usize = 200;
 /// Transformers' sandbox limits `range` too;
 const NAME: &str = "chat";
-/// Function that a `{% generation %}` block calls with its body.
-const GENERATION: &str = "__uft_generation";
 /// Noncharacters of Unicode around the text of a `{% generation %}` block, removed after rendering.
+/// In the template each stands between two tags of Jinja's own, of which the outer one behaves
+/// towards white space as the generation tag would, and the other gives the block its scope.
 const START: char = '\u{FDD0}';
 const END: char = '\u{FDD1}';
 
@@ -45,13 +44,13 @@ impl Template {
     /// Syntax that is not Jinja's, with file and line.
     pub fn new(source: &str, origin: impl Into<String>, now: i64) -> Result<Self> {
         let origin = origin.into();
+        let source = source.replace("\r\n", "\n").replace('\r', "\n");
         let tag =
             Regex::new(r"\{%([-+]?)(\s*)(end)?generation(\s*)([-+]?)%\}").expect("a valid regex");
-        let has_generation = tag.is_match(source);
-        let source = tag.replace_all(source, |c: &regex::Captures| {
-            let call =
-                if c.get(3).is_some() { "endcall".into() } else { format!("call {GENERATION}()") };
-            format!("{{%{}{}{call}{}{}%}}", &c[1], &c[2], &c[4], &c[5])
+        let has_generation = tag.is_match(&source);
+        let source = tag.replace_all(&source, |c: &regex::Captures| {
+            let (mark, scope) = if c.get(3).is_some() { (END, "endwith") } else { (START, "with") };
+            format!("{{%{}{}set __uft = 0 %}}{mark}{{% {scope}{}{}%}}", &c[1], &c[2], &c[4], &c[5])
         });
         let uses_clock = source.contains("strftime_now");
         let mut env = environment(now);
@@ -124,10 +123,6 @@ fn environment(now: i64) -> Environment<'static> {
             let message = format!("strftime_now: the format {format:?} is not supported");
             minijinja::Error::new(ErrorKind::InvalidOperation, message)
         })
-    });
-    env.add_function(GENERATION, |state: &mut State, kwargs: Kwargs| {
-        let body = kwargs.get::<Value>("caller")?.call(state, &[])?;
-        Ok(format!("{START}{body}{END}"))
     });
     env
 }
