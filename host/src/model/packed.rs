@@ -103,10 +103,10 @@ mod tests {
     use crate::group::{Branch, Segment};
     use uft_core::Feedback;
 
-    fn branch(tokens: &[u32], trained: &[&[std::ops::Range<usize>]]) -> Branch {
-        let segment = |ranges: &&[std::ops::Range<usize>]| Segment {
+    fn branch(tokens: &[u32], trained: &[&[(usize, usize)]]) -> Branch {
+        let segment = |ranges: &&[(usize, usize)]| Segment {
             feedback: Feedback::Demonstration,
-            trained: ranges.to_vec(),
+            trained: ranges.iter().map(|(start, end)| *start..*end).collect(),
         };
         Branch { tokens: tokens.to_vec(), segments: trained.iter().map(segment).collect() }
     }
@@ -116,13 +116,13 @@ mod tests {
         let first = Group {
             prompt: vec![1, 2],
             branches: vec![
-                branch(&[10, 11, 12], &[&[0..2]]),
-                branch(&[20, 21, 22, 23, 24], &[&[3..4], &[0..1, 2..3]]),
-                branch(&[30], &[&[0..1]]),
+                branch(&[10, 11, 12], &[&[(0, 2)]]),
+                branch(&[20, 21, 22, 23, 24], &[&[(3, 4)], &[(0, 1), (2, 3)]]),
+                branch(&[30], &[&[(0, 1)]]),
                 branch(&[40, 41], &[]),
             ],
         };
-        let second = Group { prompt: vec![], branches: vec![branch(&[50, 51, 52], &[&[1..3]])] };
+        let second = Group { prompt: vec![], branches: vec![branch(&[50, 51, 52], &[&[(1, 3)]])] };
         let packed = Packed::new(&[&first, &second]);
         // Rows 0 1 | 2 | 3 4 5 | - | - and 6 7.
         assert_eq!(packed.tokens, [1, 2, 10, 20, 21, 22, 50, 51]);
@@ -137,7 +137,7 @@ mod tests {
     #[test]
     #[should_panic(expected = "a first token cannot be trained")]
     fn a_first_token_has_nothing_before_it() {
-        let group = Group { prompt: vec![], branches: vec![branch(&[1, 2], &[&[0..2]])] };
+        let group = Group { prompt: vec![], branches: vec![branch(&[1, 2], &[&[(0, 2)]])] };
         Packed::new(&[&group]);
     }
 }

@@ -175,7 +175,7 @@ impl Tensor<'_> {
     }
 
     /// The elements, widened; each dtype's values are exact in `f32`.
-    pub fn to_f32(&self) -> Result<Vec<f32>> {
+    pub fn to_f32(self) -> Result<Vec<f32>> {
         let mut values = vec![0.0; self.shape.iter().product()];
         self.copy_to_f32(&mut values)?;
         Ok(values)

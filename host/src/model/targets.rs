@@ -114,8 +114,8 @@ impl Targets {
     /// The linear layers that are meant, in the model's order. With `strict` every entry of a list
     /// must match something; PEFT is content if any does.
     pub fn select(&self, model: &ModelConfig, strict: bool) -> Result<Vec<LinearSite>> {
-        let matches = self.matcher()?;
-        if let Some(name) = model.other_modules().iter().find(|name| matches(name)) {
+        let matcher = self.matcher()?;
+        if let Some(name) = model.other_modules().iter().find(|name| matcher.matches(name)) {
             let why = match name.ends_with("embed_tokens") {
                 true => "the embedding, which takes no adapter here",
                 false => "which is not a linear layer",
@@ -131,7 +131,7 @@ impl Targets {
             return Err(no_match(entry, &all));
         }
         let chosen: Vec<LinearSite> =
-            all.iter().filter(|linear| matches(&linear.name)).cloned().collect();
+            all.iter().filter(|linear| matcher.matches(&linear.name)).cloned().collect();
         match (chosen.is_empty(), self) {
             (false, _) => Ok(chosen),
             (true, Targets::Regex(text)) => Err(no_match(text, &all)),
@@ -140,19 +140,29 @@ impl Targets {
         }
     }
 
-    fn matcher(&self) -> Result<Box<dyn Fn(&str) -> bool + '_>> {
+    fn matcher(&self) -> Result<Matcher<'_>> {
         Ok(match self {
-            Targets::List(entries) => {
-                Box::new(|name| entries.iter().any(|entry| is_suffix(entry, name)))
-            }
-            Targets::Regex(text) => {
-                let regex = whole(text)?;
-                Box::new(move |name| regex.is_match(name))
-            }
-            Targets::AllLinear => {
-                Box::new(|name| Projection::ALL.iter().any(|(_, path)| is_suffix(path, name)))
-            }
+            Targets::List(entries) => Matcher::Suffixes(entries),
+            Targets::Regex(text) => Matcher::Whole(whole(text)?),
+            Targets::AllLinear => Matcher::AllLinear,
         })
+    }
+}
+
+/// [`Targets`] with the regular expression compiled.
+enum Matcher<'a> {
+    Suffixes(&'a [String]),
+    Whole(Regex),
+    AllLinear,
+}
+
+impl Matcher<'_> {
+    fn matches(&self, name: &str) -> bool {
+        match self {
+            Matcher::Suffixes(entries) => entries.iter().any(|entry| is_suffix(entry, name)),
+            Matcher::Whole(regex) => regex.is_match(name),
+            Matcher::AllLinear => Projection::ALL.iter().any(|(_, path)| is_suffix(path, name)),
+        }
     }
 }
 
