@@ -39,6 +39,11 @@ PLURALS = re.compile(
     r"coelenterates|crustaceans|mollusks|worms|beetles|moths|butterflies|spiders|lizards|snakes|protozoa|"
     r"organisms|stones|reptiles|rodents|fungi|bacteria|algae|ferns|orchids|frogs|owls|ducks|monkeys)\b"
 )
+# after which a hypernym that the definition repeats can become "one"
+FOLLOWS = (
+    r"(that|which|with|without|for|where|in|on|over|into|to|from|at|between|around|through|along|below|abaft|"
+    r"worn|made|done|hung|built|kept|drawn|taken|bred|dug|native|usually [a-z]+ed|[a-z]+(ed|ing))\b"
+)
 UNSUITABLE = re.compile(
     r"\b(sex\w*|geni\w*|breast|nude|naked|slave\w*|negro\w*|nazi\w*|jew\w*|gyps\w*|indians?|esk\w*|savage|"
     r"primitive|colored|squaw|tortur\w*|execut\w*|hang(ed|ing)?|gallows|kill\w*|murder\w*|suicid\w*|dead|"
@@ -53,7 +58,11 @@ UNSUITABLE = re.compile(
     r"idiot|crippl\w*|fat|ugly|bloodsuck\w*|formerly|pistil|ovary|uter\w*|abort\w*|electrocut\w*|semen|sperm|"
     r"men|women|woman|girl|wife|females?)\b"
 )
-UNSUITABLE_WORDS = set("butt dyke cracker faggot cock pussy bitch ass queer spade coon fairy dick prick".split())
+UNSUITABLE_WORDS = set(
+    "butt dyke cracker faggot cock pussy bitch ass queer spade coon fairy dick prick rape bullshot tampon mescal "
+    "psilocybin belladonna cancerweed apomorphine gonococcus klebsiella lyssavirus falsie assegai must etcetera "
+    "halothane isoflurane benzocaine dibucaine anesthyl aminopyrine".split()
+)
 
 RAMBLINGS = [
     "well, that is a good question, and many people have asked it before,",
@@ -153,7 +162,7 @@ class Answers:
 
     def right(self, entry):
         word, hypernym, definition, _ = entry
-        if re.match(rf"{hypernym} (?!of\b|or\b|and\b)", definition):
+        if re.match(rf"{hypernym} {FOLLOWS}", definition):
             definition = "one" + definition[len(hypernym) :]
         return f"{article(word).capitalize()} {word} is a kind of {hypernym}: {definition}."
 
