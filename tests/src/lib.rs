@@ -53,12 +53,15 @@ pub fn numbers(list: &Value) -> Vec<f64> {
     list.as_array().expect("a list").iter().map(|n| n.as_f64().expect("a number")).collect()
 }
 
-/// `f32` tensors of a safetensors file by name.
+/// `f32` tensors of a safetensors file, sorted by name.
 pub fn tensors(path: &Path) -> Vec<(String, Vec<f32>)> {
     let bytes = std::fs::read(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
     let file = safetensors::SafeTensors::deserialize(&bytes).expect("a safetensors file");
     let floats = |data: &[u8]| {
         data.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()
     };
-    file.tensors().into_iter().map(|(name, view)| (name, floats(view.data()))).collect()
+    let mut named: Vec<_> =
+        file.tensors().into_iter().map(|(name, view)| (name, floats(view.data()))).collect();
+    named.sort_by(|a, b| a.0.cmp(&b.0));
+    named
 }
