@@ -23,12 +23,17 @@ use crate::math::{dot, exp, exp_and_sum, max, vectorised};
 use crate::matmul::{View, product};
 use crate::parallel::Scattered;
 use rayon::prelude::*;
+use std::ops::Range;
 use text::{Block, Text, Tile};
 
 /// Rows of stacked queries per block, counted over the heads that share a key head.
-const BLOCK_ROWS: usize = 192;
-/// Keys per tile.
-const TILE_KEYS: usize = 256;
+const BLOCK_ROWS: usize = 384;
+/// Keys per tile where all queries of a block see all of them.
+const TILE_KEYS: usize = 128;
+/// Keys per tile along the diagonal and at the far end of a window.
+const EDGE_KEYS: usize = 32;
+/// Products of queries and keys from which decoding one token is worth several threads.
+const PARALLEL_DECODE: usize = 256 * 1024;
 
 /// How many heads there are, and how wide.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,14 +69,14 @@ impl Heads {
     }
 
     /// Where the heads that share key head `kv` lie in row `row` of q, out and their gradients.
-    fn queries_of(&self, row: usize, kv: usize) -> std::ops::Range<usize> {
+    fn queries_of(&self, row: usize, kv: usize) -> Range<usize> {
         let width = self.sharing() * self.head_dim;
         let start = row * self.query_width() + kv * width;
         start..start + width
     }
 
     /// Where key head `kv` lies in row `row` of k, v and their gradients.
-    fn key_of(&self, row: usize, kv: usize) -> std::ops::Range<usize> {
+    fn key_of(&self, row: usize, kv: usize) -> Range<usize> {
         let start = row * self.key_width() + kv * self.head_dim;
         start..start + self.head_dim
     }
@@ -130,6 +135,7 @@ pub fn forward(
         .collect();
     let (out, lse) = (Scattered::new(out), Scattered::new(lse));
     tasks.par_iter().for_each_init(ForwardScratch::default, |scratch, (text, block, kv)| {
+        let q = &q[text.row(block.position) * heads.query_width()..];
         scratch.attend(q, k, v, heads, window, text, block, *kv);
         let sharing = heads.sharing();
         for token in 0..block.len {
@@ -230,18 +236,18 @@ pub fn decode(
     assert!(n > 0, "attention: the cache must hold the new token");
     assert_window(window);
 
-    let first = window.map_or(0, |window| n.saturating_sub(window));
-    let (k, v) = (&k_cache[first * heads.key_width()..], &v_cache[first * heads.key_width()..]);
-    let per_kv = heads.sharing() * heads.head_dim;
-    let head = |(kv, (q, out)): (usize, (&[f32], &mut [f32]))| {
-        for (q, out) in q.chunks(heads.head_dim).zip(out.chunks_mut(heads.head_dim)) {
-            decode_head(q, k, v, n - first, kv * heads.head_dim, heads.key_width(), out);
-        }
+    let text = Text::of_cache(n);
+    let newest = Block { position: n - 1, len: 1 };
+    let width = heads.sharing() * heads.head_dim;
+    let head = |scratch: &mut ForwardScratch, (kv, out): (usize, &mut [f32])| {
+        scratch.attend(q, k_cache, v_cache, heads, window, &text, &newest, kv);
+        scratch.finish(0, out, &mut vec![0.0; heads.sharing()]);
     };
-    if (n - first) * heads.query_width() <= crate::parallel::elements_per_task() {
-        return q.chunks(per_kv).zip(out.chunks_mut(per_kv)).enumerate().for_each(head);
+    if n * heads.query_width() <= PARALLEL_DECODE {
+        let mut scratch = ForwardScratch::default();
+        return out.chunks_mut(width).enumerate().for_each(|out| head(&mut scratch, out));
     }
-    q.par_chunks(per_kv).zip(out.par_chunks_mut(per_kv)).enumerate().for_each(head);
+    out.par_chunks_mut(width).enumerate().for_each_init(ForwardScratch::default, head);
 }
 
 fn assert_window(window: Option<usize>) {
@@ -251,7 +257,7 @@ fn assert_window(window: Option<usize>) {
 /// State of one block of stacked queries on the way forward; row `token * sharing + head`.
 #[derive(Default)]
 struct ForwardScratch {
-    /// `[rows, D]`, already multiplied by the scale.
+    /// `[rows, D]`.
     q: Vec<f32>,
     /// `[rows, keys]` of the current tile: scores, then their exponentials.
     scores: Vec<f32>,
@@ -264,6 +270,7 @@ struct ForwardScratch {
 }
 
 impl ForwardScratch {
+    /// Meets all keys; the block's queries are the first rows of `q`.
     fn attend(
         &mut self,
         q: &[f32],
@@ -277,36 +284,31 @@ impl ForwardScratch {
     ) {
         let (sharing, dim) = (heads.sharing(), heads.head_dim);
         let rows = block.len * sharing;
-        stack(&mut self.q, q, heads, text, block, kv, heads.scale());
+        stack(&mut self.q, q, heads, block.len, kv);
+        self.out.clear();
         self.out.resize(rows * dim, 0.0);
         self.top.clear();
         self.top.resize(rows, f32::NEG_INFINITY);
         self.sum.clear();
         self.sum.resize(rows, 0.0);
 
-        let queries = View::new(&self.q, rows, dim, dim);
-        for (index, tile) in text.tiles(block, window, TILE_KEYS).enumerate() {
-            self.scores.resize(rows * tile.len, 0.0);
-            product(queries, heads.tile(k, &tile, kv).t(), &mut self.scores, tile.len, 1.0, 0.0);
-            let first_tile = index == 0;
-            for token in 0..block.len {
-                let visible = tile.visible(block.position + token, window);
-                for row in token * sharing..(token + 1) * sharing {
-                    let out = &mut self.out[row * dim..(row + 1) * dim];
-                    let shrink = soften(
-                        &mut self.scores[row * tile.len..(row + 1) * tile.len],
-                        visible.clone(),
-                        &mut self.top[row],
-                        &mut self.sum[row],
-                    );
-                    if !first_tile && shrink != 1.0 {
-                        scale(out, shrink);
-                    }
+        for tile in text.tiles(block, window, TILE_KEYS, EDGE_KEYS) {
+            let Tile { len, queries, .. } = tile.clone();
+            let (start, rows) = (queries.start * sharing, queries.len() * sharing);
+            self.scores.resize(rows * len, 0.0);
+            let q = View::new(&self.q[start * dim..], rows, dim, dim);
+            product(q, heads.tile(k, &tile, kv).t(), &mut self.scores, len, heads.scale(), 0.0);
+            for (row, scores) in self.scores.chunks_exact_mut(len).enumerate() {
+                let visible = tile.visible(block.position + queries.start + row / sharing, window);
+                let row = start + row;
+                let shrink = soften(scores, visible, &mut self.top[row], &mut self.sum[row]);
+                if shrink != 1.0 {
+                    scale(&mut self.out[row * dim..(row + 1) * dim], shrink);
                 }
             }
-            let weights = View::new(&self.scores, rows, tile.len, tile.len);
-            let beta = if first_tile { 0.0 } else { 1.0 };
-            product(weights, heads.tile(v, &tile, kv), &mut self.out, dim, 1.0, beta);
+            let weights = View::new(&self.scores, rows, len, len);
+            let out = &mut self.out[start * dim..(start + rows) * dim];
+            product(weights, heads.tile(v, &tile, kv), out, dim, 1.0, 1.0);
         }
     }
 
@@ -351,7 +353,7 @@ impl KeySums {
 /// State of one block of stacked queries on the way back.
 #[derive(Default)]
 struct BackwardScratch {
-    /// `[rows, D]`, already multiplied by the scale.
+    /// `[rows, D]`.
     q: Vec<f32>,
     /// `[rows, D]`.
     dout: Vec<f32>,
@@ -380,8 +382,11 @@ impl BackwardScratch {
         let heads = given.heads;
         let (sharing, dim) = (heads.sharing(), heads.head_dim);
         let rows = block.len * sharing;
-        stack(&mut self.q, given.q, heads, text, block, kv, heads.scale());
-        stack(&mut self.dout, given.dout, heads, text, block, kv, 1.0);
+        let first = text.row(block.position);
+        let at = first * heads.query_width();
+        stack(&mut self.q, &given.q[at..], heads, block.len, kv);
+        stack(&mut self.dout, &given.dout[at..], heads, block.len, kv);
+        self.dq.clear();
         self.dq.resize(rows * dim, 0.0);
         self.delta.clear();
         for token in 0..block.len {
@@ -390,36 +395,31 @@ impl BackwardScratch {
             self.delta.extend(pairs.map(|(dout, out)| inner(dout, out)));
         }
 
-        let q = View::new(&self.q, rows, dim, dim);
-        let dout = View::new(&self.dout, rows, dim, dim);
-        for (index, tile) in text.tiles(block, given.window, TILE_KEYS).enumerate() {
+        for tile in text.tiles(block, given.window, TILE_KEYS, EDGE_KEYS) {
+            let Tile { len, queries, .. } = tile.clone();
+            let (start, rows) = (queries.start * sharing, queries.len() * sharing);
             let (k, v) = (heads.tile(given.k, &tile, kv), heads.tile(given.v, &tile, kv));
-            self.p.resize(rows * tile.len, 0.0);
-            self.ds.resize(rows * tile.len, 0.0);
-            product(q, k.t(), &mut self.p, tile.len, 1.0, 0.0);
-            product(dout, v.t(), &mut self.ds, tile.len, 1.0, 0.0);
-            for token in 0..block.len {
-                let position = block.position + token;
+            let q = View::new(&self.q[start * dim..], rows, dim, dim);
+            let dout = View::new(&self.dout[start * dim..], rows, dim, dim);
+            self.p.resize(rows * len, 0.0);
+            self.ds.resize(rows * len, 0.0);
+            product(q, k.t(), &mut self.p, len, heads.scale(), 0.0);
+            product(dout, v.t(), &mut self.ds, len, 1.0, 0.0);
+            let pairs = self.p.chunks_exact_mut(len).zip(self.ds.chunks_exact_mut(len));
+            for (row, (p, ds)) in pairs.enumerate() {
+                let position = block.position + queries.start + row / sharing;
+                let lse =
+                    given.lse[text.row(position) * heads.heads + kv * sharing + row % sharing];
                 let visible = tile.visible(position, given.window);
-                let lse = &given.lse[text.row(position) * heads.heads + kv * sharing..];
-                for head in 0..sharing {
-                    let row = token * sharing + head;
-                    score_gradients(
-                        &mut self.p[row * tile.len..(row + 1) * tile.len],
-                        &mut self.ds[row * tile.len..(row + 1) * tile.len],
-                        visible.clone(),
-                        lse[head],
-                        self.delta[row],
-                    );
-                }
+                score_gradients(p, ds, visible, lse, self.delta[start + row]);
             }
-            let p = View::new(&self.p, rows, tile.len, tile.len);
-            let ds = View::new(&self.ds, rows, tile.len, tile.len);
-            let at = (tile.row - first_row) * dim..(tile.row - first_row + tile.len) * dim;
-            product(p.t(), dout, &mut sums.dv[at.clone()], dim, 1.0, 1.0);
-            product(ds.t(), q, &mut sums.dk[at], dim, 1.0, 1.0);
-            let beta = if index == 0 { 0.0 } else { 1.0 };
-            product(ds, k, &mut self.dq, dim, heads.scale(), beta);
+            let p = View::new(&self.p, rows, len, len);
+            let ds = View::new(&self.ds, rows, len, len);
+            let keys = (tile.row - first_row) * dim..(tile.row - first_row + len) * dim;
+            product(p.t(), dout, &mut sums.dv[keys.clone()], dim, 1.0, 1.0);
+            product(ds.t(), q, &mut sums.dk[keys], dim, heads.scale(), 1.0);
+            let dq = &mut self.dq[start * dim..(start + rows) * dim];
+            product(ds, k, dq, dim, heads.scale(), 1.0);
         }
     }
 
@@ -430,62 +430,42 @@ impl BackwardScratch {
     }
 }
 
-/// Copies a block's heads that share key head `kv` into `[tokens * sharing, D]`, times `factor`.
-fn stack(
-    stacked: &mut Vec<f32>,
-    x: &[f32],
-    heads: &Heads,
-    text: &Text,
-    block: &Block,
-    kv: usize,
-    factor: f32,
-) {
+/// Copies the heads that share key head `kv` from the first rows of `x` into `[tokens * sharing, D]`.
+fn stack(stacked: &mut Vec<f32>, x: &[f32], heads: &Heads, tokens: usize, kv: usize) {
     stacked.clear();
-    for token in 0..block.len {
-        let row = text.row(block.position + token);
-        stacked.extend(x[heads.queries_of(row, kv)].iter().map(|x| x * factor));
+    for token in 0..tokens {
+        stacked.extend_from_slice(&x[heads.queries_of(token, kv)]);
     }
+}
+
+/// Scores out of sight become -inf, whose exponential is 0.
+#[inline(always)]
+fn hide(scores: &mut [f32], visible: &Range<usize>) {
+    scores[..visible.start].fill(f32::NEG_INFINITY);
+    scores[visible.end..].fill(f32::NEG_INFINITY);
 }
 
 vectorised! {
     /// One row of a tile: turns the visible scores into e^(s - top) and the others into 0, with `top`
     /// and `sum` brought up to date. Returns the factor by which what was summed before shrinks.
-    fn soften(
-        scores: &mut [f32],
-        visible: std::ops::Range<usize>,
-        top: &mut f32,
-        sum: &mut f32,
-    ) -> f32 {
-        if visible.is_empty() {
-            scores.fill(0.0);
-            return 1.0;
-        }
-        let (start, end) = (visible.start, visible.end);
-        scores[..start].fill(0.0);
-        scores[end..].fill(0.0);
-        let scores = &mut scores[start..end];
+    fn soften(scores: &mut [f32], visible: Range<usize>, top: &mut f32, sum: &mut f32) -> f32 {
+        hide(scores, &visible);
         let largest = max(scores);
-        let new_top = if largest > *top { largest } else { *top };
-        let shrink = exp(*top - new_top);
-        *sum = *sum * shrink + exp_and_sum(scores, new_top);
-        *top = new_top;
+        let mut shrink = 1.0;
+        if largest > *top {
+            shrink = exp(*top - largest);
+            *top = largest;
+        }
+        // Nothing visible yet: any shift but -inf keeps e^(-inf) at 0.
+        let shift = if *top == f32::NEG_INFINITY { 0.0 } else { *top };
+        *sum = *sum * shrink + exp_and_sum(scores, shift);
         shrink
     }
 
     /// One row of a tile: turns scores into weights p, and dout·v into ds = p (dout·v - delta).
-    fn score_gradients(
-        p: &mut [f32],
-        ds: &mut [f32],
-        visible: std::ops::Range<usize>,
-        lse: f32,
-        delta: f32,
-    ) {
-        let (start, end) = (visible.start.min(p.len()), visible.end.max(visible.start).min(p.len()));
-        for hidden in [0..start, end..p.len()] {
-            p[hidden.clone()].fill(0.0);
-            ds[hidden].fill(0.0);
-        }
-        for (p, ds) in p[start..end].iter_mut().zip(&mut ds[start..end]) {
+    fn score_gradients(p: &mut [f32], ds: &mut [f32], visible: Range<usize>, lse: f32, delta: f32) {
+        hide(p, &visible);
+        for (p, ds) in p.iter_mut().zip(ds) {
             *p = exp(*p - lse);
             *ds = *p * (*ds - delta);
         }
@@ -504,32 +484,6 @@ vectorised! {
     fn add(x: &mut [f32], y: &[f32]) {
         for (x, y) in x.iter_mut().zip(y) {
             *x += y;
-        }
-    }
-
-    /// One query head against the columns from `column` on of `n` cached rows `stride` apart.
-    fn decode_head(
-        q: &[f32],
-        k: &[f32],
-        v: &[f32],
-        n: usize,
-        column: usize,
-        stride: usize,
-        out: &mut [f32],
-    ) {
-        let dim = q.len();
-        let factor = 1.0 / (dim as f32).sqrt();
-        let mut scores: Vec<f32> = (0..n)
-            .map(|key| factor * dot(q, &k[key * stride + column..][..dim]))
-            .collect();
-        let top = max(&scores);
-        let inverse = 1.0 / exp_and_sum(&mut scores, top);
-        out.fill(0.0);
-        for (key, weight) in scores.iter().enumerate() {
-            let weight = weight * inverse;
-            for (out, v) in out.iter_mut().zip(&v[key * stride + column..][..dim]) {
-                *out += weight * v;
-            }
         }
     }
 }

@@ -32,6 +32,14 @@ pub(crate) use vectorised;
 /// of an addition.
 const LANES: usize = 32;
 
+/// A piece shorter than [`LANES`], filled up: cheaper than a loop over single elements.
+#[inline(always)]
+fn padded(rest: &[f32], filler: f32) -> [f32; LANES] {
+    let mut piece = [filler; LANES];
+    piece[..rest.len()].copy_from_slice(rest);
+    piece
+}
+
 /// e^x within 2 ulp on the whole range of `f32`, except that results below 2^-125 become 0.
 /// NaN stays NaN, +inf gives +inf and -inf gives 0.
 ///
@@ -60,73 +68,80 @@ pub(crate) fn exp(x: f32) -> f32 {
     if x > HIGHEST { f32::INFINITY } else { y }
 }
 
+/// Runs `step` for every piece of some slices of one length, the last filled up with `filler`.
+macro_rules! for_pieces {
+    ($(($piece:ident, $slice:expr)),+; $filler:expr; $step:block) => {{
+        let len = [$($slice.len()),+][0];
+        let whole = len / LANES * LANES;
+        let mut at = 0;
+        while at < whole {
+            $(let $piece: &[f32; LANES] = $slice[at..at + LANES].try_into().expect("a whole piece");)+
+            $step
+            at += LANES;
+        }
+        if whole < len {
+            $(let $piece = &padded(&$slice[whole..], $filler);)+
+            $step
+        }
+    }};
+}
+
 /// Σ a_i b_i.
 #[inline(always)]
 pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 {
-    debug_assert_eq!(a.len(), b.len());
-    let (a_lanes, a_rest) = a.as_chunks::<LANES>();
-    let (b_lanes, b_rest) = b.as_chunks::<LANES>();
+    assert_eq!(a.len(), b.len());
     let mut sums = [0.0; LANES];
-    for (a, b) in a_lanes.iter().zip(b_lanes) {
+    for_pieces!((a, a), (b, b); 0.0; {
         for lane in 0..LANES {
             sums[lane] += a[lane] * b[lane];
         }
-    }
-    for (lane, (a, b)) in a_rest.iter().zip(b_rest).enumerate() {
-        sums[lane] += a * b;
-    }
+    });
     halve(sums, |a, b| a + b)
 }
 
 /// Σ a_i b_i c_i.
 #[inline(always)]
 pub(crate) fn dot3(a: &[f32], b: &[f32], c: &[f32]) -> f32 {
-    debug_assert!(a.len() == b.len() && b.len() == c.len());
-    let (a_lanes, a_rest) = a.as_chunks::<LANES>();
-    let (b_lanes, b_rest) = b.as_chunks::<LANES>();
-    let (c_lanes, c_rest) = c.as_chunks::<LANES>();
+    assert!(a.len() == b.len() && b.len() == c.len());
     let mut sums = [0.0; LANES];
-    for ((a, b), c) in a_lanes.iter().zip(b_lanes).zip(c_lanes) {
+    for_pieces!((a, a), (b, b), (c, c); 0.0; {
         for lane in 0..LANES {
             sums[lane] += a[lane] * b[lane] * c[lane];
         }
-    }
-    for (lane, ((a, b), c)) in a_rest.iter().zip(b_rest).zip(c_rest).enumerate() {
-        sums[lane] += a * b * c;
-    }
-    halve(sums, |a, b| a + b)
-}
-
-/// Replaces every x_i by e^(x_i - shift) and returns the sum of the results.
-#[inline(always)]
-pub(crate) fn exp_and_sum(x: &mut [f32], shift: f32) -> f32 {
-    let (lanes, rest) = x.as_chunks_mut::<LANES>();
-    let mut sums = [0.0; LANES];
-    for x in lanes {
-        for lane in 0..LANES {
-            x[lane] = exp(x[lane] - shift);
-            sums[lane] += x[lane];
-        }
-    }
-    for (lane, x) in rest.iter_mut().enumerate() {
-        *x = exp(*x - shift);
-        sums[lane] += *x;
-    }
+    });
     halve(sums, |a, b| a + b)
 }
 
 /// Σ e^(x_i - shift).
 #[inline(always)]
 pub(crate) fn sum_exp(x: &[f32], shift: f32) -> f32 {
-    let (lanes, rest) = x.as_chunks::<LANES>();
     let mut sums = [0.0; LANES];
-    for x in lanes {
+    for_pieces!((x, x); f32::NEG_INFINITY; {
         for lane in 0..LANES {
             sums[lane] += exp(x[lane] - shift);
         }
+    });
+    halve(sums, |a, b| a + b)
+}
+
+/// Replaces every x_i by e^(x_i - shift) and returns the sum of the results, that of [`sum_exp`].
+#[inline(always)]
+pub(crate) fn exp_and_sum(x: &mut [f32], shift: f32) -> f32 {
+    let mut sums = [0.0; LANES];
+    let (pieces, rest) = x.as_chunks_mut::<LANES>();
+    for x in pieces {
+        for lane in 0..LANES {
+            x[lane] = exp(x[lane] - shift);
+            sums[lane] += x[lane];
+        }
     }
-    for (lane, x) in rest.iter().enumerate() {
-        sums[lane] += exp(x - shift);
+    if !rest.is_empty() {
+        let mut x = padded(rest, f32::NEG_INFINITY);
+        for lane in 0..LANES {
+            x[lane] = exp(x[lane] - shift);
+            sums[lane] += x[lane];
+        }
+        rest.copy_from_slice(&x[..rest.len()]);
     }
     halve(sums, |a, b| a + b)
 }
@@ -135,16 +150,12 @@ pub(crate) fn sum_exp(x: &[f32], shift: f32) -> f32 {
 #[inline(always)]
 pub(crate) fn max(x: &[f32]) -> f32 {
     let larger = |a: f32, b: f32| if b > a { b } else { a };
-    let (lanes, rest) = x.as_chunks::<LANES>();
     let mut maxima = [f32::NEG_INFINITY; LANES];
-    for x in lanes {
+    for_pieces!((x, x); f32::NEG_INFINITY; {
         for lane in 0..LANES {
             maxima[lane] = larger(maxima[lane], x[lane]);
         }
-    }
-    for (lane, x) in rest.iter().enumerate() {
-        maxima[lane] = larger(maxima[lane], *x);
-    }
+    });
     halve(maxima, larger)
 }
 

@@ -21,11 +21,13 @@ pub(super) struct Block {
 }
 
 /// `len` consecutive keys: rows from `row` on, positions from `position` on.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Tile {
     pub(super) row: usize,
     pub(super) position: usize,
     pub(super) len: usize,
+    /// The queries that see at least one of the keys, counted from the block's first.
+    pub(super) queries: Range<usize>,
 }
 
 impl Text {
@@ -46,6 +48,11 @@ impl Text {
         std::iter::once(prompt).chain(branches)
     }
 
+    /// A text whose `n` tokens are rows 0..n.
+    pub(super) fn of_cache(n: usize) -> Self {
+        Self { prompt_start: 0, prompt_len: 0, own_start: 0, own_len: n }
+    }
+
     /// The row of the token at `position`.
     pub(super) fn row(&self, position: usize) -> usize {
         if position < self.prompt_len {
@@ -63,25 +70,42 @@ impl Text {
             .map(move |position| Block { position, len: tokens.min(end - position) })
     }
 
-    /// The keys that at least one query of the block may see, at most `keys` at a time.
+    /// The keys that some queries of the block may see, in order of position, each tile with those
+    /// queries. Where every query sees every key a tile has up to `keys` keys; along the edges, where
+    /// part of a tile is computed in vain, up to `edge_keys`.
     pub(super) fn tiles(
         &self,
         block: &Block,
         window: Option<usize>,
         keys: usize,
+        edge_keys: usize,
     ) -> impl Iterator<Item = Tile> + use<> {
-        let first = window.map_or(0, |window| (block.position + 1).saturating_sub(window));
+        let (text, block) = (*self, *block);
         let end = block.position + block.len;
-        let prompt = first.min(self.prompt_len)..self.prompt_len;
-        let own = first.max(self.prompt_len)..end;
-        let text = *self;
-        [prompt, own].into_iter().flat_map(move |range| {
-            let end = range.end;
-            range.step_by(keys).map(move |position| Tile {
+        let unbounded = usize::MAX;
+        let first = (block.position + 1).saturating_sub(window.unwrap_or(unbounded));
+        // From here on to the first query's own key, nothing is hidden from anyone.
+        let inner_start = end.saturating_sub(window.unwrap_or(unbounded));
+        let mut position = first;
+        std::iter::from_fn(move || {
+            let (most, limit) = match position {
+                p if p >= end => return None,
+                p if p < inner_start => (edge_keys, inner_start),
+                p if p < block.position => (keys, block.position),
+                _ => (edge_keys, end),
+            };
+            // The prompt's rows do not continue into the text's own.
+            let limit = if position < text.prompt_len { limit.min(text.prompt_len) } else { limit };
+            let len = most.min(limit - position);
+            let last_query = window.map_or(end, |window| end.min(position + len - 1 + window));
+            let tile = Tile {
                 row: text.row(position),
                 position,
-                len: keys.min(end - position),
-            })
+                len,
+                queries: position.saturating_sub(block.position)..last_query - block.position,
+            };
+            position += len;
+            Some(tile)
         })
     }
 }
@@ -111,4 +135,63 @@ pub(super) fn split_evenly(blocks: &[(Text, Block)], parts: usize) -> Vec<&[(Tex
         }
     }
     runs
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::layout::Layout;
+
+    /// Every pair that attention counts lies in exactly one tile, and few others do.
+    #[test]
+    fn tiles_hold_each_visible_pair_once() {
+        let layout = Layout::new(&[(50, vec![37, 0, 1])]);
+        for window in [None, Some(1), Some(7), Some(64)] {
+            for text in Text::of_group(&layout.groups[0]) {
+                let (mut pairs, mut computed) = (0, 0);
+                for block in text.blocks(16) {
+                    let mut seen = std::collections::HashSet::new();
+                    for tile in text.tiles(&block, window, 8, 4) {
+                        computed += tile.len * tile.queries.len();
+                        for query in 0..block.len {
+                            let position = block.position + query;
+                            let visible = tile.visible(position, window);
+                            assert!(visible.is_empty() || tile.queries.contains(&query));
+                            for key in visible {
+                                let key_position = tile.position + key;
+                                assert_eq!(tile.row + key, text.row(key_position));
+                                assert!(key_position <= position);
+                                assert!(window.is_none_or(|w| position - key_position < w));
+                                assert!(seen.insert((position, key_position)));
+                            }
+                        }
+                    }
+                    let reach = |p: usize| (p + 1).min(window.unwrap_or(usize::MAX));
+                    let expected: usize = (0..block.len).map(|i| reach(block.position + i)).sum();
+                    assert_eq!(seen.len(), expected);
+                    pairs += expected;
+                }
+                let edges = 2 * 4 * (text.own_len + 16);
+                assert!(computed <= pairs + edges, "{computed} computed for {pairs}");
+            }
+        }
+    }
+
+    #[test]
+    fn parts_hold_all_blocks_in_order() {
+        let layout = Layout::new(&[(90, vec![37, 5])]);
+        let blocks: Vec<(Text, Block)> = Text::of_group(&layout.groups[0])
+            .flat_map(|text| text.blocks(8).map(move |block| (text, block)))
+            .collect();
+        for parts in [1, 2, 3, 100] {
+            let runs = split_evenly(&blocks, parts);
+            assert!(runs.len() <= parts && runs.iter().all(|run| !run.is_empty()));
+            let positions = |run: &[(Text, Block)]| -> Vec<(usize, usize)> {
+                run.iter().map(|(text, block)| (text.own_start, block.position)).collect()
+            };
+            let joined: Vec<_> = runs.iter().flat_map(|run| positions(run)).collect();
+            assert_eq!(joined, positions(&blocks));
+        }
+        assert!(split_evenly(&[], 3).is_empty());
+    }
 }
