@@ -35,18 +35,18 @@ impl Text {
                     .map_err(|e| e.of_response(i, count))?;
             conversations.push(conversation);
         }
-        // The prompt ends with the header of the assistant's turn if all responses begin with one.
+        // The prompt ends with the header of the assistant's turn. If a response does not begin with
+        // one, where the prompt ends makes no difference to anything that is trained, so all is in
+        // the branches.
         let open = conversations.iter().all(Conversation::answers);
         let prompt = match conversations.first() {
-            Some(first) if !prompt_values.is_empty() => {
-                let text = first.render(prompt_values.len(), open)?.text;
-                self.tokenizer.encode(text).map_err(Refused::because(Reason::Tokenizer))?
+            Some(_) if open && prompt_values.is_empty() => {
+                let what = "the conversation begins with the assistant, so there is no prompt";
+                return Err(Refused::new(Reason::Turns, what));
             }
-            _ if open => {
-                return Err(Refused::new(
-                    Reason::Turns,
-                    "the conversation begins with the assistant, without a prompt",
-                ));
+            Some(first) if open => {
+                let text = first.render(prompt_values.len(), true)?.text;
+                self.tokenizer.encode(text).map_err(Refused::because(Reason::Tokenizer))?
             }
             _ => Encoded::default(),
         };

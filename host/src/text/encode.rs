@@ -17,6 +17,9 @@ impl Text {
     /// # Errors
     /// The reason why the sample cannot be trained on, with what to do.
     pub fn encode_sample(&self, sample: &Sample, limits: &Limits) -> Result<Vec<Group>, Refused> {
+        if sample.responses.is_empty() {
+            return Err(Refused::new(Reason::NoTrainedTokens, "the sample has no response"));
+        }
         let mut groups = match &sample.prompt {
             Content::Text(prompt) => vec![self.encode_text(prompt, &sample.responses)?],
             Content::Messages(prompt) => self.encode_chat(prompt, sample)?,
@@ -26,7 +29,7 @@ impl Text {
             if limits.end_of_turn == EndOfTurn::Require {
                 self.check_end_of_turn(group)?;
             }
-            limits.fit(group, self.tokenizer.prefix())?;
+            limits.fit(group, self.beginning(&group.prompt))?;
         }
         Ok(groups)
     }
@@ -55,6 +58,14 @@ impl Text {
             branches.push(Branch { tokens, segments });
         }
         Ok(Group { prompt: prompt_ids, branches })
+    }
+
+    /// How many tokens a prompt has to begin with however short it is cut: a BOS.
+    fn beginning(&self, prompt: &[u32]) -> usize {
+        let bos = self.specials.get("bos_token").and_then(|text| self.tokenizer.id(text));
+        let prefix = Some(self.tokenizer.prefix()).filter(|ids| prompt.starts_with(ids));
+        let bos = bos.filter(|bos| prompt.first() == Some(bos)).map_or(0, |_| 1);
+        prefix.map_or(0, <[u32]>::len).max(bos)
     }
 
     /// The EOS that responses in plain text end with.

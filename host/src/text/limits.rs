@@ -78,11 +78,12 @@ impl fmt::Display for Refused {
 }
 
 impl Limits {
-    /// Makes a group fit, by cutting its prompt's beginning if that is allowed. A BOS stays.
+    /// Makes a group fit, by cutting its prompt's beginning if that is allowed. The first `kept`
+    /// tokens (BOS) stay.
     ///
     /// # Errors
     /// [`Reason::TooLong`].
-    pub fn fit(&self, group: &mut Group, bos: &[u32]) -> Result<(), Refused> {
+    pub fn fit(&self, group: &mut Group, kept: usize) -> Result<(), Refused> {
         let (length, longest) = (group.longest(), group.longest() - group.prompt.len());
         if length <= self.max_length {
             return Ok(());
@@ -95,7 +96,6 @@ impl Limits {
                 self.max_length
             ));
         }
-        let kept = if group.prompt.starts_with(bos) { bos.len() } else { 0 };
         // The first token of a branch needs a token before it.
         let least = kept.max(1);
         if group.prompt.len() < least + excess {

@@ -175,3 +175,6 @@ impl Text {
         &self.tokenizer
     }
 }
+
+#[cfg(test)]
+mod tests;

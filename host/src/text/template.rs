@@ -10,17 +10,21 @@ use std::ops::Range;
 
 /// Work that one rendering may do, in instructions or 64 bytes of text. The longest conversations
 /// need some hundred thousand; a template that does not end is stopped after about a second.
-const FUEL: u64 = 20_000_000;
+const FUEL: u64 = 10_000_000;
 const RECURSION: usize = 200;
 /// Transformers' sandbox limits `range` too;
 const NAME: &str = "chat";
 /// Noncharacters of Unicode around the text of a `{% generation %}` block, removed after rendering.
 /// In the template each stands between two tags of Jinja's own, of which the outer one behaves
 /// towards white space as the generation tag would, and the other gives the block its scope.
-const START: char = '\u{FDD0}';
-const END: char = '\u{FDD1}';
+pub const START: char = '\u{FDD0}';
+pub const END: char = '\u{FDD1}';
 
 /// A compiled chat template.
+///
+/// Compared with transformers' renderings on 142 templates of real models it differs in two things:
+/// numbers below 1e-4 or from 1e16 on that a template joins to text with `~` are not written with an
+/// exponent, and text marked `safe` does not escape what `+` joins to it.
 pub struct Template {
     env: Environment<'static>,
     /// The file that it comes from, for messages.
@@ -90,8 +94,7 @@ impl Template {
         }
         unmark(&text).ok_or_else(|| {
             Error::data(format!(
-                "{}: the text of a generation block is cut apart by the template, or a message \
-                 contains U+FDD0 or U+FDD1",
+                "{}: the template cuts apart what its generation blocks have written",
                 self.origin
             ))
         })

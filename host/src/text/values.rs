@@ -1,5 +1,6 @@
 //! JSON and messages as chat templates see them.
 
+use super::template::{END, START};
 use crate::{Error, Result};
 use minijinja::Value;
 use serde_json::{Map, Value as Json};
@@ -42,8 +43,9 @@ pub fn from_json(json: &Json) -> Value {
 /// `extra` is laid over `role` and `content`, so a record can say `"content": null` or give parts.
 ///
 /// # Errors
-/// `extra` that is not a JSON object.
+/// `extra` that is not a JSON object; noncharacters that generation blocks are marked with.
 pub fn message(message: &Message) -> Result<Value> {
+    refuse_marks(&message.content)?;
     let mut fields = Map::new();
     fields.insert("role".into(), message.role.as_str().into());
     fields.insert("content".into(), message.content.as_str().into());
@@ -85,11 +87,25 @@ pub fn arguments(template_args: &str) -> Result<Vec<(String, Value)>> {
     Ok(all.iter().map(|(name, value)| (name.clone(), from_json(value))).collect())
 }
 
+/// Refuses text with the characters that [`Template`](super::template::Template) marks blocks with,
+/// as they are or as JSON writes them. Unicode never gives them a meaning.
+fn refuse_marks(text: &str) -> Result<()> {
+    let escaped = |mark: char| {
+        let lower = format!("\\u{:04x}", u32::from(mark));
+        text.contains(&lower) || text.contains(&lower.to_uppercase().replace("\\U", "\\u"))
+    };
+    if [START, END].into_iter().any(|mark| text.contains(mark) || escaped(mark)) {
+        return Err(Error::data("the text contains U+FDD0 or U+FDD1, which are no characters"));
+    }
+    Ok(())
+}
+
 /// A JSON object; an empty text is an empty one.
 fn object(text: &str, what: &str) -> Result<Map<String, Json>> {
     if text.is_empty() {
         return Ok(Map::new());
     }
+    refuse_marks(text)?;
     match serde_json::from_str(text) {
         Ok(Json::Object(object)) => Ok(object),
         Ok(_) => Err(Error::data(format!("{what} are not a JSON object: {text}"))),
