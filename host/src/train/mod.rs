@@ -75,7 +75,7 @@ fn train_stage(
     let mut order = stage.order(run);
     let mut optimizer = Optimizer::new(settings, &run.lora);
     let mut grads = LoraGrads::zeros(&run.lora);
-    let progress = Progress::new(stage.name.as_deref(), steps);
+    let mut progress = Progress::new(stage.name.as_deref(), steps);
     let rows: usize = stage.sources.iter().map(|&s| run.sources[s].train.len()).sum();
 
     for step in 0..steps {

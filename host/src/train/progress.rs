@@ -2,13 +2,21 @@
 
 use super::pass::Outcome;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use std::cell::Cell;
+use std::collections::BTreeMap;
 use std::io::IsTerminal;
+
+/// Share of the past in a running mean: about the last ten steps count.
+const MEMORY: f64 = 0.9;
+/// What is shown of every source.
+const SHOWN: [(&str, &str); 3] =
+    [("loss", "loss"), ("rewards/accuracies", "accuracy"), ("rewards/margins", "margin")];
 
 /// The bar of one stage; invisible off a terminal.
 pub struct Progress {
     bar: ProgressBar,
-    tokens: Cell<u64>,
+    tokens: u64,
+    /// Running means of what is shown; one step's few rows would only flicker.
+    means: BTreeMap<(String, &'static str), f64>,
 }
 
 impl Progress {
@@ -18,32 +26,37 @@ impl Progress {
             false => ProgressDrawTarget::hidden(),
         };
         let bar = ProgressBar::with_draw_target(Some(steps), target);
-        let style =
-            ProgressStyle::with_template("{prefix}{pos}/{len} {wide_bar} {eta} left\n  {msg}");
+        let style = ProgressStyle::with_template("{prefix}{pos}/{len} {wide_bar} {eta} left\n{msg}");
         bar.set_style(style.expect("the template is valid").progress_chars("█▉▊▋▌▍▎▏ "));
         if let Some(stage) = stage {
             bar.set_prefix(format!("{stage} "));
         }
-        Self { bar, tokens: Cell::new(0) }
+        Self { bar, tokens: 0, means: BTreeMap::new() }
     }
 
-    /// Loss, tokens per second, and every source's reward accuracy and margin.
-    pub fn step(&self, outcome: &Outcome) {
-        self.tokens.set(self.tokens.get() + outcome.tokens);
-        let rate = self.tokens.get() as f64 / self.bar.elapsed().as_secs_f64().max(1e-9);
-        let mut message = format!("loss {:.4} · {rate:.0} tokens/s", outcome.loss);
+    /// Loss, tokens per second, and every source's loss, reward accuracy and margin.
+    pub fn step(&mut self, outcome: &Outcome) {
+        self.tokens += outcome.tokens;
+        let rate = self.tokens as f64 / self.bar.elapsed().as_secs_f64().max(1e-9);
+        let loss = self.mean("", "loss", outcome.loss);
+        let mut message = format!("  loss {loss:.4} · {rate:.0} tokens/s");
         for source in outcome.metrics.sources() {
-            let shown = [("rewards/accuracies", "accuracy"), ("rewards/margins", "margin")];
-            let values = shown.iter().filter_map(|(name, label)| {
-                outcome.metrics.of(source, name).map(|value| format!(" {label} {value:.2}"))
-            });
-            let values: String = values.collect();
-            if !values.is_empty() {
-                message.push_str(&format!(" · {source}{values}"));
+            message.push_str(&format!("\n  {source:<16}"));
+            for (name, label) in SHOWN {
+                if let Some(value) = outcome.metrics.of(source, name) {
+                    let mean = self.mean(source, name, value);
+                    message.push_str(&format!(" {label} {mean:.3} "));
+                }
             }
         }
         self.bar.set_message(message);
         self.bar.inc(1);
+    }
+
+    fn mean(&mut self, source: &str, name: &'static str, value: f64) -> f64 {
+        let mean = self.means.entry((source.to_owned(), name)).or_insert(value);
+        *mean = MEMORY * *mean + (1.0 - MEMORY) * value;
+        *mean
     }
 
     /// A line above the bar.
