@@ -45,12 +45,12 @@ pub fn from_json(json: &Json) -> Value {
 /// # Errors
 /// `extra` that is not a JSON object; noncharacters that generation blocks are marked with.
 pub fn message(message: &Message) -> Result<Value> {
-    refuse_marks(&message.content)?;
     let mut fields = Map::new();
     fields.insert("role".into(), message.role.as_str().into());
     fields.insert("content".into(), message.content.as_str().into());
     fields.extend(object(&message.extra, "a message's extra fields")?);
     fields.retain(|_, value| !value.is_null());
+    refuse_marks(&fields)?;
     if let Some(thoughts) = REASONING.iter().find_map(|name| fields.get(*name)).cloned() {
         fields.entry("thinking").or_insert(thoughts.clone());
         fields.insert(REASONING[0].into(), thoughts);
@@ -81,20 +81,24 @@ pub fn arguments(template_args: &str) -> Result<Vec<(String, Value)>> {
     all.insert("documents".into(), Json::Null);
     all.extend(args);
     all.extend(kwargs);
+    refuse_marks(&all)?;
     if let Some(name) = RESERVED.iter().find(|name| all.contains_key(**name)) {
         return Err(Error::data(format!("{name} cannot be an argument of the chat template")));
     }
     Ok(all.iter().map(|(name, value)| (name.clone(), from_json(value))).collect())
 }
 
-/// Refuses text with the characters that [`Template`](super::template::Template) marks blocks with,
-/// as they are or as JSON writes them. Unicode never gives them a meaning.
-fn refuse_marks(text: &str) -> Result<()> {
-    let escaped = |mark: char| {
-        let lower = format!("\\u{:04x}", u32::from(mark));
-        text.contains(&lower) || text.contains(&lower.to_uppercase().replace("\\U", "\\u"))
-    };
-    if [START, END].into_iter().any(|mark| text.contains(mark) || escaped(mark)) {
+/// Refuses the characters that blocks of a template are marked with; to Unicode they are none.
+fn refuse_marks(fields: &Map<String, Json>) -> Result<()> {
+    fn marked(json: &Json) -> bool {
+        match json {
+            Json::String(text) => text.contains([START, END]),
+            Json::Array(items) => items.iter().any(marked),
+            Json::Object(fields) => fields.values().any(marked),
+            _ => false,
+        }
+    }
+    if fields.values().any(marked) {
         return Err(Error::data("the text contains U+FDD0 or U+FDD1, which are no characters"));
     }
     Ok(())
@@ -105,7 +109,6 @@ fn object(text: &str, what: &str) -> Result<Map<String, Json>> {
     if text.is_empty() {
         return Ok(Map::new());
     }
-    refuse_marks(text)?;
     match serde_json::from_str(text) {
         Ok(Json::Object(object)) => Ok(object),
         Ok(_) => Err(Error::data(format!("{what} are not a JSON object: {text}"))),

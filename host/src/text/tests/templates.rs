@@ -168,5 +168,5 @@ fn a_template_that_does_not_end_is_stopped() {
 fn a_generation_block_that_is_cut_apart_is_refused() {
     let source = "{% set x %}a{% generation %}b{% endgeneration %}{% endset %}{{ x[:2] }}";
     let message = render(source, &[]).unwrap_err().message;
-    assert!(message.contains("cut apart"), "{message}");
+    assert!(message.contains("cuts apart"), "{message}");
 }
