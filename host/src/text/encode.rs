@@ -158,8 +158,8 @@ fn check_trained(group: &mut Group) -> Result<(), Refused> {
             }
             segment.trained.retain(|range| !range.is_empty());
             if segment.trained.is_empty() {
-                let what =
-                    "nothing of the response is trained: it is empty, or has no assistant turn";
+                let what = "nothing of the response is trained: it is empty, or the generation \
+                            blocks of the chat template leave it out";
                 return Err(Refused::new(Reason::NoTrainedTokens, what).of_response(i, count));
             }
         }

@@ -1,8 +1,10 @@
 //! The special tokens that a model directory names, beside its tokenizer.json.
 
 use crate::{Error, Result};
+use serde::Deserialize;
 use serde_json::{Map, Value};
 use std::path::Path;
+use tokenizers::AddedToken;
 
 /// The names under which transformers hands special tokens to chat templates.
 pub const NAMES: [&str; 7] =
@@ -15,6 +17,8 @@ pub struct Specials {
     named: Vec<(&'static str, String)>,
     /// End-of-sequence ids of generation_config.json and config.json, in that order, once each.
     pub eos_ids: Vec<u32>,
+    /// `added_tokens_decoder` of tokenizer_config.json, by rising id.
+    pub added: Vec<(u32, AddedToken)>,
     /// tokenizer_config.json's own word on BOS in front of texts; unset: tokenizer.json decides.
     pub add_bos: Option<bool>,
     /// The same for EOS behind texts.
@@ -44,6 +48,8 @@ impl Specials {
         Ok(Self {
             named: named.collect(),
             eos_ids,
+            added: added_tokens(tokenizer_config)
+                .map_err(|e| e.at(dir.join("tokenizer_config.json").display()))?,
             add_bos: flag("add_bos_token"),
             add_eos: flag("add_eos_token"),
         })
@@ -80,6 +86,22 @@ pub fn read_object(path: &Path) -> Result<Map<String, Value>> {
 fn token_text(entry: &Value) -> Option<String> {
     let text = entry.as_str().or_else(|| entry.get("content")?.as_str())?;
     Some(text.to_owned()).filter(|t| !t.is_empty())
+}
+
+/// The entries of `added_tokens_decoder`: `{"151643": {"content": "<|endoftext|>", …}}`.
+fn added_tokens(config: &Map<String, Value>) -> Result<Vec<(u32, AddedToken)>> {
+    let Some(Value::Object(entries)) = config.get("added_tokens_decoder") else {
+        return Ok(Vec::new());
+    };
+    let mut added = Vec::with_capacity(entries.len());
+    for (id, entry) in entries {
+        let token = id.parse().ok().zip(AddedToken::deserialize(entry).ok());
+        added.push(token.ok_or_else(|| {
+            Error::data(format!("added_tokens_decoder: {id} is not the id of an added token"))
+        })?);
+    }
+    added.sort_by_key(|(id, _)| *id);
+    Ok(added)
 }
 
 /// `eos_token_id`: a number, a list of numbers, or null. Multimodal configs keep it in `text_config`.

@@ -56,11 +56,12 @@ impl Tokenizer {
     /// Wraps a tokenizer.
     ///
     /// # Errors
-    /// A BOS or EOS token that the tokenizer does not know.
+    /// A BOS or EOS token that the tokenizer does not know; added tokens that have no place in it.
     pub fn new(mut inner: tokenizers::Tokenizer, specials: &Specials) -> Result<Self> {
         // A file may carry the truncation and padding of somebody's last call.
         inner.with_truncation(None).map_err(failed)?;
         inner.with_padding(None);
+        add_missing(&mut inner, &specials.added)?;
         // A named token is special even where tokenizer.json holds it as an ordinary word.
         let mut named = Vec::new();
         for (name, text) in specials.iter() {
@@ -193,6 +194,23 @@ impl Tokenizer {
             Some(text) => self.pieces.bytes(&text),
             None => Vec::new(),
         }
+    }
+}
+
+/// Adds the tokens of tokenizer_config.json that tokenizer.json lacks.
+fn add_missing(inner: &mut tokenizers::Tokenizer, added: &[(u32, AddedToken)]) -> Result<()> {
+    let lacks =
+        |t: &tokenizers::Tokenizer, token: &AddedToken| t.token_to_id(&token.content).is_none();
+    let missing: Vec<_> = added.iter().filter(|(_, token)| lacks(inner, token)).collect();
+    let tokens = missing.iter().map(|(_, token)| token.clone());
+    inner.add_tokens(tokens).map_err(failed)?;
+    match missing.iter().find(|(id, token)| inner.token_to_id(&token.content) != Some(*id)) {
+        None => Ok(()),
+        Some((id, token)) => Err(Error::data(format!(
+            "tokenizer_config.json has {:?} as token {id}, but it is missing here and its id is not \
+             the next free one",
+            token.content
+        ))),
     }
 }
 

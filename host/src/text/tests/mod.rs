@@ -1,5 +1,7 @@
-//! Tests of text: against transformers and TRL (`golden`, `templates`), and rule by rule (`rules`).
+//! Tests of text: against transformers and TRL (`golden`, `templates`), and
+//! rule by rule (`rules`, `files`).
 
+mod files;
 mod golden;
 mod rules;
 mod templates;
