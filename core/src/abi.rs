@@ -6,7 +6,9 @@
 use crate::adapter::FeedbackAdapter;
 use crate::batch::{Batch, Outcome, Step};
 use crate::extension::Extension;
-use crate::fault::{Fault, FaultKind};
+use crate::fault::Fault;
+use crate::guard::{catch, guard, record_places};
+use crate::mismatch;
 use crate::needs::{Kinds, Needs};
 use crate::objective::{Evaluation, Objective};
 use crate::params::{ParamDoc, Params};
@@ -14,8 +16,13 @@ use crate::record::Record;
 use crate::sample::Sample;
 use abi_stable::{
     StableAbi,
-    library::{AbiHeaderRef, LibraryError, ROOT_MODULE_LOADER_NAME_WITH_NUL, RootModule},
-    package_version_strings, sabi_trait,
+    library::{
+        __call_root_module_loader, AbiHeaderRef, LibraryError, ROOT_MODULE_LOADER_NAME_WITH_NUL,
+        RootModule, RootModuleResult,
+    },
+    package_version_strings,
+    prefix_type::PrefixTypeTrait,
+    sabi_trait,
     sabi_types::VersionStrings,
     std_types::{RBox, ROption, RResult, RSlice, RSliceMut, RStr, RString, RVec},
 };
@@ -63,6 +70,13 @@ pub struct PluginModule {
     /// The door for later revisions (see [`Extension`]).
     #[sabi(last_prefix_field)]
     pub query: extern "C" fn(RStr<'_>, u32) -> ROption<Extension>,
+}
+
+impl PluginModule {
+    /// The module as a root; for [`plugin!`](crate::plugin).
+    pub fn leak(self) -> PluginModule_Ref {
+        self.leak_into_prefix()
+    }
 }
 
 impl RootModule for PluginModule_Ref {
@@ -118,10 +132,7 @@ pub fn open(header: Header) -> Result<PluginModule_Ref, (String, String)> {
                 )
             }
             LibraryError::AbiInstability(_) => {
-                let detail = full.lines().find(|line| line.trim_start().starts_with("Error:"));
-                let detail =
-                    detail.map_or("", |line| line.trim_start().trim_start_matches("Error:")).trim();
-                format!("its types differ from this host's uft-core ({detail})")
+                format!("its types differ from this host's uft-core ({})", mismatch::summary(&full))
             }
             _ => "its header is not a uft plugin's".to_owned(),
         };
@@ -129,34 +140,24 @@ pub fn open(header: Header) -> Result<PluginModule_Ref, (String, String)> {
     })
 }
 
-/// Runs plugin code; a panic becomes a fault, because unwinding must not cross the border.
-pub fn guard<T>(name: &str, f: impl FnOnce() -> Result<T, Fault>) -> RResult<T, Fault> {
-    match catch_unwind(AssertUnwindSafe(f)) {
-        Ok(result) => result.into(),
-        Err(payload) => {
-            let text = payload
-                .downcast_ref::<&str>()
-                .map(|s| (*s).to_owned())
-                .or_else(|| payload.downcast_ref::<String>().cloned())
-                .unwrap_or_else(|| "no message".into());
-            RResult::RErr(Fault::new(FaultKind::Panic, format!("`{name}` panicked: {text}")))
-        }
-    }
+/// What an objective declares is asked once, when it is made, where a panic can be told.
+struct ObjectiveShim<T> {
+    objective: T,
+    needs: Needs,
+    accepts: Kinds,
 }
-
-struct ObjectiveShim<T>(T);
 
 impl<T: Objective> ObjectiveAbi for ObjectiveShim<T> {
     fn needs(&self) -> Needs {
-        self.0.needs()
+        self.needs
     }
 
     fn accepts(&self) -> Kinds {
-        self.0.accepts()
+        self.accepts
     }
 
     fn begin_step(&mut self, step: &Step<'_>) -> RResult<(), Fault> {
-        guard(T::NAME, || self.0.begin_step(step))
+        guard(T::NAME, || self.objective.begin_step(step))
     }
 
     fn evaluate(
@@ -166,28 +167,29 @@ impl<T: Objective> ObjectiveAbi for ObjectiveShim<T> {
     ) -> RResult<Outcome, Fault> {
         guard(T::NAME, || {
             let mut out = Evaluation::new(dlogp.as_mut_slice());
-            self.0.evaluate(batch, &mut out)?;
+            self.objective.evaluate(batch, &mut out)?;
             Ok(out.finish())
         })
     }
 
     fn save_state(&self) -> RResult<RVec<u8>, Fault> {
-        guard(T::NAME, || Ok(self.0.save_state().into()))
+        guard(T::NAME, || Ok(self.objective.save_state().into()))
     }
 
     fn load_state(&mut self, state: RSlice<'_, u8>) -> RResult<(), Fault> {
-        guard(T::NAME, || self.0.load_state(state.as_slice()))
+        guard(T::NAME, || self.objective.load_state(state.as_slice()))
     }
 }
 
 struct AdapterShim<T> {
     adapter: T,
+    offers: Kinds,
     columns: Vec<(String, String)>,
 }
 
 impl<T: FeedbackAdapter> AdapterAbi for AdapterShim<T> {
     fn offers(&self) -> Kinds {
-        self.adapter.offers()
+        self.offers
     }
 
     fn adapt(&self, record: RStr<'_>) -> RResult<RVec<Sample>, Fault> {
@@ -204,7 +206,9 @@ pub fn make_objective<T: Objective>(params: &str) -> RResult<ObjectiveObject, Fa
         let mut params = Params::from_json(params)?;
         let objective = T::new(&mut params);
         params.finish()?;
-        Ok(ObjectiveAbi_TO::from_value(ObjectiveShim(objective), sabi_trait::TD_Opaque))
+        let (needs, accepts) = (objective.needs().complete(), objective.accepts());
+        let shim = ObjectiveShim { objective, needs, accepts };
+        Ok(ObjectiveAbi_TO::from_value(shim, sabi_trait::TD_Opaque))
     })
 }
 
@@ -214,7 +218,8 @@ pub fn make_adapter<T: FeedbackAdapter>(params: &str) -> RResult<AdapterObject, 
         let mut params = Params::from_json(params)?;
         let (adapter, columns) = new_adapter::<T>(&mut params);
         params.finish()?;
-        Ok(AdapterAbi_TO::from_value(AdapterShim { adapter, columns }, sabi_trait::TD_Opaque))
+        let shim = AdapterShim { offers: adapter.offers(), adapter, columns };
+        Ok(AdapterAbi_TO::from_value(shim, sabi_trait::TD_Opaque))
     })
 }
 
@@ -238,8 +243,20 @@ pub fn describe_adapter<T: FeedbackAdapter>() -> Entry {
 /// What a constructor asks for; a constructor that panics on an empty table documents nothing.
 fn documented(construct: impl Fn(&mut Params)) -> RVec<ParamDoc> {
     let mut params = Params::default();
-    let constructed = catch_unwind(AssertUnwindSafe(|| construct(&mut params)));
+    let constructed = catch(|| construct(&mut params));
     if constructed.is_ok() { params.docs().to_vec().into() } else { RVec::new() }
+}
+
+/// What a library's root constructor gives the host; for [`plugin!`](crate::plugin).
+pub fn root(module: fn() -> PluginModule_Ref) -> RootModuleResult {
+    record_places();
+    __call_root_module_loader(module)
+}
+
+/// The answer of a library's `query` function. A panic counts as none; there is no way to tell it
+/// to the host, so it is printed as panics are.
+pub fn answer(query: impl FnOnce() -> Option<Extension>) -> ROption<Extension> {
+    catch_unwind(AssertUnwindSafe(query)).ok().flatten().into()
 }
 
 /// The fault for a name that a library does not export.

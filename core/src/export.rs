@@ -2,6 +2,8 @@
 
 #[doc(hidden)]
 pub use ::abi_stable;
+#[doc(hidden)]
+pub use abi_stable::std_types::{ROption, RResult, RStr, RVec};
 
 /// Exports objectives and feedback adapters from a `cdylib` crate.
 ///
@@ -18,74 +20,85 @@ macro_rules! plugin {
         $(adapters: [$($adapter:ty),* $(,)?] $(,)?)?
         $(query: $query:path $(,)?)?
     ) => {
+        // The author's names are in scope here, so this module defines none that could be one of
+        // them, and says in full what it uses.
         #[doc(hidden)]
         mod uft_plugin_export {
             #[allow(unused_imports)]
             use super::*;
-            use $crate::abi;
-            use $crate::export::abi_stable;
-            use abi_stable::prefix_type::PrefixTypeTrait;
-            use abi_stable::std_types::{ROption, RResult, RStr, RVec};
 
-            extern "C" fn entries() -> RVec<abi::Entry> {
+            extern "C" fn uft_plugin_entries() -> $crate::export::RVec<$crate::abi::Entry> {
                 let entries = [
-                    $($(abi::describe_objective::<$objective>(),)*)?
-                    $($(abi::describe_adapter::<$adapter>(),)*)?
+                    $($($crate::abi::describe_objective::<$objective>(),)*)?
+                    $($($crate::abi::describe_adapter::<$adapter>(),)*)?
                 ];
                 entries.into_iter().collect()
             }
 
-            extern "C" fn objective(
-                name: RStr<'_>,
-                params: RStr<'_>,
-            ) -> RResult<abi::ObjectiveObject, $crate::Fault> {
+            extern "C" fn uft_plugin_objective(
+                name: $crate::export::RStr<'_>,
+                params: $crate::export::RStr<'_>,
+            ) -> $crate::export::RResult<$crate::abi::ObjectiveObject, $crate::fault::Fault> {
                 let _ = params;
                 match name.as_str() {
-                    $($(<$objective as $crate::Objective>::NAME =>
-                        abi::make_objective::<$objective>(params.as_str()),)*)?
-                    _ => RResult::RErr(abi::no_such_entry(name)),
+                    $($(<$objective as $crate::objective::Objective>::NAME =>
+                        $crate::abi::make_objective::<$objective>(params.as_str()),)*)?
+                    _ => $crate::export::RResult::RErr($crate::abi::no_such_entry(name)),
                 }
             }
 
-            extern "C" fn adapter(
-                name: RStr<'_>,
-                params: RStr<'_>,
-            ) -> RResult<abi::AdapterObject, $crate::Fault> {
+            extern "C" fn uft_plugin_adapter(
+                name: $crate::export::RStr<'_>,
+                params: $crate::export::RStr<'_>,
+            ) -> $crate::export::RResult<$crate::abi::AdapterObject, $crate::fault::Fault> {
                 let _ = params;
                 match name.as_str() {
-                    $($(<$adapter as $crate::FeedbackAdapter>::NAME =>
-                        abi::make_adapter::<$adapter>(params.as_str()),)*)?
-                    _ => RResult::RErr(abi::no_such_entry(name)),
+                    $($(<$adapter as $crate::adapter::FeedbackAdapter>::NAME =>
+                        $crate::abi::make_adapter::<$adapter>(params.as_str()),)*)?
+                    _ => $crate::export::RResult::RErr($crate::abi::no_such_entry(name)),
                 }
             }
 
-            extern "C" fn query(name: RStr<'_>, revision: u32) -> ROption<$crate::extension::Extension> {
-                let answer: Option<$crate::extension::Extension> = None;
-                $(let answer = $query(name.as_str(), revision);)?
+            extern "C" fn uft_plugin_query(
+                name: $crate::export::RStr<'_>,
+                revision: u32,
+            ) -> $crate::export::ROption<$crate::extension::Extension> {
                 let _ = (name, revision);
-                answer.into()
+                $crate::abi::answer(|| {
+                    let answer: Option<$crate::extension::Extension> = None;
+                    $(let answer = $query(name.as_str(), revision);)?
+                    answer
+                })
             }
 
             #[unsafe(no_mangle)]
             extern "C" fn uft_plugin_abi_revision() -> u32 {
-                abi::ABI_REVISION
+                $crate::abi::ABI_REVISION
             }
 
-            extern "C" fn module() -> abi_stable::library::RootModuleResult {
-                abi_stable::library::__call_root_module_loader(|| {
-                    abi::PluginModule { entries, objective, adapter, query }.leak_into_prefix()
+            extern "C" fn uft_plugin_module() -> $crate::export::abi_stable::library::RootModuleResult {
+                $crate::abi::root(|| {
+                    $crate::abi::PluginModule {
+                        entries: uft_plugin_entries,
+                        objective: uft_plugin_objective,
+                        adapter: uft_plugin_adapter,
+                        query: uft_plugin_query,
+                    }
+                    .leak()
                 })
             }
 
             // abi_stable's own attribute would make every plugin depend on abi_stable; the name is
-            // the one that `abi::ROOT_SYMBOL` holds, which a test compares.
+            // the one that `abi::ROOT_SYMBOL` holds, otherwise no host would find it.
             #[unsafe(export_name = "_1as_0lib_1header_0root_bmodule_bloader")]
-            static HEADER: abi_stable::library::LibHeader =
-                // SAFETY: `module` returns the module whose type stands in the turbofish.
+            static UFT_PLUGIN_HEADER: $crate::export::abi_stable::library::LibHeader =
+                // SAFETY: `uft_plugin_module` returns the module whose type stands in the turbofish.
                 unsafe {
-                    abi_stable::library::LibHeader::from_constructor::<abi::PluginModule_Ref>(
-                        module,
-                        abi_stable::library::CheckTypeLayout::Yes,
+                    $crate::export::abi_stable::library::LibHeader::from_constructor::<
+                        $crate::abi::PluginModule_Ref,
+                    >(
+                        uft_plugin_module,
+                        $crate::export::abi_stable::library::CheckTypeLayout::Yes,
                     )
                 };
         }

@@ -6,6 +6,7 @@
 //! [`PluginModule::query`](crate::abi::PluginModule) hands out and whose layout is checked when it
 //! is opened. A plugin that does not know a name answers with none.
 
+use crate::mismatch;
 use abi_stable::{
     StableAbi, abi_stability::abi_checking::check_layout_compatibility, type_layout::TypeLayout,
 };
@@ -31,9 +32,10 @@ impl Extension {
     /// The value, if it has the layout of `T`.
     ///
     /// # Errors
-    /// What differs between the two layouts.
+    /// What differs between the two layouts, in a few words.
     pub fn open<T: StableAbi>(&self) -> Result<&'static T, String> {
-        check_layout_compatibility(T::LAYOUT, self.layout).map_err(|e| e.to_string())?;
+        check_layout_compatibility(T::LAYOUT, self.layout)
+            .map_err(|errors| mismatch::summary(&errors.to_string()))?;
         // SAFETY: made by `of` from a `&'static` value whose layout was just compared with T's.
         Ok(unsafe { &*self.value.cast::<T>() })
     }

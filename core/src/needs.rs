@@ -19,10 +19,12 @@ impl Needs {
     /// Every group holds at least two responses, all of them in the same batch.
     pub const GROUPS: Needs = Needs(1 << 2);
     /// Log-ratios of mismatched completions (prompt i with the completion of another group) over
-    /// the whole step, in [`Step::mismatched`](crate::batch::Step::mismatched).
+    /// the whole step, in [`Step::mismatched`](crate::batch::Step::mismatched). Implies
+    /// [`REFERENCE`](Needs::REFERENCE).
     pub const MISMATCHED: Needs = Needs(1 << 3);
     /// The log-ratio of every segment of the whole step before the first call, in
-    /// [`Step::log_ratios`](crate::batch::Step::log_ratios): batch statistics, sorting.
+    /// [`Step::log_ratios`](crate::batch::Step::log_ratios): batch statistics, sorting. Implies
+    /// [`REFERENCE`](Needs::REFERENCE).
     pub const STEP_LOG_RATIOS: Needs = Needs(1 << 4);
     /// The number of trained tokens of each response has a meaning for the loss.
     pub const TOKEN_COUNTS: Needs = Needs(1 << 5);
@@ -42,6 +44,12 @@ impl Needs {
         (Needs::TOKEN_LOGPS, "per-token log-probs"),
         (Needs::STATE, "saved state"),
     ];
+
+    /// These needs and what they imply: log-ratios need a reference.
+    pub fn complete(self) -> Needs {
+        let ratios = Needs::MISMATCHED | Needs::STEP_LOG_RATIOS;
+        if self.0 & ratios.0 != 0 { self | Needs::REFERENCE } else { self }
+    }
 
     pub fn contains(self, other: Needs) -> bool {
         self.0 & other.0 == other.0

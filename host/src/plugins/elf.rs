@@ -11,14 +11,14 @@ pub fn check(file: &[u8]) -> Result<(), String> {
         return Ok(());
     }
     if file.len() < 64 || &file[..4] != b"\x7fELF" || file[4] != 2 || file[5] != 1 {
-        return Err("it is not a shared library (ELF, 64 bit)".into());
+        return Err("it is not a shared library (ELF, 64 bit); give the library that cargo built for the plugin".into());
     }
     let number = |at: usize, bytes: usize| -> u64 {
         file[at..at + bytes].iter().rev().fold(0, |n, b| n << 8 | u64::from(*b))
     };
     let within = |start: u64, length: u64| match start.checked_add(length) {
         Some(end) if end <= file.len() as u64 => Ok(()),
-        _ => Err(format!("the file is cut short ({} bytes)", file.len())),
+        _ => Err(format!("the file is cut short ({} bytes); build or copy it again", file.len())),
     };
     let (programs, sections) = (number(32, 8), number(40, 8));
     let (program_size, program_count) = (number(54, 2), number(56, 2));

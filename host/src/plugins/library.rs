@@ -35,7 +35,9 @@ pub fn find(name: &str, dirs: &[PathBuf]) -> Result<PathBuf> {
         let path = PathBuf::from(name);
         return match path.is_file() {
             true => Ok(path),
-            false => Err(Error::plugin(format!("plugin `{name}`: no such file"))),
+            false => Err(Error::plugin(format!(
+                "plugin `{name}`: no such file; build the plugin or correct the path"
+            ))),
         };
     }
     let mut folders = dirs.to_vec();
@@ -69,7 +71,7 @@ impl Library {
             .map_err(|e| fail(format!("cannot be loaded: {}", cause(&e))))?;
         let library: &'static libloading::Library = Box::leak(Box::new(library));
         let not_ours = |_| {
-            fail("it is a shared library, but not a uft plugin (nothing exported by `uft_core::plugin!`)".into())
+            fail("it is a shared library, but not a uft plugin; a plugin exports its objectives and adapters with `uft_core::plugin!`".into())
         };
         // SAFETY: the symbol has this type in every library that `plugin!` exported, and the name
         // is used by nothing else.

@@ -1,5 +1,6 @@
 //! Plugins: loaded by name or path, never by scanning; every fault is one line that names them.
 
+mod adapter;
 mod elf;
 pub mod library;
 pub mod objective;
@@ -7,11 +8,12 @@ pub mod objective;
 use crate::config::PluginRef;
 use crate::{Error, Result};
 use library::Library;
+pub use adapter::Adapter;
 pub use objective::Objective;
 use std::path::PathBuf;
-use uft_core::abi::{AdapterObject, Entry, Role};
+use uft_core::Fault;
+use uft_core::abi::{Entry, Role};
 use uft_core::fault::FaultKind;
-use uft_core::{Fault, Kinds, Sample};
 
 /// The loaded libraries and what they export.
 #[derive(Default)]
@@ -52,7 +54,7 @@ impl Registry {
             }
             if library.entries[..index].iter().any(same) {
                 return Err(Error::plugin(format!(
-                    "plugin {}: exports the {} twice",
+                    "plugin {}: it exports the {} twice; {BUG}",
                     path.display(),
                     twice()
                 )));
@@ -109,7 +111,7 @@ impl Registry {
         let module = self.provider(Role::Adapter, name)?.module;
         let made = (module.adapter())(name.into(), plugin.params_json().as_str().into());
         let object = made.into_result().map_err(|f| fault(name, &f))?;
-        Ok(Adapter { name: name.to_owned(), object })
+        Ok(Adapter::new(name, object))
     }
 }
 
@@ -120,37 +122,18 @@ fn role_name(role: Role) -> &'static str {
     }
 }
 
-/// A plugin's fault as an error of the host.
-pub(crate) fn fault(name: &str, fault: &Fault) -> Error {
+/// A plugin's fault as an error of the host, in one line whatever the plugin wrote.
+fn fault(name: &str, fault: &Fault) -> Error {
+    let words: Vec<&str> = fault.message.split_whitespace().collect();
+    let said = words.join(" ");
     match fault.kind {
         // A wrong parameter is the user's, at a key of the configuration.
-        FaultKind::Parameter => Error::config(format!("plugin `{name}`: {fault}")),
-        FaultKind::Record => Error::data(format!("plugin `{name}`: {fault}")),
-        FaultKind::Evaluation => Error::plugin(format!("plugin `{name}`: {fault}")),
-        FaultKind::Panic => Error::plugin(format!(
-            "plugin {fault}; this is a bug of the plugin, report it to its author"
-        )),
+        FaultKind::Parameter => Error::config(format!("plugin `{name}`: {said}")),
+        FaultKind::Record => Error::data(format!("plugin `{name}`: {said}")),
+        FaultKind::Evaluation => Error::plugin(format!("plugin `{name}`: {said}")),
+        FaultKind::Panic => Error::plugin(format!("plugin {said}; {BUG}")),
     }
 }
 
-/// A feedback adapter of a plugin.
-pub struct Adapter {
-    pub name: String,
-    object: AdapterObject,
-}
-
-impl Adapter {
-    /// The feedback kinds of its samples.
-    pub fn offers(&self) -> Kinds {
-        self.object.offers()
-    }
-
-    /// The samples of one record, given as a line of JSON.
-    ///
-    /// # Errors
-    /// If the record cannot be understood, or the plugin panicked.
-    pub fn adapt(&self, record: &str) -> Result<Vec<Sample>> {
-        let samples = self.object.adapt(record.into()).into_result();
-        Ok(samples.map_err(|f| fault(&self.name, &f))?.into_iter().collect())
-    }
-}
+/// What to do about a plugin that breaks its side of the contract.
+const BUG: &str = "this is a bug of the plugin, report it to its author";

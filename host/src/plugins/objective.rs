@@ -1,6 +1,6 @@
 //! An objective of a plugin, with everything checked that comes back from it.
 
-use super::fault;
+use super::{BUG, fault};
 use crate::{Error, Result};
 use uft_core::abi::ObjectiveObject;
 use uft_core::batch::{Batch, Outcome, Step};
@@ -16,7 +16,7 @@ pub struct Objective {
 
 impl Objective {
     /// # Errors
-    /// If it needs something that this host has no word for.
+    /// If it needs something that this host has no word for, or accepts no feedback.
     pub fn new(name: &str, object: ObjectiveObject) -> Result<Self> {
         let needs = object.needs();
         if needs.unknown() != 0 {
@@ -25,7 +25,11 @@ impl Objective {
                 needs.unknown()
             )));
         }
-        Ok(Self { name: name.to_owned(), needs, accepts: object.accepts(), object })
+        let accepts = object.accepts();
+        if accepts.names().is_empty() {
+            return Err(Error::plugin(format!("plugin `{name}`: it accepts no feedback; {BUG}")));
+        }
+        Ok(Self { name: name.to_owned(), needs, accepts, object })
     }
 
     pub fn needs(&self, need: Needs) -> bool {
@@ -58,8 +62,8 @@ impl Objective {
                 batch.logps.iter().chain(batch.ref_logps.iter()).filter(|p| !p.is_finite()).count();
             return Err(match inputs {
                 0 => Error::plugin(format!(
-                    "plugin `{}`: the gradient of {bad} of {} tokens is unwritten or not finite, though every \
-                     log-prob is finite; this is a bug of the plugin (see `uft plugins check`)",
+                    "plugin `{0}`: the gradient of {bad} of {1} tokens is unwritten or not finite, though every \
+                     log-prob is finite; {BUG} (`uft plugins check` shows more)",
                     self.name,
                     dlogp.len()
                 )),
