@@ -110,7 +110,7 @@ impl Model {
         embedding::gather(&self.embedding, &packed.tokens, &mut x);
         for layer in &self.layers {
             let needed = pruned.filter(|_| layer.index + 1 == self.layers.len());
-            let (y, tape) = layer.forward(x, &packed.layout, needed, self.context(lora));
+            let (y, tape) = layer.forward(x, &packed.layout, needed, lora, self.context());
             keep(tape);
             x = y;
         }
@@ -160,7 +160,7 @@ impl Model {
                 input_needed,
                 lora,
                 grads,
-                self.context(Some(lora)),
+                self.context(),
             );
             match below {
                 Some(below) => d = below,
@@ -169,8 +169,8 @@ impl Model {
         }
     }
 
-    pub(super) fn context<'a>(&'a self, lora: Option<&'a Lora>) -> Context<'a> {
-        Context { config: &self.config, rope: &self.rope, lora, pool: &self.pool }
+    pub(super) fn context(&self) -> Context<'_> {
+        Context { config: &self.config, rope: &self.rope, pool: &self.pool }
     }
 
     pub(super) fn head<'a>(&'a self, lora: Option<&'a Lora>) -> Head<'a> {

@@ -67,7 +67,7 @@ impl<'m> Generator<'m> {
         let mut x = model.pool.take(model.config.hidden);
         embedding::gather(&model.embedding, &[token], &mut x);
         for (layer, [k, v]) in model.layers.iter().zip(&mut self.caches) {
-            x = layer.decode(x, k, v, model.context(self.lora));
+            x = layer.decode(x, k, v, self.lora, model.context());
         }
         let mut hidden = model.pool.take(x.len());
         rmsnorm::forward(&x, &model.norm, model.config.norm_eps, &mut hidden, &mut [0.0]);
@@ -134,7 +134,7 @@ impl SampleOptions {
         let by_rank =
             |a: &u32, b: &u32| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b));
         let mut ids: Vec<u32> = (0..logits.len() as u32).collect();
-        if self.temperature == 0.0 {
+        if self.temperature <= 0.0 {
             return Ok(ids.into_iter().min_by(by_rank).unwrap_or(0));
         }
         if let Some(top_k) = self.top_k.filter(|k| *k > 0 && *k < ids.len()) {

@@ -41,12 +41,11 @@ pub struct Layer {
     pub down: Linear,
 }
 
-/// What a block computes with besides its own weights.
+/// What all blocks have in common.
 #[derive(Clone, Copy)]
 pub struct Context<'a> {
     pub config: &'a ModelConfig,
     pub rope: &'a Rope,
-    pub lora: Option<&'a Lora>,
     pub pool: &'a Pool,
 }
 
@@ -104,26 +103,33 @@ impl Layer {
         x: Buffer,
         layout: &Layout,
         needed: Option<&[u32]>,
+        lora: Option<&Lora>,
         with: Context,
     ) -> (Buffer, LayerTape) {
         let (heads, pool) = (&with.config.heads, with.pool);
-        let inputs = self.attention_inputs(&x, &layout.positions, with);
+        let inputs = self.attention_inputs(&x, &layout.positions, lora, with);
         let mut attended = pool.take(inputs.q.len());
         let mut lse = pool.take(layout.rows() * heads.heads);
         let AttentionInputs { q, k, v, .. } = &inputs;
         attention::forward(q, k, v, layout, heads, self.window(with), &mut attended, &mut lse);
         let (y, outputs) = match needed {
-            None => self.outputs(&x, &attended, with),
+            None => self.outputs(&x, &attended, lora, with),
             Some(rows) => {
                 let attended = gather(&attended, rows, with.config.query_width(), pool);
-                self.outputs(&gather(&x, rows, with.config.hidden, pool), &attended, with)
+                self.outputs(&gather(&x, rows, with.config.hidden, pool), &attended, lora, with)
             }
         };
         (y, LayerTape { x, inputs, attended, lse, outputs })
     }
 
     /// Everything before the attention. `x`: `[T, H]`, `positions`: `[T]`.
-    pub fn attention_inputs(&self, x: &[f32], positions: &[u32], with: Context) -> AttentionInputs {
+    fn attention_inputs(
+        &self,
+        x: &[f32],
+        positions: &[u32],
+        lora: Option<&Lora>,
+        with: Context,
+    ) -> AttentionInputs {
         let (config, pool, rows) = (with.config, with.pool, positions.len());
         let (query_width, key_width) = (config.query_width(), config.key_width());
         let (mut h, mut inv_rms) = (pool.take(x.len()), pool.take(rows));
@@ -132,9 +138,9 @@ impl Layer {
         let mut k = pool.take(rows * key_width);
         let mut v = pool.take(rows * key_width);
         let u = [
-            self.q.forward(&h, self.adapter(Q, with.lora), &mut q, 0.0, pool),
-            self.k.forward(&h, self.adapter(K, with.lora), &mut k, 0.0, pool),
-            self.v.forward(&h, self.adapter(V, with.lora), &mut v, 0.0, pool),
+            self.q.forward(&h, self.adapter(Q, lora), &mut q, 0.0, pool),
+            self.k.forward(&h, self.adapter(K, lora), &mut k, 0.0, pool),
+            self.v.forward(&h, self.adapter(V, lora), &mut v, 0.0, pool),
         ];
         let head_norms = self.head_norms.as_ref().map(|[q_norm, k_norm]| {
             [(&mut q, q_norm), (&mut k, k_norm)].map(|(x, weight)| {
@@ -150,8 +156,14 @@ impl Layer {
     }
 
     /// Everything after the attention. `x`: `[N, H]`, `attended`: `[N, Q]`; returns `[N, H]`.
-    fn outputs(&self, x: &[f32], attended: &[f32], with: Context) -> (Buffer, Outputs) {
-        let (config, pool, lora) = (with.config, with.pool, with.lora);
+    fn outputs(
+        &self,
+        x: &[f32],
+        attended: &[f32],
+        lora: Option<&Lora>,
+        with: Context,
+    ) -> (Buffer, Outputs) {
+        let (config, pool) = (with.config, with.pool);
         let rows = x.len() / config.hidden;
         let mut mid = pool.copy(x);
         let u_o = self.o.forward(attended, self.adapter(O, lora), &mut mid, 1.0, pool);
@@ -176,16 +188,17 @@ impl Layer {
         x: Buffer,
         k_cache: &mut Vec<f32>,
         v_cache: &mut Vec<f32>,
+        lora: Option<&Lora>,
         with: Context,
     ) -> Buffer {
         let n = k_cache.len() / with.config.key_width();
-        let inputs = self.attention_inputs(&x, &[n as u32], with);
+        let inputs = self.attention_inputs(&x, &[n as u32], lora, with);
         k_cache.extend_from_slice(&inputs.k);
         v_cache.extend_from_slice(&inputs.v);
         let mut attended = with.pool.take(inputs.q.len());
         let (heads, window) = (&with.config.heads, self.window(with));
         attention::decode(&inputs.q, k_cache, v_cache, n + 1, heads, window, &mut attended);
-        self.outputs(&x, &attended, with).0
+        self.outputs(&x, &attended, lora, with).0
     }
 
     /// Turns `d`, the gradient to the block's output `[N, H]`, into that to its input `[T, H]`,

@@ -59,13 +59,16 @@ pub struct AdapterGrad {
     pub b: Vec<f32>,
 }
 
+/// For each projection of a layer where its adapter is.
+type Places = [Option<usize>; Projection::ALL.len()];
+
 /// All adapters of a model, in the order of [`ModelConfig::linears`].
 #[derive(Clone, Debug, PartialEq)]
 pub struct Lora {
     pub config: LoraConfig,
     pub adapters: Vec<Adapter>,
-    /// `[L]`: the place in `adapters` of each projection's adapter.
-    by_layer: Vec<[Option<usize>; Projection::ALL.len()]>,
+    /// `[L]`
+    by_layer: Vec<Places>,
     head: Option<usize>,
 }
 
@@ -135,7 +138,7 @@ impl Lora {
 
     /// Adapters as placed by [`LoraConfig::place`] for a model of `layers` layers.
     pub(super) fn new(config: LoraConfig, adapters: Vec<Adapter>, layers: usize) -> Self {
-        let mut by_layer = vec![[None; Projection::ALL.len()]; layers];
+        let mut by_layer: Vec<Places> = vec![Default::default(); layers];
         let mut head = None;
         for (at, adapter) in adapters.iter().enumerate() {
             match adapter.site {
@@ -162,7 +165,7 @@ impl Lora {
     /// The lowest layer with an adapter, below which no gradient is needed; the number of layers if
     /// only the head has one.
     pub fn lowest_layer(&self) -> usize {
-        let adapted = |layer: &[Option<usize>; 7]| layer.iter().any(Option::is_some);
+        let adapted = |layer: &Places| layer.iter().any(Option::is_some);
         self.by_layer.iter().position(adapted).unwrap_or(self.by_layer.len())
     }
 

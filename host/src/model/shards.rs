@@ -196,7 +196,7 @@ impl Tensor<'_> {
     }
 }
 
-fn widen<const N: usize>(bytes: &[u8], values: &mut [f32], one: fn([u8; N]) -> f32) {
+fn widen<const N: usize>(bytes: &[u8], values: &mut [f32], one: impl Fn([u8; N]) -> f32 + Sync) {
     assert_eq!(bytes.len(), values.len() * N, "the header's shape was checked on opening");
     bytes.par_chunks(TASK * N).zip(values.par_chunks_mut(TASK)).for_each(|(bytes, values)| {
         for (value, bytes) in values.iter_mut().zip(bytes.as_chunks::<N>().0) {

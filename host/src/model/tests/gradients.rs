@@ -10,7 +10,8 @@ fn batch(name: &str) -> Packed {
     let branch = &mut groups[1].branches[0];
     let end = branch.tokens.len() - 1;
     let segment = |trained| Segment { feedback: Feedback::Demonstration, trained };
-    branch.segments = vec![segment(vec![0..2, 3..4]), segment(std::iter::once(end - 2..end).collect())];
+    branch.segments =
+        vec![segment(vec![0..2, 3..4]), segment(std::iter::once(end - 2..end).collect())];
     pack(&groups)
 }
 
