@@ -9,10 +9,11 @@ use regex::Regex;
 use std::ops::Range;
 
 /// Work that one rendering may do, in instructions or 64 bytes of text. The longest conversations
-/// need some hundred thousand; a template that does not end is stopped after about a second.
-const FUEL: u64 = 10_000_000;
+/// need some hundred thousand; a template that does not end is stopped after a second or two.
+const FUEL: u64 = 20_000_000;
+/// Depth of macros within macros.
 const RECURSION: usize = 200;
-/// Transformers' sandbox limits `range` too;
+/// Name of the template in its environment.
 const NAME: &str = "chat";
 /// Noncharacters of Unicode around the text of a `{% generation %}` block, removed after rendering.
 /// In the template each stands between two tags of Jinja's own, of which the outer one behaves
@@ -22,9 +23,10 @@ pub const END: char = '\u{FDD1}';
 
 /// A compiled chat template.
 ///
-/// Compared with transformers' renderings on 142 templates of real models it differs in two things:
-/// numbers below 1e-4 or from 1e16 on that a template joins to text with `~` are not written with an
-/// exponent, and text marked `safe` does not escape what `+` joins to it.
+/// Compared with transformers' renderings on 142 templates of real models it differs in three
+/// things: numbers below 1e-4 or from 1e16 on that a template joins to text with `~` or prints in a
+/// list are not written with Python's exponent; text marked `safe` does not escape what `+` joins to
+/// it; and a loop over None, which Python refuses, does nothing.
 pub struct Template {
     env: Environment<'static>,
     /// The file that it comes from, for messages.
