@@ -15,7 +15,8 @@ pub fn summary(report: &str) -> String {
     let words = words.replace(" Expected: ", ", expected ").replace(" Found: ", ", found ");
     match (types.iter().rev().nth(1), fields.last()) {
         (Some(owner), Some(field)) => format!("{owner}.{field}: {words}"),
-        _ => words,
+        (None, Some(field)) => format!("field `{field}`: {words}"),
+        (_, None) => words,
     }
 }
 
@@ -66,6 +67,12 @@ mod tests {
         assert!(report.lines().count() > 50);
         let says = "Row.about: mismatched type, expected RString, found u64";
         assert_eq!(summary(&report), says);
+        let (host, plugin) = (host::Row::LAYOUT, plugin::Row::LAYOUT);
+        let report = check_layout_compatibility(host, plugin).unwrap_err().to_string();
+        let says = "field `about`: mismatched type, expected RString, found u64";
+        assert_eq!(summary(&report), says);
+        let report = check_layout_compatibility(u32::LAYOUT, u64::LAYOUT).unwrap_err().to_string();
+        assert_eq!(summary(&report), "mismatched type, expected u32, found u64");
         assert_eq!(summary("something else"), "");
     }
 }
