@@ -9,6 +9,7 @@ mod merge;
 mod plugins;
 mod score;
 mod train;
+mod verify_resume;
 
 use crate::{ErrorKind, Result};
 use clap::{Args, Parser, Subcommand};
@@ -26,7 +27,9 @@ pub struct Cli {
 #[derive(Subcommand)]
 enum Command {
     /// Train an adapter as a TOML file says
-    Train(RunArgs),
+    Train(train::TrainArgs),
+    /// Prove that a run, interrupted and resumed, is the uninterrupted one
+    VerifyResume(verify_resume::VerifyArgs),
     /// Do everything but train: config, plugins, every row, the token mask, the step-0 identity
     Check(check::CheckArgs),
     /// Print the log-probs and implicit rewards of responses, one JSON object a line
@@ -73,6 +76,7 @@ impl Cli {
     pub fn run(self) -> Result<()> {
         match self.command {
             Command::Train(args) => train::run(&args),
+            Command::VerifyResume(args) => verify_resume::run(&args),
             Command::Check(args) => check::run(&args),
             Command::Score(args) => score::run(&args),
             Command::Grad(args) => grad::run(&args),

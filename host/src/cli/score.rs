@@ -3,6 +3,7 @@
 use super::print;
 use crate::config::{EndOfTurn, LongRows, PluginRef};
 use crate::data::rows;
+use crate::data::source::in_vocabulary;
 use crate::group::Group;
 use crate::model::{Lora, Model, ModelConfig, Packed, peft};
 use crate::plugins::{Adapter, Registry};
@@ -52,9 +53,10 @@ pub fn run(args: &ScoreArgs) -> Result<()> {
     let plugin = plugin_ref(&args.format)?;
     let adapter = Registry::new(args.plugin_dirs.iter().cloned()).adapter(&plugin)?;
     let text = Text::load(&args.model)?;
-    let scored = read(args, &adapter, &text)?;
+    let config = ModelConfig::load(&args.model)?;
+    let scored = read(args, &adapter, &text, config.vocab)?;
     let lora = match &args.adapter {
-        Some(dir) => Some(peft::load(dir, &ModelConfig::load(&args.model)?)?),
+        Some(dir) => Some(peft::load(dir, &config)?),
         None => None,
     };
     let model = Model::load(&args.model)?;
@@ -93,7 +95,7 @@ fn plugin_ref(format: &str) -> Result<PluginRef> {
     line.map(|l| l.format).map_err(|e| Error::config(format!("--format: {}", e.message())))
 }
 
-fn read(args: &ScoreArgs, adapter: &Adapter, text: &Text) -> Result<Vec<Scored>> {
+fn read(args: &ScoreArgs, adapter: &Adapter, text: &Text, vocab: usize) -> Result<Vec<Scored>> {
     let limits = Limits {
         max_length: args.max_length,
         long_rows: LongRows::Error,
@@ -105,6 +107,7 @@ fn read(args: &ScoreArgs, adapter: &Adapter, text: &Text) -> Result<Vec<Scored>>
         for sample in adapter.adapt(&record.text).map_err(|e| e.at(&record.origin))? {
             let groups = text.encode_sample(&sample, &limits);
             for group in groups.map_err(|why| Error::data(why.detail).at(&record.origin))? {
+                in_vocabulary(&group, vocab).map_err(|e| e.at(&record.origin))?;
                 let responses = group.segments().count();
                 out.push(Scored { row, first_response, group });
                 first_response += responses;

@@ -3,9 +3,19 @@
 use super::{RunArgs, print};
 use crate::Result;
 use crate::train::{self, setup::Run};
+use clap::Args;
 
-pub fn run(args: &RunArgs) -> Result<()> {
-    let mut run = Run::prepare(args.load()?)?;
+#[derive(Args)]
+pub struct TrainArgs {
+    #[command(flatten)]
+    run: RunArgs,
+    /// Go on from the newest whole checkpoint in the output directory
+    #[arg(long)]
+    resume: bool,
+}
+
+pub fn run(args: &TrainArgs) -> Result<()> {
+    let mut run = Run::prepare(args.run.load()?)?;
     for source in &run.sources {
         let (rows, held_out) = (source.train.len(), source.held_out.len());
         log::info!(
@@ -18,6 +28,6 @@ pub fn run(args: &RunArgs) -> Result<()> {
         }
     }
     log::info!("adapter: {} parameters to train", run.lora.parameters());
-    let report = train::train(&mut run)?;
+    let report = train::train(&mut run, args.resume)?;
     print(&format!("{}\n", report.render()))
 }

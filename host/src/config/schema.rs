@@ -3,7 +3,8 @@
 
 use super::section::section;
 use super::values::{
-    BadRows, Device, EndOfTurn, LongRows, Mixing, PluginRef, Reference, Schedule, Targets,
+    BadRows, Device, EndOfTurn, LongRows, Mixing, NonFinite, PluginRef, Reference, Schedule,
+    Targets,
 };
 use std::collections::BTreeMap;
 
@@ -133,8 +134,14 @@ section! {
         device: Device = Device::Auto,
         /// Threads; 0 takes every core.
         threads: usize = 0,
-        /// Save the adapter to checkpoint-N every so many steps; 0 saves it only at the end.
+        /// Save a checkpoint every so many steps, to go on from with `uft train --resume`; 0 saves one only
+        /// when the run is interrupted.
         save_every: u64 = 0,
+        /// Most checkpoints to keep: the oldest go first, the best by held-out loss stays. 0 keeps all.
+        save_total_limit: usize = 0,
+        /// A loss or gradient that is not finite: "stop" saves a checkpoint and ends the run, "skip" leaves
+        /// the step's update out.
+        non_finite: NonFinite = NonFinite::Stop,
     }
 }
 
@@ -147,6 +154,8 @@ section! {
         samples: usize = 0,
         /// Most tokens of such an answer.
         sample_tokens: usize = 64,
+        /// Temperature of such an answer; 0 takes the likeliest token every time.
+        sample_temperature: f64 = 0.0,
     }
 }
 

@@ -21,6 +21,11 @@ pub fn check(config: &Config) -> Result<()> {
         source(data, earlier).map_err(|e| e.at(format!("[[data]] {}", label(data, index))))?;
     }
     train(&config.train)?;
+    let temperature = config.eval.sample_temperature;
+    require(
+        temperature.is_finite() && temperature >= 0.0,
+        "[eval] sample_temperature must not be negative",
+    )?;
     for (index, stage) in config.stage.iter().enumerate() {
         let place = if stage.name.is_empty() {
             format!("number {}", index + 1)

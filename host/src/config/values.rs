@@ -50,6 +50,11 @@ words! {
     BadRows { Error, Skip }
 }
 
+words! {
+    /// What to do with a step whose loss or gradient is not finite.
+    NonFinite { Stop, Skip }
+}
+
 /// Which linear layers get an adapter.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(untagged)]

@@ -34,7 +34,7 @@ pub struct Source {
 }
 
 impl Source {
-    /// Reads, adapts and tokenises a source's files, and checks that the objective gets what it
+    /// Reads, adapts and tokenises a source's files for a model with `vocab` tokens, and checks that the objective gets what it
     /// needs.
     ///
     /// # Errors
@@ -44,6 +44,7 @@ impl Source {
         config: &Config,
         data: &DataSection,
         text: &Text,
+        vocab: usize,
         registry: &mut Registry,
     ) -> Result<Self> {
         let place = format!("[[data]] `{}`", data.name);
@@ -68,7 +69,7 @@ impl Source {
             account,
             held_out_account,
         };
-        source.check().map_err(|e| e.at(&place))?;
+        source.check(vocab).map_err(|e| e.at(&place))?;
         Ok(source)
     }
 
@@ -77,7 +78,7 @@ impl Source {
         self.objective.needs(Needs::REFERENCE) || self.objective.needs(Needs::MISMATCHED)
     }
 
-    fn check(&self) -> Result<()> {
+    fn check(&self, vocab: usize) -> Result<()> {
         let name = &self.objective.name;
         if self.train.is_empty() {
             let why = self.account.describe();
@@ -86,6 +87,7 @@ impl Source {
         for example in self.train.iter().chain(&self.held_out) {
             let kinds: Vec<Kind> = example.group.segments().map(|s| s.feedback.kind()).collect();
             let at = &example.origin;
+            in_vocabulary(&example.group, vocab).map_err(|e| e.at(at))?;
             if let Some(kind) =
                 kinds.iter().find(|k| !self.objective.accepts.contains(Kinds::of(**k)))
             {
@@ -115,6 +117,20 @@ impl Source {
             }
         }
         Ok(())
+    }
+}
+
+/// Refuses token ids that the model has no embedding for.
+///
+/// # Errors
+/// With the first such id.
+pub fn in_vocabulary(group: &Group, vocab: usize) -> Result<()> {
+    let mut ids = group.prompt.iter().chain(group.branches.iter().flat_map(|b| &b.tokens));
+    match ids.find(|id| **id as usize >= vocab) {
+        None => Ok(()),
+        Some(id) => Err(Error::model(format!(
+            "token {id} is not in the model's vocabulary of {vocab}; the tokenizer is not this model's"
+        ))),
     }
 }
 

@@ -7,10 +7,10 @@ pub mod objective;
 
 use crate::config::PluginRef;
 use crate::{Error, Result};
-use library::Library;
 pub use adapter::Adapter;
+use library::Library;
 pub use objective::Objective;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use uft_core::Fault;
 use uft_core::abi::{Entry, Role};
 use uft_core::fault::FaultKind;
@@ -67,6 +67,11 @@ impl Registry {
     /// Every loaded entry with its library.
     pub fn entries(&self) -> impl Iterator<Item = (&Library, &Entry)> {
         self.libraries.iter().flat_map(|l| l.entries.iter().map(move |e| (l, e)))
+    }
+
+    /// The files of the loaded libraries.
+    pub fn paths(&self) -> impl Iterator<Item = &Path> {
+        self.libraries.iter().map(|l| l.path.as_path())
     }
 
     /// The library that exports an entry; the entry's name is loaded as a library if none does.

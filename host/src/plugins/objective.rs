@@ -88,4 +88,12 @@ impl Objective {
         let state = self.object.save_state().into_result();
         Ok(state.map_err(|f| fault(&self.name, &f))?.into_iter().collect())
     }
+
+    /// Takes back what [`save_state`](Objective::save_state) gave.
+    ///
+    /// # Errors
+    /// If the plugin fails.
+    pub fn load_state(&mut self, state: &[u8]) -> Result<()> {
+        self.object.load_state(state.into()).into_result().map_err(|f| fault(&self.name, &f))
+    }
 }

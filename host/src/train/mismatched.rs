@@ -18,7 +18,8 @@ pub fn groups(source: &Source, index: usize, rows: Rows, plan: &Plan) -> Vec<Gro
     let own: Vec<_> = members.iter().map(|&row| responses(&examples[row].group)).collect();
     // A group alone in its step takes the completions of the row before it in the data.
     let alone = responses(&examples[(members[0] + examples.len() - 1) % examples.len()].group);
-    let before = |g: usize| if own.len() == 1 { &alone } else { &own[(g + own.len() - 1) % own.len()] };
+    let before =
+        |g: usize| if own.len() == 1 { &alone } else { &own[(g + own.len() - 1) % own.len()] };
     let mismatched = own.iter().enumerate().flat_map(|(g, group)| {
         let others = before(g);
         group.iter().enumerate().map(|(i, (prompt, _))| (prompt, &others[i % others.len()].1))

@@ -1,5 +1,8 @@
 //! Training: the recipe, read from top to bottom. One loop serves every objective.
 
+pub mod checkpoint;
+mod identity;
+pub mod logs;
 pub mod metrics;
 mod micro;
 mod mismatched;
@@ -10,150 +13,284 @@ mod progress;
 pub mod report;
 pub mod schedule;
 pub mod setup;
+pub mod signals;
 
-use crate::model::{LoraGrads, peft};
-use crate::{Error, Result};
+use crate::config::NonFinite;
+use crate::config::schema::TrainSection;
+use crate::data::Item;
+use crate::model::{Lora, LoraGrads, peft};
+use crate::{Error, ErrorKind, Result};
+use checkpoint::Position;
+use identity::Identity;
+use logs::Logs;
 use metrics::number;
 use optimizer::Optimizer;
 use pass::{Outcome, Pass};
 use plan::{At, Rows};
 use progress::Progress;
 use report::{Report, Snapshot};
-use serde_json::{Map, Value};
+use serde_json::Map;
 use setup::{Run, Stage};
-use std::fs::File;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-/// Runs all stages, writes the adapter and gives the report for the user.
+/// Runs all stages, writes the adapter and gives the report for the user. With `resume`, goes on from
+/// the newest whole checkpoint.
 ///
 /// # Errors
-/// If anything fails; what was written until then stays.
-pub fn train(run: &mut Run) -> Result<Report> {
+/// If anything fails or a signal arrives; a run that was training then leaves a checkpoint.
+pub fn train(run: &mut Run, resume: bool) -> Result<Report> {
     let output = PathBuf::from(&run.config.train.output);
-    let mut logs = Logs::create(&output)?;
+    let checkpoint = find_checkpoint(&output, resume)?;
+    let identity = Identity::of(run)?;
+    let mut logs = Logs::open(&output, checkpoint.as_deref())?;
     let stages = run.stages();
-    let started = Instant::now();
 
-    let (first, last) = (&stages[0], stages.last().expect("a run has a stage"));
-    let before = snapshot(run, first)?;
-    let mut done = Done::default();
-    for stage in &stages {
-        train_stage(run, stage, &output, &mut logs, &mut done)?;
+    signals::install()?;
+    let before = snapshot(run, &stages[0])?;
+    let mut restored = match &checkpoint {
+        Some(dir) => Some(checkpoint::restore(dir, run, &identity, |run, position| {
+            Optimizer::new(&stages[position.stage].train, &run.lora)
+        })?),
+        None => None,
+    };
+    let mut position = restored.as_ref().map_or(Position::default(), |r| r.position);
+    if let Some(dir) = &checkpoint {
+        log::info!("resumed from {}", dir.display());
+    }
+
+    for (index, stage) in stages.iter().enumerate().skip(position.stage) {
+        let (optimizer, reference) = match restored.take() {
+            Some(restored) => (restored.optimizer, restored.reference),
+            None => {
+                position = Position { stage: index, step: 0, ..position };
+                // Reference log-probs of another stage's reference are of no use.
+                forget_reference(run);
+                (Optimizer::new(&stage.train, &run.lora), run.reference(stage.train.reference))
+            }
+        };
+        let running = Running { stage, optimizer, reference, identity: &identity };
+        running.train(run, &mut position, &mut logs)?;
         if let Some(name) = &stage.name {
             peft::save(&output.join(format!("stage-{name}")), &run.lora, &run.config.model.path)?;
         }
     }
     peft::save(&output, &run.lora, &run.config.model.path)?;
-    let seconds = started.elapsed().as_secs_f64();
-    let after = snapshot(run, last)?;
-    Ok(Report { before, after, steps: done.steps, tokens: done.tokens, seconds, output })
+    let after = snapshot(run, stages.last().expect("a run has a stage"))?;
+    let Position { steps, tokens, seconds, .. } = position;
+    Ok(Report { before, after, steps, tokens, seconds, output })
 }
 
-/// Work of the stages so far.
-#[derive(Default)]
-struct Done {
-    steps: u64,
-    tokens: u64,
+/// The checkpoint to go on from; without `resume`, makes sure that there is none to be overwritten.
+fn find_checkpoint(output: &Path, resume: bool) -> Result<Option<PathBuf>> {
+    let there = checkpoint::all(output);
+    if !resume {
+        let Some((_, newest)) = there.last() else { return Ok(None) };
+        return Err(Error::config(format!(
+            "{} is a checkpoint of an earlier run: go on from it with --resume, or remove it or choose another \
+             [train] output to start anew",
+            newest.display()
+        )));
+    }
+    let (newest, broken) = checkpoint::newest(output);
+    broken.iter().for_each(|why| log::warn!("passed over {why}"));
+    match newest {
+        None if !there.is_empty() => {
+            Err(Error::other(format!("{}: none of its checkpoints is whole", output.display())))
+        }
+        None => {
+            log::info!("no checkpoint in {}: starting from the beginning", output.display());
+            Ok(None)
+        }
+        found => Ok(found),
+    }
 }
 
-fn train_stage(
-    run: &mut Run,
-    stage: &Stage,
-    output: &Path,
-    logs: &mut Logs,
-    done: &mut Done,
-) -> Result<()> {
-    let settings = &stage.train;
-    let steps = stage.steps(run);
-    let warmup = schedule::warmup_steps(settings.warmup, steps);
-    let reference = run.reference(settings.reference);
-    forget_reference(run);
-    let identical = run.identical(settings.reference);
+/// A stage in training.
+struct Running<'a> {
+    stage: &'a Stage,
+    optimizer: Optimizer,
+    reference: Option<Lora>,
+    identity: &'a Identity,
+}
 
-    let mut order = stage.order(run);
-    let mut optimizer = Optimizer::new(settings, &run.lora);
-    let mut grads = LoraGrads::zeros(&run.lora);
-    let mut progress = Progress::new(stage.name.as_deref(), steps);
-    let rows: usize = stage.sources.iter().map(|&s| run.sources[s].train.len()).sum();
+impl Running<'_> {
+    fn train(mut self, run: &mut Run, position: &mut Position, logs: &mut Logs) -> Result<()> {
+        let settings = &self.stage.train;
+        let steps = self.stage.steps(run);
+        let warmup = schedule::warmup_steps(settings.warmup, steps);
+        let mut order = self.stage.order(run);
+        // Replaying the draws puts the order where it was.
+        (0..position.step).for_each(|_| drop(order.batch(settings.batch)));
+        let mut grads = LoraGrads::zeros(&run.lora);
+        let mut progress = Progress::new(self.stage.name.as_deref(), position.step, steps);
 
-    for step in 0..steps {
-        let started = Instant::now();
-        let items = order.batch(settings.batch);
-        let lr = schedule::learning_rate(settings.schedule, settings.lr, step, steps, warmup);
+        while position.step < steps {
+            let items = order.batch(settings.batch);
+            let lr = schedule::learning_rate(
+                settings.schedule,
+                settings.lr,
+                position.step,
+                steps,
+                warmup,
+            );
+            let started = Instant::now();
+            grads.clear();
+            let outcome = match self.step(run, position, steps, &items, &mut grads) {
+                Ok(outcome) => outcome,
+                Err(why)
+                    if why.kind == ErrorKind::NonFinite
+                        && settings.non_finite == NonFinite::Skip =>
+                {
+                    progress.note(&format!("step {} left out: {why}", position.steps + 1));
+                    Outcome { loss: f64::NAN, ..Outcome::default() }
+                }
+                Err(why) => return Err(self.leave(run, position, logs, why)),
+            };
+            let norm = optimizer::norm(&grads);
+            if outcome.loss.is_finite() {
+                self.optimizer.step(&mut run.lora, &mut grads, norm, lr);
+            }
+            let seconds = started.elapsed().as_secs_f64();
+            position.step += 1;
+            position.steps += 1;
+            position.tokens += outcome.tokens;
+            position.seconds += seconds;
+            logs.step(self.line(run, position, &outcome, norm, lr, seconds))?;
+            progress.step(&outcome);
+            if let Err(why) = self.between_steps(run, position, steps, logs, &progress) {
+                return Err(self.leave(run, position, logs, why));
+            }
+        }
+        progress.finish();
+        Ok(())
+    }
 
-        grads.clear();
+    /// Loss and gradient of one optimizer step.
+    fn step(
+        &self,
+        run: &mut Run,
+        position: &Position,
+        steps: u64,
+        items: &[Item],
+        grads: &mut LoraGrads,
+    ) -> Result<Outcome> {
+        let settings = &self.stage.train;
         let pass = Pass {
             model: &run.model,
             policy: &run.lora,
-            reference: reference.as_ref(),
+            reference: self.reference.as_ref(),
             micro_tokens: settings.micro_tokens,
             mixing: settings.mixing,
-            at: At { number: step, steps, training: true },
-            identical: identical && step == 0,
+            at: At { number: position.step, steps, training: true },
+            identical: position.step == 0 && run.identical(settings.reference),
         };
-        let outcome = pass.run(&mut run.sources, Rows::Train, &items, Some(&mut grads))?;
-        let norm = optimizer::norm(&grads);
-        if !norm.is_finite() {
-            let places: Vec<String> = items
-                .iter()
-                .map(|i| run.sources[i.source].train[i.row].origin.to_string())
-                .collect();
-            return Err(Error::non_finite(format!(
-                "step {}: the gradient is not finite; its rows: {}",
-                step + 1,
-                places.join(", ")
-            )));
+        let outcome = pass.run(&mut run.sources, Rows::Train, items, Some(&mut *grads))?;
+        let norm = optimizer::norm(grads);
+        if outcome.loss.is_finite() && norm.is_finite() {
+            return Ok(outcome);
         }
-        optimizer.step(&mut run.lora, &mut grads, norm, lr);
+        let place = |i: &Item| run.sources[i.source].train[i.row].origin.to_string();
+        let places: Vec<String> = items.iter().map(place).collect();
+        Err(Error::non_finite(format!(
+            "step {}: loss {}, gradient norm {norm}; its rows: {}",
+            position.steps + 1,
+            outcome.loss,
+            places.join(", ")
+        )))
+    }
 
-        done.steps += 1;
-        done.tokens += outcome.tokens;
-        let seconds = started.elapsed().as_secs_f64();
+    /// Evaluation and checkpoint where one is due; the last step is always evaluated.
+    fn between_steps(
+        &self,
+        run: &mut Run,
+        position: &Position,
+        steps: u64,
+        logs: &mut Logs,
+        progress: &Progress,
+    ) -> Result<()> {
+        let due = |every: u64| every > 0 && position.step.is_multiple_of(every);
+        if due(run.config.eval.every) || position.step == steps {
+            let held_out =
+                evaluate(run, self.stage, self.reference.as_ref(), position.step, steps)?;
+            if held_out.trained > 0 {
+                logs.held_out(position.steps, &held_out)?;
+                progress
+                    .note(&format!("step {}: held-out loss {:.4}", position.steps, held_out.loss));
+            }
+        }
+        if due(self.stage.train.save_every) {
+            self.save(run, position, logs)?;
+        }
+        signals::check()
+    }
+
+    fn save(&self, run: &Run, position: &Position, logs: &Logs) -> Result<PathBuf> {
+        checkpoint::save(
+            run,
+            position,
+            &self.optimizer,
+            self.reference.as_ref(),
+            self.identity,
+            logs,
+        )
+    }
+
+    /// Ends the stage early: a signal or numbers that are not finite leave a checkpoint of the last
+    /// whole step.
+    fn leave(&self, run: &Run, position: &Position, logs: &Logs, why: Error) -> Error {
+        if !matches!(
+            why.kind,
+            ErrorKind::Interrupted | ErrorKind::Terminated | ErrorKind::NonFinite
+        ) {
+            return why;
+        }
+        match self.save(run, position, logs) {
+            Ok(path) => Error::new(
+                why.kind,
+                format!(
+                    "{}; the state after step {} is in {}",
+                    why.message,
+                    position.steps,
+                    path.display()
+                ),
+            ),
+            Err(failed) => {
+                Error::new(why.kind, format!("{}; and no checkpoint: {failed}", why.message))
+            }
+        }
+    }
+
+    /// A step's line for metrics.jsonl.
+    fn line(
+        &self,
+        run: &Run,
+        position: &Position,
+        outcome: &Outcome,
+        norm: f64,
+        lr: f64,
+        seconds: f64,
+    ) -> Map<String, serde_json::Value> {
+        let TrainSection { batch, .. } = self.stage.train;
+        let rows: usize = self.stage.sources.iter().map(|&s| run.sources[s].train.len()).sum();
         let mut line = Map::new();
-        line.insert("step".into(), done.steps.into());
-        if let Some(name) = &stage.name {
+        line.insert("step".into(), position.steps.into());
+        if let Some(name) = &self.stage.name {
             line.insert("stage".into(), name.as_str().into());
         }
         line.insert("loss".into(), number(outcome.loss));
         line.insert("grad_norm".into(), number(norm));
         line.insert("lr".into(), number(lr));
-        line.insert(
-            "epoch".into(),
-            number(((step + 1) * settings.batch as u64) as f64 / rows as f64),
-        );
+        line.insert("epoch".into(), number((position.step * batch as u64) as f64 / rows as f64));
         line.insert("tokens".into(), outcome.tokens.into());
         line.insert("trained_tokens".into(), outcome.trained.into());
-        line.insert("num_tokens".into(), done.tokens.into());
+        line.insert("num_tokens".into(), position.tokens.into());
         line.insert("tokens_per_second".into(), number(outcome.tokens as f64 / seconds));
         line.extend(outcome.metrics.to_json());
-        logs.step(line)?;
-        progress.step(&outcome);
-
-        let (due, next) = (|every: u64| every > 0 && (step + 1) % every == 0, done.steps);
-        if due(run.config.eval.every) && step + 1 < steps {
-            let held_out = evaluate(run, stage, reference.as_ref(), step + 1, steps)?;
-            logs.held_out(next, &held_out)?;
-            progress.note(&format!("step {next}: held-out loss {:.4}", held_out.loss));
-        }
-        if due(settings.save_every) && step + 1 < steps {
-            peft::save(
-                &output.join(format!("checkpoint-{next}")),
-                &run.lora,
-                &run.config.model.path,
-            )?;
-        }
+        line
     }
-    let held_out = evaluate(run, stage, reference.as_ref(), steps, steps)?;
-    if held_out.trained > 0 {
-        logs.held_out(done.steps, &held_out)?;
-    }
-    progress.finish();
-    Ok(())
 }
 
-/// Reference log-probs of another stage's reference are of no use.
 fn forget_reference(run: &mut Run) {
     for source in &mut run.sources {
         source.train.iter_mut().chain(&mut source.held_out).for_each(|e| e.ref_logps = None);
@@ -164,7 +301,7 @@ fn forget_reference(run: &mut Run) {
 fn evaluate(
     run: &mut Run,
     stage: &Stage,
-    reference: Option<&crate::model::Lora>,
+    reference: Option<&Lora>,
     number: u64,
     steps: u64,
 ) -> Result<Outcome> {
@@ -189,47 +326,4 @@ fn snapshot(run: &mut Run, stage: &Stage) -> Result<Snapshot> {
     let metrics = evaluate(run, &everything, None, 0, 0)?.metrics;
     forget_reference(run);
     Ok(Snapshot { metrics, answers: report::answers(run)? })
-}
-
-/// `metrics.jsonl`: one line per step. `eval.jsonl`: one line per held-out evaluation, its names with
-/// `eval_` in front.
-struct Logs {
-    steps: File,
-    held_out: File,
-}
-
-impl Logs {
-    fn create(output: &Path) -> Result<Self> {
-        let fail = |e: std::io::Error| {
-            Error::other(format!("{}: cannot be written: {e}", output.display()))
-        };
-        std::fs::create_dir_all(output).map_err(fail)?;
-        let create = |name: &str| File::create(output.join(name)).map_err(fail);
-        Ok(Self { steps: create("metrics.jsonl")?, held_out: create("eval.jsonl")? })
-    }
-
-    fn step(&mut self, line: Map<String, Value>) -> Result<()> {
-        append(&mut self.steps, "metrics.jsonl", line)
-    }
-
-    fn held_out(&mut self, step: u64, outcome: &Outcome) -> Result<()> {
-        let mut line = Map::new();
-        line.insert("step".into(), step.into());
-        line.insert("eval_loss".into(), number(outcome.loss));
-        line.extend(
-            outcome
-                .metrics
-                .to_json()
-                .into_iter()
-                .map(|(name, value)| (format!("eval_{name}"), value)),
-        );
-        append(&mut self.held_out, "eval.jsonl", line)
-    }
-}
-
-fn append(file: &mut File, name: &str, line: Map<String, Value>) -> Result<()> {
-    let mut text = Value::Object(line).to_string();
-    text.push('\n');
-    file.write_all(text.as_bytes())
-        .map_err(|e| Error::other(format!("{name}: cannot be written: {e}")))
 }

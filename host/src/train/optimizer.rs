@@ -1,7 +1,11 @@
 //! AdamW over all adapter tensors, with clipping by the global norm.
 
+use super::checkpoint;
+use crate::Result;
 use crate::config::schema::TrainSection;
+use crate::model::lora::LoraTensor;
 use crate::model::{Lora, LoraGrads};
+use std::collections::HashMap;
 use uft_kernels::adamw;
 
 /// The moments of every adapter tensor, in the order of [`Lora::parameters_mut`].
@@ -39,6 +43,53 @@ impl Optimizer {
             adamw::step(parameter.value, parameter.grad, m, v, &self.settings);
         }
     }
+}
+
+impl Optimizer {
+    /// Updates so far.
+    pub fn updates(&self) -> u64 {
+        self.settings.step
+    }
+
+    /// The moments under PyTorch's names: `….exp_avg` and `….exp_avg_sq`.
+    pub fn tensors<'a>(&'a self, lora: &'a Lora) -> impl Iterator<Item = LoraTensor<'a>> {
+        lora.tensors().zip(&self.moments).flat_map(|(tensor, (m, v))| {
+            let named = |which, data| LoraTensor {
+                name: moment(&tensor.name, which),
+                shape: tensor.shape,
+                data,
+            };
+            [named("exp_avg", m.as_slice()), named("exp_avg_sq", v.as_slice())]
+        })
+    }
+
+    /// Takes back what [`tensors`](Optimizer::tensors) gave.
+    ///
+    /// # Errors
+    /// If a moment is missing or has another size.
+    pub fn restore(
+        &mut self,
+        lora: &Lora,
+        saved: &HashMap<String, Vec<f32>>,
+        updates: u64,
+    ) -> Result<()> {
+        self.settings.step = updates;
+        for (tensor, (m, v)) in lora.tensors().zip(&mut self.moments) {
+            for (values, which) in [(m, "exp_avg"), (v, "exp_avg_sq")] {
+                let name = moment(&tensor.name, which);
+                let from = checkpoint::tensor(saved, &name)?;
+                if from.len() != values.len() {
+                    return Err(checkpoint::wrong(&name));
+                }
+                values.copy_from_slice(from);
+            }
+        }
+        Ok(())
+    }
+}
+
+fn moment(tensor: &str, which: &str) -> String {
+    format!("{tensor}.{which}")
 }
 
 /// Euclidean norm over all tensors, before clipping.

@@ -4,6 +4,7 @@
 use super::metrics::Metrics;
 use super::mismatched;
 use super::plan::{At, Plan, Rows};
+use super::signals;
 use crate::config::Mixing;
 use crate::data::{Item, Source};
 use crate::group::Group;
@@ -54,6 +55,7 @@ impl Pass<'_> {
     ) -> Result<Outcome> {
         let plan = Plan::new(sources, rows, items, self.micro_tokens);
         for batch in &plan.micro_batches {
+            signals::check()?;
             self.reference_logps(sources, rows, &plan, batch)?;
         }
         let statistics = self.statistics(sources, rows, &plan)?;
@@ -67,6 +69,7 @@ impl Pass<'_> {
             ..Outcome::default()
         };
         for batch in &plan.micro_batches {
+            signals::check()?;
             let packed = Packed::new(&groups(sources, rows, &plan, batch));
             let (tape, logps) = match &grads {
                 Some(_) => {

@@ -20,14 +20,17 @@ pub struct Progress {
 }
 
 impl Progress {
-    pub fn new(stage: Option<&str>, steps: u64) -> Self {
+    pub fn new(stage: Option<&str>, step: u64, steps: u64) -> Self {
         let target = match std::io::stderr().is_terminal() {
             true => ProgressDrawTarget::stderr(),
             false => ProgressDrawTarget::hidden(),
         };
         let bar = ProgressBar::with_draw_target(Some(steps), target);
-        let style = ProgressStyle::with_template("{prefix}{pos}/{len} {wide_bar} {eta} left\n{msg}");
+        let style =
+            ProgressStyle::with_template("{prefix}{pos}/{len} {wide_bar} {eta} left\n{msg}");
         bar.set_style(style.expect("the template is valid").progress_chars("█▉▊▋▌▍▎▏ "));
+        bar.set_position(step);
+        bar.reset_eta();
         if let Some(stage) = stage {
             bar.set_prefix(format!("{stage} "));
         }

@@ -93,7 +93,7 @@ fn one_line(text: &str) -> String {
     text.split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
-/// Greedy answers to the prompts of held-out rows, taken from all sources in turn.
+/// Answers to the prompts of held-out rows, taken from all sources in turn.
 ///
 /// # Errors
 /// If the tokens cannot be decoded.
@@ -112,6 +112,8 @@ pub fn answers(run: &Run) -> Result<Vec<(String, String)>> {
     let options = SampleOptions {
         max_tokens: run.config.eval.sample_tokens,
         eos: run.text.eos_ids().to_vec(),
+        temperature: run.config.eval.sample_temperature as f32,
+        seed: run.config.train.seed,
         ..SampleOptions::greedy()
     };
     let answer = |prompt: &&[u32]| {

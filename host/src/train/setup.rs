@@ -19,6 +19,8 @@ pub struct Run {
     pub model: Model,
     /// The adapter that is trained.
     pub lora: Lora,
+    /// The plugin libraries.
+    pub libraries: Vec<PathBuf>,
 }
 
 /// One stage: its settings, and which sources are in it.
@@ -43,14 +45,15 @@ impl Run {
         let mut registry = registry(&config)?;
         let mut sources = Vec::new();
         for data in &config.data {
-            sources.push(Source::load(&config, data, &text, &mut registry)?);
+            sources.push(Source::load(&config, data, &text, model_config.vocab, &mut registry)?);
         }
         let lora = match &config.model.adapter {
             Some(adapter) => peft::load(Path::new(adapter), &model_config)?,
             None => Lora::init(&lora_config(&config)?, &model_config, config.train.seed)?,
         };
         let model = Model::load(&dir)?;
-        Ok(Self { config, text, sources, model, lora })
+        let libraries = registry.paths().map(Path::to_owned).collect();
+        Ok(Self { config, text, sources, model, lora, libraries })
     }
 
     /// The stages in order; one over all sources if the configuration has none.

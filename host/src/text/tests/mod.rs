@@ -54,7 +54,7 @@ const LIMITS: Limits =
 
 /// A byte-level tokenizer of the 256 bytes (ids 0 to 255), some merged words and special tokens.
 fn tokenizer(words: &[&str], special: &[&str]) -> Json {
-    let mut alphabet: Vec<char> = (0..=255u8).map(|b| byte_char(b)).collect();
+    let mut alphabet: Vec<char> = (0..=255u8).map(byte_char).collect();
     alphabet.dedup();
     let mut vocab = serde_json::Map::new();
     for c in alphabet {

@@ -1,0 +1,358 @@
+//! Checkpoints: `checkpoint-N` in transformers' layout, whole or not there.
+//!
+//! Everything is written into a hidden folder and synced, the manifest with every file's size and
+//! hash last, and the folder is renamed into place. What a checkpoint does not hold is made again
+//! from the configuration: random numbers are counter-based, and the order of rows is replayed.
+
+use super::identity::Identity;
+use super::logs::Logs;
+use super::optimizer::Optimizer;
+use super::setup::Run;
+use crate::model::files::{self, write_bytes};
+use crate::model::lora::LoraTensor;
+use crate::model::{Lora, peft};
+use crate::{Error, Result};
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use std::collections::{BTreeMap, HashMap};
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+
+const MANIFEST: &str = "manifest.json";
+const STATE: &str = "uft_state.json";
+const ADAPTER: &str = "adapter_model.safetensors";
+const OPTIMIZER: &str = "optimizer.safetensors";
+const REFERENCE: &str = "reference.safetensors";
+const REFERENCE_LOGPS: &str = "reference_logps.safetensors";
+/// Raised when older checkpoints can no longer be read.
+const REVISION: u32 = 1;
+
+/// Where a run stands between two optimizer steps.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Position {
+    pub stage: usize,
+    /// Steps done in the stage.
+    pub step: u64,
+    /// Steps done in all stages.
+    pub steps: u64,
+    /// Tokens of all steps.
+    pub tokens: u64,
+    /// Time of all steps.
+    pub seconds: f64,
+}
+
+/// The part of a checkpoint that is no tensor.
+#[derive(Serialize, Deserialize)]
+struct State {
+    revision: u32,
+    position: Position,
+    /// AdamW updates in the stage; fewer than steps where some were skipped.
+    updates: u64,
+    identity: Identity,
+    /// Saved state of every source's objective.
+    objectives: BTreeMap<String, Vec<u8>>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Manifest {
+    /// File → bytes and BLAKE3.
+    files: BTreeMap<String, (u64, String)>,
+}
+
+/// Saves a checkpoint of the run as it stands.
+///
+/// # Errors
+/// If anything cannot be written; an earlier checkpoint of the same step stays as it was.
+pub fn save(
+    run: &Run,
+    position: &Position,
+    optimizer: &Optimizer,
+    reference: Option<&Lora>,
+    identity: &Identity,
+    logs: &Logs,
+) -> Result<PathBuf> {
+    let output = Path::new(&run.config.train.output);
+    let target = output.join(format!("checkpoint-{}", position.steps));
+    if verify(&target).is_ok() {
+        return Ok(target);
+    }
+    let partial = output.join(format!(".checkpoint-{}.partial", position.steps));
+    let fail =
+        |e: std::io::Error| Error::other(format!("{}: cannot be written: {e}", target.display()));
+    remove(&partial)
+        .and_then(|()| remove(&target))
+        .and_then(|()| fs::create_dir_all(&partial))
+        .map_err(fail)?;
+
+    peft::save(&partial, &run.lora, &run.config.model.path)?;
+    files::write_tensors(&partial.join(OPTIMIZER), optimizer.tensors(&run.lora))?;
+    if let Some(reference) = reference {
+        files::write_tensors(&partial.join(REFERENCE), reference.tensors())?;
+    }
+    let known = reference_logps(run);
+    let tensors = known.iter().map(|(name, data)| LoraTensor {
+        name: name.clone(),
+        shape: [1, data.len()],
+        data,
+    });
+    files::write_tensors(&partial.join(REFERENCE_LOGPS), tensors)?;
+    for (name, bytes) in logs.contents()? {
+        write_bytes(&partial.join(name), &bytes)?;
+    }
+    let trainer = trainer_state(run, position, logs)?;
+    write_bytes(&partial.join("trainer_state.json"), pretty(&trainer).as_bytes())?;
+    let mut objectives = BTreeMap::new();
+    for source in &run.sources {
+        objectives.insert(source.name.clone(), source.objective.save_state()?);
+    }
+    let state = State {
+        revision: REVISION,
+        position: *position,
+        updates: optimizer.updates(),
+        identity: identity.clone(),
+        objectives,
+    };
+    write_bytes(&partial.join(STATE), pretty(&json!(state)).as_bytes())?;
+
+    let mut manifest = Manifest { files: BTreeMap::new() };
+    for entry in fs::read_dir(&partial).map_err(fail)?.flatten() {
+        let bytes = fs::read(entry.path()).map_err(fail)?;
+        let name = entry.file_name().to_string_lossy().into_owned();
+        manifest
+            .files
+            .insert(name, (bytes.len() as u64, blake3::hash(&bytes).to_hex().to_string()));
+    }
+    write_bytes(&partial.join(MANIFEST), pretty(&json!(manifest)).as_bytes())?;
+    let sync = |dir: &Path| File::open(dir).and_then(|d| d.sync_all());
+    sync(&partial)
+        .and_then(|()| fs::rename(&partial, &target))
+        .and_then(|()| sync(output))
+        .map_err(fail)?;
+    prune(output, run.config.train.save_total_limit, logs)?;
+    Ok(target)
+}
+
+/// The newest whole checkpoint in `output`, and what is wrong with newer ones.
+pub fn newest(output: &Path) -> (Option<PathBuf>, Vec<String>) {
+    let mut broken = Vec::new();
+    for (_, path) in all(output).into_iter().rev() {
+        match verify(&path) {
+            Ok(()) => return (Some(path), broken),
+            Err(why) => broken.push(format!("{}: {why}", path.display())),
+        }
+    }
+    (None, broken)
+}
+
+/// What a checkpoint gives back besides what it puts into the run.
+pub struct Restored {
+    pub position: Position,
+    pub optimizer: Optimizer,
+    pub reference: Option<Lora>,
+}
+
+/// Puts a whole checkpoint's adapter, reference log-probs and plugin state into the run; `optimizer` is
+/// a new one for the checkpoint's stage.
+///
+/// # Errors
+/// If the checkpoint belongs to another run, or lacks something.
+pub fn restore(
+    dir: &Path,
+    run: &mut Run,
+    identity: &Identity,
+    optimizer: impl FnOnce(&Run, &Position) -> Optimizer,
+) -> Result<Restored> {
+    let damaged = |what: &str| Error::other(format!("{}: {what}", dir.display()));
+    let bytes =
+        fs::read(dir.join(STATE)).map_err(|e| damaged(&format!("{STATE} cannot be read: {e}")))?;
+    let state: State =
+        serde_json::from_slice(&bytes).map_err(|e| damaged(&format!("{STATE}: {e}")))?;
+    if state.revision != REVISION {
+        return Err(damaged(&format!("written by another version (revision {})", state.revision)));
+    }
+    identity.expect(&state.identity).map_err(|e| e.at(dir.display()))?;
+
+    let reference_file = dir.join(REFERENCE);
+    let reference = match reference_file.exists() {
+        true => Some(with_tensors(run.lora.clone(), &read(&reference_file)?)?),
+        false => None,
+    };
+    run.lora = with_tensors(run.lora.clone(), &read(&dir.join(ADAPTER))?)?;
+    let mut optimizer = optimizer(run, &state.position);
+    optimizer.restore(&run.lora, &read(&dir.join(OPTIMIZER))?, state.updates)?;
+    restore_reference_logps(run, &read(&dir.join(REFERENCE_LOGPS))?)?;
+    for source in &mut run.sources {
+        if let Some(saved) = state.objectives.get(&source.name) {
+            source.objective.load_state(saved)?;
+        }
+    }
+    Ok(Restored { position: state.position, optimizer, reference })
+}
+
+/// Whether every file of the manifest is there as it was written.
+fn verify(dir: &Path) -> std::result::Result<(), String> {
+    let bytes =
+        fs::read(dir.join(MANIFEST)).map_err(|_| format!("no {MANIFEST}: it was not finished"))?;
+    let manifest: Manifest =
+        serde_json::from_slice(&bytes).map_err(|e| format!("{MANIFEST} is damaged: {e}"))?;
+    for (name, (size, hash)) in &manifest.files {
+        let bytes = fs::read(dir.join(name)).map_err(|e| format!("{name} cannot be read: {e}"))?;
+        if bytes.len() as u64 != *size {
+            return Err(format!("{name} has {} bytes instead of {size}", bytes.len()));
+        }
+        if blake3::hash(&bytes).to_hex().as_str() != hash {
+            return Err(format!("{name} is damaged: its hash differs"));
+        }
+    }
+    Ok(())
+}
+
+/// The checkpoints of a run by step, oldest first.
+pub fn all(output: &Path) -> Vec<(u64, PathBuf)> {
+    let entries = fs::read_dir(output).into_iter().flatten().flatten();
+    let step =
+        |path: &Path| path.file_name()?.to_str()?.strip_prefix("checkpoint-")?.parse::<u64>().ok();
+    let mut found: Vec<_> = entries.filter_map(|e| Some((step(&e.path())?, e.path()))).collect();
+    found.sort();
+    found
+}
+
+/// Removes the oldest checkpoints over the limit; the newest and the best stay.
+fn prune(output: &Path, limit: usize, logs: &Logs) -> Result<()> {
+    let mut kept = all(output);
+    let best = best(output, logs)?.map(|(step, _)| step);
+    while limit > 0 && kept.len() > limit.max(if best.is_some() { 2 } else { 1 }) {
+        let newest = kept.len() - 1;
+        let Some(victim) = kept[..newest].iter().position(|(step, _)| Some(*step) != best) else {
+            break;
+        };
+        let (_, path) = kept.remove(victim);
+        remove(&path)
+            .map_err(|e| Error::other(format!("{}: cannot be removed: {e}", path.display())))?;
+    }
+    Ok(())
+}
+
+/// The saved step with the lowest held-out loss.
+fn best(output: &Path, logs: &Logs) -> Result<Option<(u64, f64)>> {
+    let saved: Vec<u64> = all(output).into_iter().map(|(step, _)| step).collect();
+    let history = logs.history()?;
+    let evaluated = history
+        .iter()
+        .filter_map(|line| Some((line["step"].as_u64()?, line.get("eval_loss")?.as_f64()?)));
+    Ok(evaluated.filter(|(step, _)| saved.contains(step)).min_by(|a, b| a.1.total_cmp(&b.1)))
+}
+
+/// transformers' trainer_state.json, which plotters and other tools read.
+fn trainer_state(run: &Run, position: &Position, logs: &Logs) -> Result<Value> {
+    let output = Path::new(&run.config.train.output);
+    let best = best(output, logs)?;
+    let stages = run.stages();
+    let max_steps: u64 = stages.iter().map(|s| s.steps(run)).sum();
+    let train = &stages[position.stage.min(stages.len() - 1)].train;
+    let history = logs.history()?;
+    let epoch =
+        history.iter().rev().find_map(|line| line.get("epoch").cloned()).unwrap_or(Value::Null);
+    Ok(json!({
+        "best_global_step": best.map(|(step, _)| step),
+        "best_metric": best.map(|(_, loss)| loss),
+        "best_model_checkpoint": best.map(|(step, _)| output.join(format!("checkpoint-{step}"))),
+        "epoch": epoch,
+        "eval_steps": run.config.eval.every,
+        "global_step": position.steps,
+        "is_hyper_param_search": false,
+        "is_local_process_zero": true,
+        "is_world_process_zero": true,
+        "log_history": history,
+        "logging_steps": 1,
+        "max_steps": max_steps,
+        "num_input_tokens_seen": position.tokens,
+        "num_train_epochs": train.epochs,
+        "save_steps": train.save_every,
+        "stateful_callbacks": {},
+        "total_flos": 0,
+        "train_batch_size": train.batch,
+        "trial_name": null,
+        "trial_params": null,
+    }))
+}
+
+/// By source: the reference log-probs of its rows, NaN where they are not known yet.
+fn reference_logps(run: &Run) -> Vec<(String, Vec<f32>)> {
+    let of = |source: &crate::data::Source| {
+        let mut logps = Vec::new();
+        for example in &source.train {
+            match &example.ref_logps {
+                Some(known) => logps.extend_from_slice(known),
+                None => logps.extend(std::iter::repeat_n(
+                    f32::NAN,
+                    example.group.segments().map(|s| s.tokens()).sum(),
+                )),
+            }
+        }
+        (source.name.clone(), logps)
+    };
+    run.sources.iter().filter(|s| s.needs_reference()).map(of).collect()
+}
+
+fn restore_reference_logps(run: &mut Run, saved: &HashMap<String, Vec<f32>>) -> Result<()> {
+    for source in run.sources.iter_mut().filter(|s| s.needs_reference()) {
+        let logps = tensor(saved, &source.name)?;
+        let mut start = 0;
+        for example in &mut source.train {
+            let tokens: usize = example.group.segments().map(|s| s.tokens()).sum();
+            let known = logps.get(start..start + tokens).ok_or_else(|| wrong(&source.name))?;
+            example.ref_logps = known.iter().all(|p| !p.is_nan()).then(|| known.into());
+            start += tokens;
+        }
+    }
+    Ok(())
+}
+
+fn with_tensors(mut lora: Lora, saved: &HashMap<String, Vec<f32>>) -> Result<Lora> {
+    for adapter in &mut lora.adapters {
+        let [a, b] = adapter.tensor_names();
+        for (values, name) in [(&mut adapter.a, a), (&mut adapter.b, b)] {
+            let from = tensor(saved, &name)?;
+            if from.len() != values.len() {
+                return Err(wrong(&name));
+            }
+            values.copy_from_slice(from);
+        }
+    }
+    Ok(lora)
+}
+
+/// The `f32` tensors of a file that this program wrote.
+fn read(path: &Path) -> Result<HashMap<String, Vec<f32>>> {
+    let fail = |e: &dyn std::fmt::Display| Error::other(format!("{}: {e}", path.display()));
+    let bytes = fs::read(path).map_err(|e| fail(&e))?;
+    let file = safetensors::SafeTensors::deserialize(&bytes).map_err(|e| fail(&e))?;
+    let floats = |data: &[u8]| {
+        data.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()
+    };
+    Ok(file.tensors().into_iter().map(|(name, view)| (name, floats(view.data()))).collect())
+}
+
+/// A tensor of a saved file by name.
+pub(super) fn tensor<'t>(saved: &'t HashMap<String, Vec<f32>>, name: &str) -> Result<&'t [f32]> {
+    saved.get(name).map(Vec::as_slice).ok_or_else(|| wrong(name))
+}
+
+/// A tensor that is not there or has another size.
+pub(super) fn wrong(name: &str) -> Error {
+    Error::other(format!("the checkpoint does not fit the run: {name}"))
+}
+
+fn pretty(value: &Value) -> String {
+    let mut text = serde_json::to_string_pretty(value).expect("JSON values are JSON");
+    text.push('\n');
+    text
+}
+
+fn remove(dir: &Path) -> std::io::Result<()> {
+    match fs::remove_dir_all(dir) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(e),
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,271 @@
+//! Interrupted runs: a resumed one is the uninterrupted one, bit for bit.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+use uft_tests::{fail, golden, lines, root, succeed, uft};
+
+const UFT: &str = env!("CARGO_BIN_EXE_uft-under-test");
+
+/// A mixed run with everything that has state: shuffling, packing, several epochs, a batch statistic,
+/// two stages with a reference each, held-out rows.
+fn write_run(dir: &Path, extra: &str) -> String {
+    let model = golden("models/qwen2");
+    let data = |name: &str| golden(&format!("data/{name}.jsonl")).display().to_string();
+    let text = format!(
+        r#"
+[model]
+path = "{model}"
+[lora]
+rank = 4
+alpha = 8
+[[data]]
+name = "demos"
+files = ["{demos}"]
+adapter = "demonstrations"
+objective = {{ plugin = "uft-sft", beta = 0.1 }}
+[[data]]
+name = "labels"
+files = ["{labels}"]
+adapter = "labels"
+objective = {{ plugin = "kto", beta = 0.1 }}
+[[data]]
+name = "pairs"
+files = ["{pairs}"]
+eval_fraction = 0.25
+adapter = "preferences"
+objective = {{ plugin = "una-pairwise", beta = 0.1 }}
+[train]
+output = "{out}"
+steps = 8
+batch = 6
+micro_tokens = 300
+lr = 5e-3
+threads = 2
+save_every = 3
+[eval]
+every = 3
+[[stage]]
+name = "first"
+data = ["demos", "labels", "pairs"]
+reference = "base"
+[[stage]]
+name = "second"
+data = ["demos", "pairs"]
+reference = "previous"
+steps = 7
+{extra}
+"#,
+        model = model.display(),
+        demos = data("demos"),
+        labels = data("labels"),
+        pairs = data("pairs"),
+        out = dir.join("out").display(),
+    );
+    let path = dir.join("run.toml");
+    std::fs::write(&path, text).expect("the run is written");
+    path.display().to_string()
+}
+
+struct Finished {
+    adapter: Vec<u8>,
+    /// Without what the clock decides.
+    metrics: Vec<serde_json::Value>,
+    held_out: Vec<serde_json::Value>,
+}
+
+fn finished(out: &Path) -> Finished {
+    let log = |name: &str| {
+        let text = std::fs::read_to_string(out.join(name)).expect("a log");
+        let mut lines = lines(&text);
+        lines
+            .iter_mut()
+            .for_each(|l| drop(l.as_object_mut().expect("an object").remove("tokens_per_second")));
+        lines
+    };
+    let adapter = std::fs::read(out.join("adapter_model.safetensors")).expect("the adapter");
+    Finished { adapter, metrics: log("metrics.jsonl"), held_out: log("eval.jsonl") }
+}
+
+fn assert_same(a: &Finished, b: &Finished, what: &str) {
+    assert_eq!(a.metrics, b.metrics, "{what}: metrics");
+    assert_eq!(a.held_out, b.held_out, "{what}: held-out metrics");
+    assert!(a.adapter == b.adapter, "{what}: adapters differ");
+}
+
+fn temporary() -> (tempfile::TempDir, PathBuf) {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let path = dir.path().to_owned();
+    (dir, path)
+}
+
+fn copy(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to).expect("a folder");
+    for entry in std::fs::read_dir(from).expect("a folder").flatten() {
+        std::fs::copy(entry.path(), to.join(entry.file_name())).expect("a copy");
+    }
+}
+
+#[test]
+fn from_every_checkpoint_the_same_bytes_follow() {
+    let (_guard, dir) = temporary();
+    let run = write_run(&dir, "");
+    succeed(UFT, &["train", &run]);
+    let whole = finished(&dir.join("out"));
+    assert_eq!(whole.metrics.len(), 15);
+    // Multiples of 3 within each stage, numbered through: 3, 6, and in the second stage 11, 14.
+    for step in [3, 6, 11, 14] {
+        let (_guard, other) = temporary();
+        let run = write_run(&other, "");
+        let name = format!("checkpoint-{step}");
+        copy(&dir.join("out").join(&name), &other.join("out").join(&name));
+        succeed(UFT, &["train", &run, "--resume"]);
+        assert_same(&whole, &finished(&other.join("out")), &name);
+    }
+}
+
+/// Starts a run, and sends it a signal once it has done some steps.
+fn interrupt(run: &str, out: &Path, steps: usize, signal: &str) -> Option<i32> {
+    let mut child = Command::new(UFT)
+        .args(["train", run, "--resume"])
+        .current_dir(root())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("the binary under test runs");
+    let metrics = out.join("metrics.jsonl");
+    let started = Instant::now();
+    let done = || std::fs::read_to_string(&metrics).map_or(0, |text| text.lines().count());
+    while done() < steps && child.try_wait().expect("a child").is_none() {
+        assert!(started.elapsed() < Duration::from_secs(120), "the run does not get on");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let pid = child.id().to_string();
+    Command::new("kill").args([signal, &pid]).status().expect("kill runs");
+    child.wait().expect("the child ends").code()
+}
+
+#[test]
+fn killed_at_any_moment_and_resumed_it_is_the_same_run() {
+    let (_guard, dir) = temporary();
+    let run = write_run(&dir, "");
+    succeed(UFT, &["train", &run]);
+    let whole = finished(&dir.join("out"));
+    for (steps, signal) in
+        [(1, "-TERM"), (4, "-KILL"), (5, "-INT"), (9, "-KILL"), (12, "-TERM"), (0, "-KILL")]
+    {
+        let (_guard, other) = temporary();
+        let run = write_run(&other, "");
+        let out = other.join("out");
+        let code = interrupt(&run, &out, steps, signal);
+        // A run may be over before the signal comes; otherwise the code is the signal's.
+        let expected = match signal {
+            "-TERM" => Some(143),
+            "-INT" => Some(130),
+            _ => None,
+        };
+        assert!(code == expected || code == Some(0), "{signal} after {steps}: exit code {code:?}");
+        succeed(UFT, &["train", &run, "--resume"]);
+        assert_same(&whole, &finished(&out), &format!("{signal} after step {steps}"));
+    }
+}
+
+#[test]
+fn broken_checkpoints_are_passed_over_by_name() {
+    let (_guard, dir) = temporary();
+    let run = write_run(&dir, "");
+    succeed(UFT, &["train", &run]);
+    let whole = finished(&dir.join("out"));
+    std::fs::remove_file(dir.join("out/checkpoint-14/manifest.json")).expect("removed");
+    let optimizer = dir.join("out/checkpoint-11/optimizer.safetensors");
+    let mut bytes = std::fs::read(&optimizer).expect("read");
+    let last = bytes.len() - 1;
+    bytes[last] ^= 1;
+    std::fs::write(&optimizer, bytes).expect("written");
+
+    let output = uft(UFT, &["train", &run, "--resume"]);
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{stderr}");
+    assert!(stderr.contains("checkpoint-14: no manifest.json"), "{stderr}");
+    assert!(stderr.contains("checkpoint-11: optimizer.safetensors is damaged"), "{stderr}");
+    assert_same(&whole, &finished(&dir.join("out")), "from checkpoint-6");
+}
+
+#[test]
+fn another_run_s_checkpoint_is_refused_by_name() {
+    let (_guard, dir) = temporary();
+    let run = write_run(&dir, "");
+    succeed(UFT, &["train", &run, "--set", "stage[0].steps=4", "--set", "stage[1].steps=1"]);
+    assert!(
+        fail(UFT, 2, &["train", &run]).contains("--resume"),
+        "a finished run is not overwritten"
+    );
+    let refused = |set: &[&str], says: &str| {
+        let mut arguments = vec!["train", &run, "--resume"];
+        set.iter().for_each(|s| arguments.extend(["--set", s]));
+        let stderr = fail(UFT, 2, &arguments);
+        assert!(stderr.contains(says), "{stderr}");
+    };
+    let same = ["stage[0].steps=4", "stage[1].steps=1"];
+    refused(&[&same[..], &["train.lr=1e-3"]].concat(), "configuration key train.lr");
+    let rows = golden("data/turns.jsonl").display().to_string();
+    let files = format!("data[demos].files=[\"{rows}\"]");
+    refused(&[&same[..], &[&files]].concat(), "the rows of source demos");
+    let model = golden("models/llama").display().to_string();
+    refused(
+        &[&same[..], &[&format!("model.path={model}")]].concat(),
+        "model file model.safetensors",
+    );
+}
+
+#[test]
+fn a_limit_keeps_the_newest_and_the_best_checkpoint() {
+    let (_guard, dir) = temporary();
+    let run = write_run(&dir, "");
+    succeed(
+        UFT,
+        &["train", &run, "--set", "train.save_total_limit=2", "--set", "train.save_every=1"],
+    );
+    let kept: Vec<u64> =
+        uft::train::checkpoint::all(&dir.join("out")).into_iter().map(|(step, _)| step).collect();
+    assert_eq!(kept.len(), 2, "{kept:?}");
+    assert_eq!(kept[1], 15);
+    let state = uft_tests::json(&dir.join("out/checkpoint-15/trainer_state.json"));
+    assert_eq!(state["global_step"], 15);
+    let history = state["log_history"].as_array().expect("a history");
+    assert_eq!(history.iter().filter(|line| line.get("loss").is_some()).count(), 15);
+    assert!(history.iter().any(|line| line.get("eval_loss").is_some()));
+    assert!(history[0].get("learning_rate").is_some());
+}
+
+#[test]
+fn verify_resume_proves_it_on_a_run() {
+    let (_guard, dir) = temporary();
+    let run = write_run(&dir, "");
+    let report = succeed(UFT, &["verify-resume", &run]);
+    assert!(
+        report.contains("resumed after step 4 of 8") && report.contains("bit for bit"),
+        "{report}"
+    );
+    assert!(!dir.join("out").exists(), "the run's own output is not touched");
+}
+
+#[test]
+fn a_step_that_is_not_finite_stops_with_its_rows_or_is_left_out() {
+    let (_guard, dir) = temporary();
+    let run = write_run(&dir, "");
+    // A learning rate at which the adapter overflows within a few steps.
+    let wild = ["--set", "train.lr=1e30", "--set", "train.warmup=0.0", "--set", "train.clip=0.0"];
+    let stderr = fail(UFT, 6, &[&["train", &run][..], &wild].concat());
+    for part in ["not finite", ".jsonl:", "checkpoint-"] {
+        assert!(stderr.contains(part), "{stderr} does not say {part}");
+    }
+    let (_guard, dir) = temporary();
+    let run = write_run(&dir, "");
+    // Every step after the first is left out; the held-out rows then have no finite log-prob either.
+    let skip = ["--set", "train.non_finite=skip", "--set", "data[pairs].eval_fraction=0"];
+    let output = uft(UFT, &[&["train", &run][..], &wild, &skip].concat());
+    let metrics = std::fs::read_to_string(dir.join("out/metrics.jsonl")).expect("metrics");
+    let skipped = lines(&metrics).iter().filter(|line| line["loss"].is_null()).count();
+    assert!(skipped > 0, "{metrics}{}", String::from_utf8_lossy(&output.stderr));
+}
