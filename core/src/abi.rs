@@ -42,7 +42,9 @@ pub type Header = AbiHeaderRef;
 #[repr(u8)]
 #[derive(StableAbi, Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {
+    /// An [`Objective`].
     Objective,
+    /// A [`FeedbackAdapter`].
     Adapter,
 }
 
@@ -50,9 +52,13 @@ pub enum Role {
 #[repr(C)]
 #[derive(StableAbi, Clone, Debug)]
 pub struct Entry {
+    /// What it is.
     pub role: Role,
+    /// Its `NAME`; unique among the entries of its role.
     pub name: RString,
+    /// Its `ABOUT`: one line.
     pub about: RString,
+    /// What its constructor reads, in order.
     pub params: RVec<ParamDoc>,
 }
 
@@ -62,6 +68,7 @@ pub struct Entry {
 #[sabi(kind(Prefix(prefix_ref = PluginModule_Ref)))]
 #[sabi(missing_field(panic))]
 pub struct PluginModule {
+    /// Everything that the library exports.
     pub entries: extern "C" fn() -> RVec<Entry>,
     /// An objective by name, from its parameters as a JSON object.
     pub objective: extern "C" fn(RStr<'_>, RStr<'_>) -> RResult<ObjectiveObject, Fault>,
@@ -89,12 +96,17 @@ impl RootModule for PluginModule_Ref {
 /// [`Objective`] as it crosses the border.
 #[sabi_trait]
 pub trait ObjectiveAbi: Send + Sync {
+    /// [`Objective::needs`] with what they imply.
     fn needs(&self) -> Needs;
+    /// [`Objective::accepts`].
     fn accepts(&self) -> Kinds;
+    /// [`Objective::begin_step`].
     fn begin_step(&mut self, step: &Step<'_>) -> RResult<(), Fault>;
-    /// `dlogp` has the length of `batch.logps`.
+    /// [`Objective::evaluate`]; `dlogp` takes the gradient and has the length of `batch.logps`.
     fn evaluate(&self, batch: &Batch<'_>, dlogp: RSliceMut<'_, f32>) -> RResult<Outcome, Fault>;
+    /// [`Objective::save_state`].
     fn save_state(&self) -> RResult<RVec<u8>, Fault>;
+    /// [`Objective::load_state`].
     #[sabi(last_prefix_field)]
     fn load_state(&mut self, state: RSlice<'_, u8>) -> RResult<(), Fault>;
 }
@@ -105,8 +117,9 @@ pub type ObjectiveObject = ObjectiveAbi_TO<'static, RBox<()>>;
 /// [`FeedbackAdapter`] as it crosses the border.
 #[sabi_trait]
 pub trait AdapterAbi: Send + Sync {
+    /// [`FeedbackAdapter::offers`].
     fn offers(&self) -> Kinds;
-    /// The samples of one record, given as JSON.
+    /// [`FeedbackAdapter::adapt`] on a record given as a JSON object.
     #[sabi(last_prefix_field)]
     fn adapt(&self, record: RStr<'_>) -> RResult<RVec<Sample>, Fault>;
 }

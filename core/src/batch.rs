@@ -20,6 +20,7 @@ pub struct Segment {
     pub start: u32,
     /// Number of its tokens, at least 1.
     pub tokens: u32,
+    /// What was said of the response.
     pub kind: Kind,
     /// [`Feedback::value`](crate::sample::Feedback::value).
     pub value: f32,
@@ -43,7 +44,9 @@ pub struct Step<'a> {
     pub steps: u64,
     /// False in evaluation: state must not change.
     pub training: bool,
+    /// Prompts with their responses.
     pub groups: u64,
+    /// Responses.
     pub segments: u64,
     /// Pairs of a chosen and a rejected response of the same group.
     pub pairs: u64,
@@ -64,6 +67,7 @@ pub struct Step<'a> {
 #[repr(C)]
 #[derive(StableAbi, Clone, Copy, Debug)]
 pub struct Batch<'a> {
+    /// The step that the batch is a part of.
     pub step: Step<'a>,
     /// See [`Batch::segments`].
     pub segment_list: RSlice<'a, Segment>,
@@ -74,6 +78,7 @@ pub struct Batch<'a> {
 }
 
 impl<'a> Batch<'a> {
+    /// The responses of this batch; those to one prompt are neighbours.
     pub fn segments(&self) -> &'a [Segment] {
         self.segment_list.as_slice()
     }
@@ -118,8 +123,11 @@ fn sum(values: &[f32]) -> f64 {
 #[repr(C)]
 #[derive(StableAbi, Clone, Debug, PartialEq)]
 pub struct Metric {
+    /// As it appears in `metrics.jsonl`.
     pub name: abi_stable::std_types::RString,
+    /// Sum of the observations.
     pub sum: f64,
+    /// Number of the observations.
     pub count: f64,
 }
 
@@ -127,6 +135,8 @@ pub struct Metric {
 #[repr(C)]
 #[derive(StableAbi, Clone, Debug, PartialEq)]
 pub struct Outcome {
+    /// The batch's share of the step's loss.
     pub loss: f64,
+    /// The batch's share of the step's metrics.
     pub metrics: RVec<Metric>,
 }

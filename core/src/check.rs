@@ -47,6 +47,7 @@ pub type Make<'a> = &'a mut dyn FnMut() -> Result<ObjectiveObject, Fault>;
 /// One property that was checked.
 #[derive(Clone, Debug)]
 pub struct Check {
+    /// What was checked.
     pub name: &'static str,
     /// What was seen, or what is wrong.
     pub outcome: Result<String, String>,
@@ -57,10 +58,12 @@ pub struct Check {
 pub struct Report {
     /// The objective's name.
     pub name: String,
+    /// What was checked, in order.
     pub checks: Vec<Check>,
 }
 
 impl Report {
+    /// Whether every check passed.
     pub fn passed(&self) -> bool {
         self.checks.iter().all(|check| check.outcome.is_ok())
     }

@@ -25,6 +25,7 @@ unsafe impl Send for Extension {}
 unsafe impl Sync for Extension {}
 
 impl Extension {
+    /// A value with its type's layout.
     pub fn of<T: StableAbi + Sync>(value: &'static T) -> Self {
         Self { layout: T::LAYOUT, value: std::ptr::from_ref(value).cast() }
     }

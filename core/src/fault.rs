@@ -21,11 +21,14 @@ pub enum FaultKind {
 #[repr(C)]
 #[derive(StableAbi, Clone, Debug, PartialEq, Eq)]
 pub struct Fault {
+    /// Where it happened.
     pub kind: FaultKind,
+    /// What is wrong, in one line.
     pub message: RString,
 }
 
 impl Fault {
+    /// A fault of any kind.
     pub fn new(kind: FaultKind, message: impl Into<String>) -> Self {
         Self { kind, message: RString::from(message.into()) }
     }

@@ -35,6 +35,7 @@
 //!
 //! The crate does no input or output. `abi_stable` is used here and nowhere else in the tree.
 
+#![warn(missing_docs)]
 // abi_stable's derives produce type names and impls that these two lints dislike.
 #![allow(non_camel_case_types, non_local_definitions)]
 

@@ -11,6 +11,7 @@ use std::ops::BitOr;
 pub struct Needs(pub u64);
 
 impl Needs {
+    /// Log-probs of the policy are enough.
     pub const NOTHING: Needs = Needs(0);
     /// Log-probs of the reference model for every trained token.
     pub const REFERENCE: Needs = Needs(1);
@@ -51,6 +52,7 @@ impl Needs {
         if self.0 & ratios.0 != 0 { self | Needs::REFERENCE } else { self }
     }
 
+    /// Whether all of `other` are among these.
     pub fn contains(self, other: Needs) -> bool {
         self.0 & other.0 == other.0
     }
@@ -60,6 +62,7 @@ impl Needs {
         self.0 & !Self::ALL.iter().fold(0, |bits, (need, _)| bits | need.0)
     }
 
+    /// The names of those that this revision knows.
     pub fn names(self) -> Vec<&'static str> {
         Self::ALL.iter().filter(|(need, _)| self.contains(*need)).map(|(_, name)| *name).collect()
     }
@@ -78,22 +81,30 @@ impl BitOr for Needs {
 pub struct Kinds(pub u64);
 
 impl Kinds {
+    /// [`Kind::Demonstration`].
     pub const DEMONSTRATION: Kinds = Kinds(1);
+    /// [`Kind::Score`].
     pub const SCORE: Kinds = Kinds(1 << 1);
+    /// [`Kind::Binary`].
     pub const BINARY: Kinds = Kinds(1 << 2);
+    /// [`Kind::Chosen`].
     pub const CHOSEN: Kinds = Kinds(1 << 3);
+    /// [`Kind::Rejected`].
     pub const REJECTED: Kinds = Kinds(1 << 4);
     /// Chosen and rejected.
     pub const PAIR: Kinds = Kinds((1 << 3) | (1 << 4));
 
+    /// The set of one kind.
     pub fn of(kind: Kind) -> Kinds {
         Kinds(1 << kind as u64)
     }
 
+    /// Whether all of `other` are among these.
     pub fn contains(self, other: Kinds) -> bool {
         self.0 & other.0 == other.0
     }
 
+    /// The names of those that this revision knows.
     pub fn names(self) -> Vec<&'static str> {
         Kind::ALL
             .iter()

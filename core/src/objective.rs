@@ -64,6 +64,7 @@ pub struct Evaluation<'a> {
 }
 
 impl<'a> Evaluation<'a> {
+    /// Over a slice for the gradient, as long as [`Batch::logps`].
     pub fn new(dlogp: &'a mut [f32]) -> Self {
         Self { loss: 0.0, dlogp, metrics: Vec::new() }
     }

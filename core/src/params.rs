@@ -45,11 +45,13 @@ impl Bound {
 #[repr(C)]
 #[derive(StableAbi, Clone, Debug, PartialEq, Eq)]
 pub struct ParamDoc {
+    /// The key in the configuration.
     pub name: RString,
     /// What may be given, in words.
     pub kind: RString,
     /// The default as TOML.
     pub default: RString,
+    /// What it does, in one line.
     pub about: RString,
 }
 

@@ -44,6 +44,7 @@ impl Record {
         self.fields.get(field).filter(|v| !v.is_null())
     }
 
+    /// Whether the field is there and not `null`.
     pub fn has(&self, field: &str) -> bool {
         self.get(field).is_some()
     }

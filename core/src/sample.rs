@@ -25,17 +25,24 @@ pub enum Feedback {
 #[repr(u8)]
 #[derive(StableAbi, Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Kind {
+    /// To be imitated.
     Demonstration,
+    /// Scored.
     Score,
+    /// With a thumb up or down.
     Binary,
+    /// The better of a pair.
     Chosen,
+    /// The worse of a pair.
     Rejected,
 }
 
 impl Kind {
+    /// Every kind, in the order of the bits of [`Kinds`](crate::needs::Kinds).
     pub const ALL: [Kind; 5] =
         [Kind::Demonstration, Kind::Score, Kind::Binary, Kind::Chosen, Kind::Rejected];
 
+    /// As messages and metrics call it.
     pub fn name(self) -> &'static str {
         match self {
             Kind::Demonstration => "demonstration",
@@ -48,6 +55,7 @@ impl Kind {
 }
 
 impl Feedback {
+    /// The kind without the value.
     pub fn kind(self) -> Kind {
         match self {
             Feedback::Demonstration => Kind::Demonstration,
@@ -74,7 +82,9 @@ impl Feedback {
 #[repr(C)]
 #[derive(StableAbi, Clone, Debug, PartialEq, Eq)]
 pub struct Message {
+    /// `system`, `user`, `assistant`, `tool` or what else the template knows.
     pub role: RString,
+    /// Its text.
     pub content: RString,
     /// The record's further fields of this message (`tool_calls`, `name`, …) as a JSON object,
     /// empty if there are none.
@@ -82,6 +92,7 @@ pub struct Message {
 }
 
 impl Message {
+    /// A message without further fields.
     pub fn new(role: impl Into<String>, content: impl Into<String>) -> Self {
         Self {
             role: RString::from(role.into()),
@@ -95,19 +106,24 @@ impl Message {
 #[repr(u8)]
 #[derive(StableAbi, Clone, Debug, PartialEq, Eq)]
 pub enum Content {
+    /// Continued by the model as it is, without a template.
     Text(RString),
+    /// Rendered by the model's chat template.
     Messages(RVec<Message>),
 }
 
 impl Content {
+    /// A text.
     pub fn text(text: impl Into<String>) -> Self {
         Content::Text(RString::from(text.into()))
     }
 
+    /// Messages, in order.
     pub fn messages(messages: impl IntoIterator<Item = Message>) -> Self {
         Content::Messages(messages.into_iter().collect())
     }
 
+    /// Whether there is no character, or no message.
     pub fn is_empty(&self) -> bool {
         match self {
             Content::Text(text) => text.is_empty(),
@@ -133,7 +149,9 @@ pub enum Turns {
 pub struct Response {
     /// The text, or the messages that follow the prompt's. Only assistant messages are trained.
     pub content: Content,
+    /// What was said of it.
     pub feedback: Feedback,
+    /// What a response with several turns is.
     pub turns: Turns,
 }
 
@@ -141,7 +159,9 @@ pub struct Response {
 #[repr(C)]
 #[derive(StableAbi, Clone, Debug, PartialEq)]
 pub struct Sample {
+    /// What the responses answer; empty for text without a prompt.
     pub prompt: Content,
+    /// At least one.
     pub responses: RVec<Response>,
     /// Further arguments of the chat template (`tools`, `chat_template_kwargs`) as a JSON object,
     /// empty if there are none.
@@ -149,6 +169,7 @@ pub struct Sample {
 }
 
 impl Sample {
+    /// A prompt without responses yet.
     pub fn new(prompt: Content) -> Self {
         Self { prompt, responses: RVec::new(), template_args: RString::new() }
     }

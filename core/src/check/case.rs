@@ -11,7 +11,9 @@ use abi_stable::std_types::ROption;
 /// One optimizer step of an objective: its groups, with log-probs of policy and reference.
 #[derive(Clone, Debug, Default)]
 pub struct Case {
+    /// What reports call it.
     pub name: String,
+    /// See [`Step::number`].
     pub number: u64,
     /// Whether the step is one of evaluation instead of training.
     pub evaluation: bool,
@@ -19,6 +21,7 @@ pub struct Case {
     pub segments: Vec<Segment>,
     /// Log-probs of the policy, segment after segment, in nats.
     pub logps: Vec<f32>,
+    /// The same of the reference.
     pub ref_logps: Vec<f32>,
     /// See [`Step::log_ratios`]; [`Case::refresh`] computes them from the log-probs.
     pub log_ratios: Vec<f64>,
@@ -29,9 +32,11 @@ pub struct Case {
 /// What an evaluation gave.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Evaluated {
+    /// The step's loss.
     pub loss: f64,
     /// In the order of [`Case::logps`]; NaN where nothing was written.
     pub dlogp: Vec<f32>,
+    /// In the order of their first observation.
     pub metrics: Vec<Metric>,
 }
 
