@@ -96,7 +96,7 @@ pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 {
             sums[lane] += a[lane] * b[lane];
         }
     });
-    halve(sums, |a, b| a + b)
+    sum_lanes(&sums)
 }
 
 /// Σ a_i b_i c_i.
@@ -109,7 +109,7 @@ pub(crate) fn dot3(a: &[f32], b: &[f32], c: &[f32]) -> f32 {
             sums[lane] += a[lane] * b[lane] * c[lane];
         }
     });
-    halve(sums, |a, b| a + b)
+    sum_lanes(&sums)
 }
 
 /// Σ e^(x_i - shift).
@@ -121,7 +121,7 @@ pub(crate) fn sum_exp(x: &[f32], shift: f32) -> f32 {
             sums[lane] += exp(x[lane] - shift);
         }
     });
-    halve(sums, |a, b| a + b)
+    sum_lanes(&sums)
 }
 
 /// Replaces every x_i by e^(x_i - shift) and returns the sum of the results, that of [`sum_exp`].
@@ -143,25 +143,37 @@ pub(crate) fn exp_and_sum(x: &mut [f32], shift: f32) -> f32 {
         }
         rest.copy_from_slice(&x[..rest.len()]);
     }
-    halve(sums, |a, b| a + b)
+    sum_lanes(&sums)
 }
 
 /// The largest x_i, or -inf of nothing. A NaN may be passed over; the exponentials that follow keep it.
 #[inline(always)]
 pub(crate) fn max(x: &[f32]) -> f32 {
-    let larger = |a: f32, b: f32| if b > a { b } else { a };
     let mut maxima = [f32::NEG_INFINITY; LANES];
     for_pieces!((x, x); f32::NEG_INFINITY; {
         for lane in 0..LANES {
             maxima[lane] = larger(maxima[lane], x[lane]);
         }
     });
-    halve(maxima, larger)
+    max_lane(&maxima)
 }
 
-/// Folds the upper half of the lanes onto the lower half until one is left.
+/// Adds up the lanes, the upper half onto the lower half until one is left. A call of its own: where
+/// the compiler sees the pairs of the last steps, it vectorises the loop before for two lanes.
+#[inline(never)]
+fn sum_lanes(lanes: &[f32; LANES]) -> f32 {
+    fold(lanes, |a, b| a + b)
+}
+
+/// The largest lane, found in the way of [`sum_lanes`] and kept apart for its reason.
+#[inline(never)]
+fn max_lane(lanes: &[f32; LANES]) -> f32 {
+    fold(lanes, larger)
+}
+
 #[inline(always)]
-fn halve(mut lanes: [f32; LANES], combine: impl Fn(f32, f32) -> f32) -> f32 {
+fn fold(lanes: &[f32; LANES], combine: impl Fn(f32, f32) -> f32) -> f32 {
+    let mut lanes = *lanes;
     let mut width = LANES / 2;
     while width > 0 {
         for lane in 0..width {
@@ -170,6 +182,11 @@ fn halve(mut lanes: [f32; LANES], combine: impl Fn(f32, f32) -> f32) -> f32 {
         width /= 2;
     }
     lanes[0]
+}
+
+#[inline(always)]
+fn larger(a: f32, b: f32) -> f32 {
+    if b > a { b } else { a }
 }
 
 #[cfg(test)]

@@ -6,9 +6,33 @@
 //! tn   c [p,q] = alpha a[m,p]ᵀ b[m,q]  + beta c     its gradient to a weight
 //! ```
 //!
-//! With `beta` 0 the output is overwritten without being read. The work is done by the `gemm` crate.
+//! With `beta` 0 the output is overwritten without being read.
+//!
+//! The work is done by the `gemm` crate, which reaches the machine's limit for large products but
+//! packs and divides badly where one side is short. Those are split here, in parts that depend on
+//! shapes and the number of threads alone:
+//!
+//! * a product with an adapter's rank in it is split by rows, so that a part stays in the caches;
+//! * one or a few rows meet each row of the weight in turn, so that the weight is read once;
+//! * an adapter's gradient is collected over few rows at a time, no more than the processor can hold
+//!   page addresses for, with the long side split over the threads.
 
+use crate::math::{dot, vectorised};
+use crate::parallel::Scattered;
 use gemm::Parallelism;
+use rayon::prelude::*;
+use std::ops::Range;
+
+/// A side up to this length counts as an adapter's rank.
+const RANK_AT_MOST: usize = 64;
+/// Up to this many rows are too few to pack a weight for.
+const FEW_ROWS: usize = 8;
+/// Rows of the weight that those meet at a time.
+const FEW_ROWS_COLUMNS: usize = 32;
+/// Rows over which a gradient of short width is collected at a time.
+const GRADIENT_ROWS: usize = 64;
+/// Multiplications below which a product stays on one thread.
+const SMALL: usize = 48 * 48 * 256;
 
 /// A matrix inside a larger one: `rows` x `cols` elements, those of a row `col_stride` apart, rows
 /// `row_stride` apart.
@@ -38,6 +62,16 @@ impl<'a> View<'a> {
             ..self
         }
     }
+
+    fn row_range(self, range: Range<usize>) -> Self {
+        assert!(range.start <= range.end && range.end <= self.rows);
+        let skipped = (range.start * self.row_stride).min(self.data.len());
+        Self { data: &self.data[skipped..], rows: range.len(), ..self }
+    }
+
+    fn col_range(self, range: Range<usize>) -> Self {
+        self.t().row_range(range).t()
+    }
 }
 
 /// `c = alpha a b + beta c` on the calling thread; `c` has the shape of `a b` with rows
@@ -58,8 +92,11 @@ pub fn nt(
     beta: f32,
 ) {
     assert_shapes("nt", [("x", x, m, k), ("w", w, n, k), ("y", y, m, n)]);
+    if m <= FEW_ROWS && m * k * n > 0 {
+        return few_rows(x, w, y, (m, k, n), alpha, beta);
+    }
     let (x, w) = (View::new(x, m, k, k), View::new(w, n, k, k));
-    gemm_strided(x, w.t(), y, n, alpha, beta, Parallelism::Rayon(0));
+    multiply(x, w.t(), y, alpha, beta);
 }
 
 /// `dx[m,k] = alpha dy[m,n] w[n,k] + beta dx`.
@@ -75,7 +112,7 @@ pub fn nn(
 ) {
     assert_shapes("nn", [("dy", dy, m, n), ("w", w, n, k), ("dx", dx, m, k)]);
     let (dy, w) = (View::new(dy, m, n, n), View::new(w, n, k, k));
-    gemm_strided(dy, w, dx, k, alpha, beta, Parallelism::Rayon(0));
+    multiply(dy, w, dx, alpha, beta);
 }
 
 /// `c[p,q] = alpha a[m,p]ᵀ b[m,q] + beta c`.
@@ -91,7 +128,97 @@ pub fn tn(
 ) {
     assert_shapes("tn", [("a", a, m, p), ("b", b, m, q), ("c", c, p, q)]);
     let (a, b) = (View::new(a, m, p, p), View::new(b, m, q, q));
-    gemm_strided(a.t(), b, c, q, alpha, beta, Parallelism::Rayon(0));
+    if p.min(q) > RANK_AT_MOST || m * p * q < SMALL {
+        gemm_strided(a.t(), b, c, q, alpha, beta, Parallelism::Rayon(0));
+    } else if q <= p {
+        collect_gradient(a, b, c, alpha, beta);
+    } else {
+        let mut transposed = vec![0.0; q * p];
+        collect_gradient(b, a, &mut transposed, alpha, 0.0);
+        for (i, row) in c.chunks_exact_mut(q).enumerate() {
+            for (c, new) in row.iter_mut().zip(transposed[i..].iter().step_by(p)) {
+                *c = if beta == 0.0 { *new } else { new + beta * *c };
+            }
+        }
+    }
+}
+
+/// `c = alpha a b + beta c` for a dense `c`, split over the threads.
+fn multiply(a: View, b: View, c: &mut [f32], alpha: f32, beta: f32) {
+    let (m, k, n) = (a.rows, a.cols, b.cols);
+    if k.min(n) > RANK_AT_MOST || m * k * n < SMALL {
+        gemm_strided(a, b, c, n, alpha, beta, Parallelism::Rayon(0));
+    } else {
+        // A few parts per thread, for balance.
+        let rows = m.div_ceil(4 * rayon::current_num_threads()).clamp(64, 256);
+        c.par_chunks_mut(rows * n).enumerate().for_each(|(part, c)| {
+            let first = part * rows;
+            let a = a.row_range(first..m.min(first + rows));
+            product(a, b, c, n, alpha, beta);
+        });
+    }
+}
+
+/// [`nt`] for few rows: generation, one token at a time. Each row of the weight is read once, and
+/// memory is the limit.
+fn few_rows(
+    x: &[f32],
+    w: &[f32],
+    y: &mut [f32],
+    (m, k, n): (usize, usize, usize),
+    alpha: f32,
+    beta: f32,
+) {
+    let y = Scattered::new(y);
+    let block = |(index, w): (usize, &[f32])| {
+        let (start, columns) = (index * FEW_ROWS_COLUMNS, w.len() / k);
+        let mut products = [0.0; FEW_ROWS * FEW_ROWS_COLUMNS];
+        inner_products(x, w, k, &mut products[..m * columns]);
+        for (row, products) in products[..m * columns].chunks_exact(columns).enumerate() {
+            let at = row * n + start;
+            // SAFETY: blocks are disjoint ranges of columns.
+            let y = unsafe { y.range_mut(at..at + columns) };
+            for (y, product) in y.iter_mut().zip(products) {
+                *y = alpha * product + if beta == 0.0 { 0.0 } else { beta * *y };
+            }
+        }
+    };
+    let weight = FEW_ROWS_COLUMNS * k;
+    if m * k * n < SMALL {
+        return w.chunks(weight).enumerate().for_each(block);
+    }
+    w.par_chunks(weight).enumerate().with_min_len(8).for_each(block);
+}
+
+vectorised! {
+    /// All rows of `x` with all rows of `w`, both `k` wide: `[rows of x, rows of w]`. Four rows of `x`
+    /// at a time stay in the first-level cache.
+    fn inner_products(x: &[f32], w: &[f32], k: usize, out: &mut [f32]) {
+        let columns = w.len() / k;
+        for (x, out) in x.chunks(4 * k).zip(out.chunks_mut(4 * columns)) {
+            for (column, w) in w.chunks_exact(k).enumerate() {
+                for (row, x) in x.chunks_exact(k).enumerate() {
+                    out[row * columns + column] = dot(x, w);
+                }
+            }
+        }
+    }
+}
+
+/// `c = alpha longᵀ short + beta c`, where `short` has few columns and `c` is `[long, short]`.
+fn collect_gradient(long: View, short: View, c: &mut [f32], alpha: f32, beta: f32) {
+    let (m, p, q) = (long.rows, long.cols, short.cols);
+    let columns = p.div_ceil(rayon::current_num_threads()).next_multiple_of(64);
+    c.par_chunks_mut(columns * q).enumerate().for_each(|(part, c)| {
+        let first = part * columns;
+        let long = long.col_range(first..p.min(first + columns)).t();
+        for start in (0..m).step_by(GRADIENT_ROWS) {
+            let rows = start..m.min(start + GRADIENT_ROWS);
+            let beta = if start == 0 { beta } else { 1.0 };
+            let short = short.row_range(rows.clone());
+            product(long.col_range(rows), short, c, q, alpha, beta);
+        }
+    });
 }
 
 fn gemm_strided(
@@ -177,7 +304,7 @@ mod tests {
         out
     }
 
-    const SHAPES: [(usize, usize, usize); 16] = [
+    const SHAPES: [(usize, usize, usize); 22] = [
         (1, 1, 1),
         (1, 5, 7),
         (1, 300, 65),
@@ -194,6 +321,13 @@ mod tests {
         (37, 1030, 20),
         (600, 7, 16),
         (40, 0, 3),
+        (0, 5, 3),
+        // Large enough to be split: by rows twice, by columns, and over the rows of a gradient.
+        (700, 16, 70),
+        (700, 70, 16),
+        (3, 500, 450),
+        (70, 2000, 9),
+        (9, 2000, 70),
     ];
 
     type Product = fn(&[f32], &[f32], &mut [f32], usize, usize, usize, f32, f32);
