@@ -163,6 +163,37 @@ fn a_library_that_is_cut_short_does_not_kill_the_process() {
 }
 
 #[test]
+fn a_library_for_another_machine_is_refused() {
+    let whole = std::fs::read(library("sft")).expect("the library");
+    let dir = temporary();
+    let path = dir.path().join("libsft.so");
+    let mut other = whole.clone();
+    // `e_machine`: 8 is MIPS.
+    other[18..20].copy_from_slice(&[8, 0]);
+    std::fs::write(&path, other).expect("written");
+    assert_eq!(
+        refused(PLUGIN, &["plugins", "list", text(&path)]),
+        format!(
+            "plugin {}: it is built for another processor (ELF machine 8); build it for this one",
+            path.display()
+        )
+    );
+    // A library that it is linked to is not there.
+    let name = whole.windows(9).position(|w| w == b"libc.so.6").expect("linked to libc");
+    let mut lost = whole;
+    lost[name..name + 9].copy_from_slice(b"no-such.6");
+    std::fs::write(&path, lost).expect("written");
+    assert_eq!(
+        refused(PLUGIN, &["plugins", "list", text(&path)]),
+        format!(
+            "plugin {}: the loader refuses it (no-such.6: cannot open shared object file: No such \
+             file or directory); build it on this machine",
+            path.display()
+        )
+    );
+}
+
+#[test]
 fn another_abi_revision_and_another_layout_are_refused() {
     assert_eq!(
         refused(PLUGIN, &["plugins", "list", "other-abi"]),
@@ -370,6 +401,11 @@ fn an_adapter_and_an_objective_that_do_not_fit_are_refused() {
         check(CONFIG, "\"labels\"", "\"una-score\""),
         "[[data]] `s`: adapter `labels` gives binary, but objective `una-score` takes score; \
          choose another of the two"
+    );
+    assert_eq!(
+        check(CONFIG, "\"demonstrations\"", &faulty("needs pairs")),
+        "[[data]] `s`: objective `faulty` needs pairs, but adapter `demonstrations` gives \
+         demonstration; an adapter such as `preferences` gives pairs"
     );
 }
 

@@ -1,6 +1,15 @@
 //! Whether a file can be a whole shared library. `dlopen` maps a cut-off file and then dies of
 //! SIGBUS on the missing pages, so this is asked before.
 
+/// `e_machine` of this process: `dlopen` says of a library for another one that it is not there.
+const MACHINE: Option<u64> = if cfg!(target_arch = "x86_64") {
+    Some(62)
+} else if cfg!(target_arch = "aarch64") {
+    Some(183)
+} else {
+    None
+};
+
 /// Checks that the headers of an ELF-64 file and everything they point to lie within the file.
 /// Other formats pass: only ELF loaders are known to die.
 ///
@@ -20,6 +29,12 @@ pub fn check(file: &[u8]) -> Result<(), String> {
         Some(end) if end <= file.len() as u64 => Ok(()),
         _ => Err(format!("the file is cut short ({} bytes); build or copy it again", file.len())),
     };
+    let machine = number(18, 2);
+    if MACHINE.is_some_and(|ours| ours != machine) {
+        return Err(format!(
+            "it is built for another processor (ELF machine {machine}); build it for this one"
+        ));
+    }
     let (programs, sections) = (number(32, 8), number(40, 8));
     let (program_size, program_count) = (number(54, 2), number(56, 2));
     within(programs, program_size * program_count)?;

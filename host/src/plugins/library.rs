@@ -67,8 +67,9 @@ impl Library {
         drop(bytes);
 
         // SAFETY: loading runs the library's initialisers; a plugin is code that the user named.
-        let library = unsafe { libloading::Library::new(path) }
-            .map_err(|e| fail(format!("cannot be loaded: {}", cause(&e))))?;
+        let library = unsafe { libloading::Library::new(path) }.map_err(|e| {
+            fail(format!("the loader refuses it ({}); build it on this machine", cause(&e)))
+        })?;
         let library: &'static libloading::Library = Box::leak(Box::new(library));
         let not_ours = |_| {
             fail("it is a shared library, but not a uft plugin; a plugin exports its objectives and adapters with `uft_core::plugin!`".into())

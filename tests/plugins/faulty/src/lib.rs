@@ -27,6 +27,7 @@ impl Objective for Faulty {
             "infinite loss",
             "unknown need",
             "accepts nothing",
+            "needs pairs",
         ];
         let fault = params.choice("fault", "wrong gradient", &faults, "what goes wrong");
         params.number("beta", 0.1, Bound::Positive, "not used");
@@ -36,11 +37,19 @@ impl Objective for Faulty {
 
     fn needs(&self) -> Needs {
         assert!(self.fault != "panic in needs", "on purpose");
-        if self.fault == "unknown need" { Needs(1 << 40) } else { Needs::NOTHING }
+        match self.fault {
+            "unknown need" => Needs(1 << 40),
+            "needs pairs" => Needs::PAIRS,
+            _ => Needs::NOTHING,
+        }
     }
 
     fn accepts(&self) -> Kinds {
-        if self.fault == "accepts nothing" { Kinds(0) } else { Kinds::DEMONSTRATION | Kinds::SCORE }
+        match self.fault {
+            "accepts nothing" => Kinds(0),
+            "needs pairs" => Kinds::DEMONSTRATION | Kinds::PAIR,
+            _ => Kinds::DEMONSTRATION | Kinds::SCORE,
+        }
     }
 
     fn begin_step(&mut self, _: &Step) -> Result<(), Fault> {
