@@ -1,0 +1,130 @@
+//! Plugins without a fault: listed, checked, several in one library, with statistics of the step and
+//! with state.
+
+use super::{PLUGIN, Source, UFT, library, temporary, text};
+use std::path::{Path, PathBuf};
+use uft_tests::{golden, lines, succeed, tensors};
+
+#[test]
+fn the_bundled_plugins_are_listed_with_their_parameters() {
+    let listed = succeed(UFT, &["plugins", "list"]);
+    for (name, role, parameter) in [
+        ("demonstrations", "adapter", "turns = \"together\""),
+        ("scores", "adapter", "range = [0.0, 1.0]"),
+        ("labels", "adapter", "columns = {}"),
+        ("preferences", "adapter", "columns = {}"),
+        ("sft", "objective", "per = \"token\""),
+        ("uft-sft", "objective", "beta = 0.01"),
+        ("una-score", "objective", "loss = \"mse\""),
+        ("una-binary", "objective", "loss = \"mse\""),
+        ("una-pairwise", "objective", "label_smoothing = 0.0"),
+        ("kto", "objective", "desirable_weight = 1.0"),
+    ] {
+        let start = format!("{name} ({role}, {})", library(name).display());
+        let entry = listed.split("\n\n").find(|entry| entry.starts_with(&start));
+        let entry = entry.unwrap_or_else(|| panic!("no {start} in:\n{listed}"));
+        assert!(entry.contains(&format!("\n    {parameter}  # ")), "{entry}");
+    }
+    assert_eq!(listed.matches("\n  ").count(), listed.matches("\n    ").count() + 10);
+}
+
+#[test]
+fn the_check_passes_sound_objectives_and_finds_a_wrong_gradient() {
+    let report = succeed(UFT, &["plugins", "check"]);
+    assert_eq!(report.matches("  ok    gradient: ").count(), 6, "{report}");
+    assert!(!report.contains("FAIL"), "{report}");
+    let report = succeed(UFT, &["plugins", "check", "sound"]);
+    assert_eq!(report.matches("  ok    gradient: ").count(), 2, "{report}");
+    assert!(report.contains("  ok    state: 8 bytes, restored"), "{report}");
+
+    let output = uft_tests::uft(UFT, &["plugins", "check", "sft", "faulty"]);
+    assert_eq!(output.status.code(), Some(PLUGIN));
+    let report = String::from_utf8(output.stdout).expect("text");
+    assert!(report.contains("\n  FAIL  gradient: random step 1, response 0: "), "{report}");
+    assert_eq!(report.matches("FAIL").count(), 1, "{report}");
+    assert_eq!(
+        String::from_utf8_lossy(&output.stderr).trim_end(),
+        "error: the check failed for: faulty"
+    );
+}
+
+#[test]
+fn plugins_of_one_library_train_together() {
+    let dir = temporary();
+    let texts = dir.path().join("texts.jsonl");
+    std::fs::write(&texts, "{\"text\": \"the storm is over\"}\n{\"text\": \"go inside\"}\n")
+        .expect("written");
+    let rated = dir.path().join("rated.jsonl");
+    let row =
+        r#"{"prompt": "Name a planet.", "answers": ["Jupiter.", "Monday."], "stars": [5, 2]}"#;
+    std::fs::write(&rated, row).expect("written");
+    let source = Source { data: &texts, adapter: "\"lines\"", objective: "\"settle\"" };
+    let second = format!(
+        "steps = 2\nbatch = 3\n[plugins]\nload = [\"sound\"]\n[[data]]\nname = \"rated\"\n\
+         files = [\"{}\"]\nadapter = \"stars\"\nobjective = \"listwise\"",
+        rated.display()
+    );
+    succeed(UFT, &["train", text(&source.write(dir.path(), &second))]);
+    let metrics = std::fs::read_to_string(dir.path().join("out/metrics.jsonl")).expect("metrics");
+    for step in lines(&metrics) {
+        assert!(step["s/loss"].is_f64() && step["rated/loss"].is_f64(), "{step}");
+    }
+    assert!(dir.path().join("out/adapter_model.safetensors").is_file());
+}
+
+/// A run of `settle` over all of a file's rows, from an adapter whose log-ratios are not 0.
+fn settle(dir: &Path, more: &str) -> PathBuf {
+    let more = format!("batch = 8\nlr = 0.0\n{more}\n[plugins]\nload = [\"sound\"]");
+    Source { data: &golden("data/scores.jsonl"), adapter: "\"scores\"", objective: "\"settle\"" }
+        .write(dir, &more)
+}
+
+#[test]
+fn log_ratios_are_of_the_whole_step_however_it_is_split() {
+    let seen = [1, 4096].map(|micro_tokens| {
+        let dir = temporary();
+        let run = settle(dir.path(), &format!("steps = 1\nmicro_tokens = {micro_tokens}"));
+        let out = dir.path().join("grad.safetensors");
+        succeed(UFT, &["grad", text(&run), "--out", text(&out)]);
+        succeed(UFT, &["train", text(&run)]);
+        let metrics = std::fs::read_to_string(dir.path().join("out/metrics.jsonl"));
+        (tensors(&out), lines(&metrics.expect("metrics")).remove(0))
+    });
+    let number = |value: &serde_json::Value| value.as_f64().expect("a number");
+    let [(split, split_step), (whole, whole_step)] = &seen;
+    for step in [split_step, whole_step] {
+        assert!(number(&step["s/center"]).abs() > 1e-3, "the test would show nothing: {step}");
+        assert!(number(&step["s/told_apart"]) < 1e-4, "{step}");
+    }
+    for key in ["loss", "s/center", "grad_norm"] {
+        let (a, b) = (number(&split_step[key]), number(&whole_step[key]));
+        assert!((a - b).abs() <= 1e-5 * b.abs(), "{key}: {a} against {b}");
+    }
+    assert_eq!(split.len(), whole.len());
+    let whole: std::collections::HashMap<_, _> =
+        whole.iter().map(|(n, t)| (n.as_str(), t)).collect();
+    for (name, tensor) in split {
+        let other = whole[name.as_str()];
+        let largest = other.iter().fold(0.0f32, |most, g| most.max(g.abs()));
+        for (a, b) in tensor.iter().zip(other) {
+            assert!((a - b).abs() <= 1e-5 * largest, "{name}: {a} against {b}");
+        }
+    }
+}
+
+#[test]
+fn state_lives_through_training_and_is_left_alone_by_evaluation() {
+    let dir = temporary();
+    let path = settle(dir.path(), "steps = 3\n[eval]\nevery = 1");
+    succeed(
+        UFT,
+        &["train", text(&path), "--set", "data[s].eval_fraction=0.25", "--set", "train.batch=6"],
+    );
+    let metrics = std::fs::read_to_string(dir.path().join("out/metrics.jsonl")).expect("metrics");
+    let center: Vec<f64> =
+        lines(&metrics).iter().map(|s| s["s/center"].as_f64().expect("a number")).collect();
+    let mean = 2.0 * center[0];
+    for (step, share) in [0.5, 0.75, 0.875].into_iter().enumerate() {
+        assert!((center[step] - share * mean).abs() < 1e-6 * mean.abs(), "{center:?}");
+    }
+}
