@@ -75,7 +75,8 @@ impl Objective {
         }
         if !outcome.loss.is_finite() {
             return Err(Error::non_finite(format!(
-                "plugin `{}`: the loss is {}",
+                "plugin `{0}`: the loss is {1}, though its gradient is finite; check its parameters, and \
+                 the plugin itself with `uft plugins check {0}`",
                 self.name, outcome.loss
             )));
         }

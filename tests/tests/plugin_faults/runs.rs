@@ -117,7 +117,12 @@ fn what_an_objective_gives_back_is_checked() {
         ("refuses the batch", PLUGIN, "plugin `faulty`: no token is long enough"),
         ("unwritten gradient", PLUGIN, "tokens is unwritten or not finite, though every log-prob"),
         ("NaN gradient", PLUGIN, "tokens is unwritten or not finite, though every log-prob"),
-        ("infinite loss", NON_FINITE, "plugin `faulty`: the loss is inf"),
+        (
+            "infinite loss",
+            NON_FINITE,
+            "plugin `faulty`: the loss is inf, though its gradient is finite; check its \
+             parameters, and the plugin itself with `uft plugins check faulty`",
+        ),
         (
             "unknown need",
             PLUGIN,
