@@ -1,9 +1,9 @@
 //! What the vectorised loops share: a macro that compiles a loop for AVX2 as well, an exponential
 //! that the compiler can turn into vector code, and reductions with a fixed order.
 
-/// Defines functions whose bodies are compiled twice on x86-64, for the baseline and for AVX2, and
-/// chooses at run time. A body is plain Rust over slices that the compiler vectorises. It multiplies
-/// and adds separately instead of `mul_add`, so both versions give the same bits.
+/// Defines functions whose bodies are compiled several times on x86-64, for the baseline, AVX2 and
+/// AVX-512, and chooses at run time. A body is plain Rust over slices that the compiler vectorises. It
+/// multiplies and adds separately instead of `mul_add`, so all versions give the same bits.
 macro_rules! vectorised {
     ($($(#[$meta:meta])* $vis:vis fn $name:ident($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? $body:block)*) => {$(
         $(#[$meta])*
@@ -13,9 +13,17 @@ macro_rules! vectorised {
 
             #[cfg(target_arch = "x86_64")]
             {
+                #[target_feature(enable = "avx512f")]
+                fn avx512($($arg: $ty),*) $(-> $ret)? {
+                    portable($($arg),*)
+                }
                 #[target_feature(enable = "avx2")]
                 fn avx2($($arg: $ty),*) $(-> $ret)? {
                     portable($($arg),*)
+                }
+                if is_x86_feature_detected!("avx512f") {
+                    // SAFETY: the processor has AVX-512F.
+                    return unsafe { avx512($($arg),*) };
                 }
                 if is_x86_feature_detected!("avx2") {
                     // SAFETY: the processor has AVX2.
@@ -254,7 +262,7 @@ mod tests {
     }
 
     #[test]
-    fn both_compilations_give_the_same_bits() {
+    fn every_compilation_gives_the_same_bits() {
         let (x, y) = (random(1000, 3), random(1000, 4));
         let mut kept = x.clone();
         let [product, _, _, sum] = all(&mut kept, &y);
