@@ -18,6 +18,7 @@ pub fn golden(path: &str) -> PathBuf {
 pub fn uft(binary: &str, arguments: &[&str]) -> Output {
     let mut command = Command::new(binary);
     command.args(arguments).current_dir(root()).env("RUST_LOG", "warn").env("NO_COLOR", "1");
+    command.env_remove("RUST_BACKTRACE");
     command.output().expect("the binary under test runs")
 }
 

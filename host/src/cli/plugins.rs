@@ -94,10 +94,14 @@ fn check_all(mut registry: Registry) -> Result<()> {
         let report = check::check_objective(name, &mut || {
             make().map_err(|e| uft_core::Fault::evaluation(e.message))
         });
-        print(&format!("{name}\n{report}\n"))?;
+        print(&format!("{report}\n"))?;
         if !report.passed() {
             failed.push(name.as_str());
         }
+    }
+    let adapters = registry.entries().filter(|(_, entry)| entry.role == Role::Adapter).count();
+    if names.is_empty() {
+        print(&format!("no objective to check; {adapters} feedback adapters have no gradient\n"))?;
     }
     match failed.as_slice() {
         [] => Ok(()),

@@ -112,7 +112,7 @@ impl Source {
         for (rows, set) in [(&self.train, "rows"), (&self.held_out, "held-out rows")] {
             if self.objective.needs(Needs::MISMATCHED) && rows.len() == 1 {
                 return Err(Error::data(format!(
-                    "objective `{name}` pairs prompts with completions of other rows, and there is only one of the {set}"
+                    "objective `{name}` pairs prompts with completions of other rows, and there is only one of the {set}; add rows or choose another objective"
                 )));
             }
         }
