@@ -1,0 +1,124 @@
+#!/usr/bin/env python3
+"""The CPU backend against TRL and a hand-written PyTorch loop: same files, same rows, same threads, in turn.
+
+    python cpu.py --ruler DIR --base DIR --uft BIN [--models bench-20m ...] [--tasks sft pairs ...] [--reps 2]
+
+`--ruler` holds peers.py, which runs the peers; `--base` the models/ and data/ that its makers wrote. For every model
+and task, the peers and uft run one after the other, `--reps` times; the best run of each counts, because other work on
+a machine only ever slows a run down. A rate is tokens per second as the ruler counts them: prompt and response of
+every sequence, however often the prompt is computed, and no tokens of the reference. The first optimizer step of a run
+is left out. uft runs two epochs, its reference pass included; the peers run one, since their epochs cost the same.
+Prints a Markdown table, with the peak memory of each process."""
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+LORA = 'rank = 16\nalpha = 32\ntargets = "all-linear"'
+# task: data file, column names of the responses, rows per step, adapter, objective, TRL's and the loop's configuration
+TASKS = {
+    "sft": ("bench_pc", ["completion"], 8, "demonstrations", '"sft"', "sft-trl-bs1x8", "sft-mini"),
+    "pairs": ("bench_pref", ["chosen", "rejected"], 4, "preferences", '{ plugin = "una-pairwise", beta = 0.1 }', "dpo-trl-bs1x4", "dpo-mini"),
+    "labels": ("bench_kto", ["completion"], 8, "labels", '{ plugin = "kto", beta = 0.1 }', "kto-trl-bs8", "kto-mini"),
+    "scores": ("bench_score", ["response"], 8, "scores", '{ plugin = "una-score", beta = 0.1 }', None, "una-mini"),
+}
+SEQUENCES = {"bench-20m": 64, "bench-110m": 32}
+
+
+def sequence_lengths(a, model, task):
+    """Tokens of each row as the ruler counts them."""
+    os.environ["BASELINE_DIR"] = str(a.base)
+    sys.path.insert(0, str(a.ruler))
+    from common import encode_pair, read_jsonl
+    from transformers import AutoTokenizer
+    tok = AutoTokenizer.from_pretrained(a.base / "models" / model)
+    file, columns, batch, *_ = TASKS[task]
+    rows = read_jsonl(a.base / "data" / f"{file}.jsonl")[: SEQUENCES[model] * batch // 8]
+    lengths = []
+    for row in rows:
+        pairs = [encode_pair(tok, row["prompt"], row[c]) for c in columns]
+        lengths.append(sum(len(p) + len(r) for p, r, _ in pairs))
+    return lengths
+
+
+def run_uft(a, model, task, lengths, work, extra=""):
+    """Rate, seconds a step and peak memory of `uft train`."""
+    file, _, batch, adapter, objective, *_ = TASKS[task]
+    data = work / f"{model}-{task}.jsonl"
+    lines = (a.base / "data" / f"{file}.jsonl").read_text().splitlines()[: len(lengths)]
+    data.write_text("\n".join(lines) + "\n")
+    out = Path(tempfile.mkdtemp(dir=work))
+    run = work / "run.toml"
+    run.write_text(f'[model]\npath = "{a.base}/models/{model}"\n[lora]\n{LORA}\n[[data]]\nname = "{task}"\nfiles = ["{data}"]\n'
+                   f'adapter = "{adapter}"\nobjective = {objective}\n[train]\noutput = "{out}"\nepochs = 2\nbatch = {batch}\n'
+                   f'lr = 1e-4\nschedule = "constant"\nwarmup = 0.0\nshuffle = false\nmax_length = 1024\nthreads = {a.threads}\n'
+                   f'micro_tokens = {a.micro_tokens}\n{extra}\n')
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    child = subprocess.Popen([a.uft, "train", str(run)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={**os.environ, "RUST_LOG": "error"})
+    _, stderr = child.communicate()
+    if child.returncode:
+        sys.exit(f"uft: {stderr.decode()}")
+    peak = max(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, before) / 1024
+    steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    seconds = [s["tokens"] / s["tokens_per_second"] for s in steps]
+    tokens = 2 * sum(lengths) - sum(lengths[:batch])
+    return dict(rate=tokens / sum(seconds[1:]), step=sum(seconds[1:]) / (len(seconds) - 1), peak=peak, loss=steps[0]["loss"])
+
+
+def run_peer(a, model, config):
+    """The same of one of the ruler's configurations."""
+    env = {**os.environ, "BASELINE_DIR": str(a.base), "BENCH_THREADS": str(a.threads), "OMP_NUM_THREADS": str(a.threads),
+           "MKL_NUM_THREADS": str(a.threads), "TOKENIZERS_PARALLELISM": "false", "PYTHONDONTWRITEBYTECODE": "1"}
+    if a.jemalloc:
+        env |= {"THP_MEM_ALLOC_ENABLE": "1", "LD_PRELOAD": a.jemalloc, "MALLOC_CONF": "dirty_decay_ms:-1,muzzy_decay_ms:-1,thp:always"}
+    ran = subprocess.run([sys.executable, a.ruler / "peers.py", "run", "--model", model, "--config", config], capture_output=True, text=True, env=env)
+    line = next((x for x in ran.stdout.splitlines() if x.startswith("RESULT ")), None)
+    if line is None:
+        sys.exit(f"{config}: {ran.stderr[-2000:]}")
+    result = json.loads(line[7:])
+    return dict(rate=result["tokens_per_s_all_steps"], step=result["s_per_step"], peak=result["peak_rss_mb"], loss=result["losses"][0])
+
+
+def main():
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--ruler", type=Path, required=True)
+    options.add_argument("--base", type=Path, required=True)
+    options.add_argument("--uft", required=True)
+    options.add_argument("--models", nargs="*", default=list(SEQUENCES))
+    options.add_argument("--tasks", nargs="*", default=list(TASKS))
+    options.add_argument("--reps", type=int, default=2)
+    options.add_argument("--threads", type=int, default=2)
+    options.add_argument("--micro-tokens", type=int, default=4096)
+    options.add_argument("--no-trl", action="store_true", help="leave TRL out, which takes minutes")
+    options.add_argument("--jemalloc", help="library to preload for the peers: their best environment")
+    a = options.parse_args()
+    a.ruler, a.base = a.ruler.resolve(), a.base.resolve()
+    print("| model | task | uft tok/s | TRL | loop | uft / TRL | uft / loop | peak MB uft, TRL, loop | first loss uft, loop |\n| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    with tempfile.TemporaryDirectory() as work:
+        for model in a.models:
+            for task in a.tasks:
+                *_, trl, loop = TASKS[task]
+                lengths = sequence_lengths(a, model, task)
+                best = {}
+                for _ in range(a.reps):
+                    runs = [("loop", lambda: run_peer(a, model, loop)), ("uft", lambda: run_uft(a, model, task, lengths, Path(work)))]
+                    if trl and not a.no_trl:
+                        runs.append(("trl", lambda: run_peer(a, model, trl)))
+                    for name, run in runs:
+                        result = run()
+                        print(f"{model} {task} {name} {result}", file=sys.stderr, flush=True)
+                        if name not in best or result["rate"] > best[name]["rate"]:
+                            best[name] = result
+                uft, other, peer = best["uft"], best.get("trl"), best["loop"]
+                ratio = f"{uft['rate'] / other['rate']:.2f}" if other else "–"
+                shown = f"{other['rate']:.0f}" if other else "–"
+                memory = f"{uft['peak']:.0f}, {other['peak'] if other else '–'}, {peer['peak']:.0f}"
+                print(f"| {model} | {task} | {uft['rate']:.0f} | {shown} | {peer['rate']:.0f} | {ratio} | {uft['rate'] / peer['rate']:.2f} | {memory} | {uft['loss']:.4f}, {peer['loss']:.4f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
