@@ -274,3 +274,24 @@ fn config_prints_a_file_that_is_the_default() {
         );
     }
 }
+
+#[test]
+fn rows_that_come_more_than_once_in_a_step_still_have_no_reward_before_it() {
+    let (_guard, dir) = temporary();
+    let run = write_run(&dir, "");
+    let first_rows = |name: &str| {
+        let file = dir.join(format!("{name}.jsonl"));
+        let all = text(std::fs::read_to_string(golden(&format!("data/{name}.jsonl"))));
+        let rows: Vec<&str> = all.lines().take(3).collect();
+        std::fs::write(&file, rows.join("\n")).expect("the rows are written");
+        format!("data[{name}].files=[\"{}\"]", file.display())
+    };
+    let files = ["demos", "pairs"].map(first_rows);
+    // In some of these splits the copies of a row differ in the last bits.
+    for micro_tokens in [350, 400, 500, 600, 900] {
+        let split = format!("train.micro_tokens={micro_tokens}");
+        let set = [&files[0], &files[1], &split, "train.batch=64"].map(|s| ["--set", s]);
+        let report = succeed(UFT, &[&["check", &run][..], set.as_flattened()].concat());
+        assert!(report.contains("every implicit reward is exactly 0"), "{report}");
+    }
+}

@@ -5,9 +5,11 @@
 use super::micro::{self, Load};
 use super::pass::Pass;
 use super::plan::{Plan, Rows};
+use super::signals;
 use crate::data::Source;
 use crate::group::{Branch, Group, Segment};
 use crate::model::Packed;
+use crate::{Error, Result};
 use uft_core::Feedback;
 
 /// One group per response of the source in the pass: its prompt, and a completion of the group before.
@@ -50,10 +52,14 @@ fn responses(group: &Group) -> Vec<(Vec<u32>, Vec<u32>)> {
 }
 
 /// `log pi - log pi_ref` of every group's completion, in nats; no gradient.
-pub fn log_ratios(pass: &Pass<'_>, groups: &[Group]) -> Vec<f64> {
+///
+/// # Errors
+/// If one is not finite, or a signal arrives.
+pub fn log_ratios(pass: &Pass<'_>, groups: &[Group]) -> Result<Vec<f64>> {
     let loads: Vec<Load> = groups.iter().map(|g| Load { rows: g.rows(), class: 0 }).collect();
     let mut ratios = vec![0.0; groups.len()];
     for batch in micro::split(&loads, pass.micro_tokens) {
+        signals::check()?;
         let packed = Packed::new(&batch.iter().map(|&g| &groups[g]).collect::<Vec<_>>());
         let policy = pass.model.logps(&packed, Some(pass.policy));
         let reference = pass.model.logps(&packed, pass.reference);
@@ -66,7 +72,12 @@ pub fn log_ratios(pass: &Pass<'_>, groups: &[Group]) -> Vec<f64> {
             start += tokens;
         }
     }
-    ratios
+    if ratios.iter().any(|ratio| !ratio.is_finite()) {
+        return Err(Error::non_finite(
+            "log-probs of mismatched completions are not finite; is the learning rate too high?",
+        ));
+    }
+    Ok(ratios)
 }
 
 #[cfg(test)]

@@ -3,7 +3,7 @@
 
 use super::metrics::Metrics;
 use super::mismatched;
-use super::plan::{At, Plan, Rows};
+use super::plan::{At, Plan, Planned, Rows};
 use super::signals;
 use crate::config::Mixing;
 use crate::data::{Item, Source};
@@ -53,15 +53,13 @@ impl Pass<'_> {
         items: &[Item],
         mut grads: Option<&mut LoraGrads>,
     ) -> Result<Outcome> {
-        let plan = Plan::new(sources, rows, items, self.micro_tokens);
-        for batch in &plan.micro_batches {
-            signals::check()?;
-            self.reference_logps(sources, rows, &plan, batch)?;
-        }
+        let mut plan = Plan::new(sources, rows, items, self.micro_tokens);
+        self.reference_logps(sources, rows, &mut plan)?;
         let statistics = self.statistics(sources, rows, &plan)?;
         for source in plan.sources() {
             let step = statistics.step(&plan, source, self.at);
-            sources[source].objective.begin_step(&step)?;
+            let Source { objective, name, .. } = &mut sources[source];
+            objective.begin_step(&step).map_err(|e| e.at(format!("source `{name}`")))?;
         }
         let mut outcome = Outcome {
             tokens: plan.rows(),
@@ -85,34 +83,35 @@ impl Pass<'_> {
                 self.model.backward(&tape, &dlogps, self.policy, grads);
             }
         }
+        // Not before: what an interrupted pass leaves must be what was there before it.
+        for group in plan.groups {
+            let example = &mut sources[group.item.source].rows_mut(rows)[group.item.row];
+            example.ref_logps = example.ref_logps.take().or(group.ref_logps);
+        }
         Ok(outcome)
     }
 
-    /// Computes the reference log-probs that a micro-batch lacks, packed as the policy's are.
-    fn reference_logps(
-        &self,
-        sources: &mut [Source],
-        rows: Rows,
-        plan: &Plan,
-        batch: &[usize],
-    ) -> Result<()> {
-        let lacks = |&g: &usize| {
-            let item = plan.groups[g].item;
-            let source = &sources[item.source];
-            source.needs_reference() && source.rows(rows)[item.row].ref_logps.is_none()
+    /// Computes the reference log-probs that the plan lacks, packed as the policy's are.
+    fn reference_logps(&self, sources: &[Source], rows: Rows, plan: &mut Plan) -> Result<()> {
+        let lacks = |group: &Planned| {
+            sources[group.item.source].needs_reference() && group.ref_logps.is_none()
         };
-        if !batch.iter().any(lacks) {
-            return Ok(());
-        }
-        let packed = Packed::new(&groups(sources, rows, plan, batch));
-        let logps = self.model.logps(&packed, self.reference);
-        finite(&logps, "reference", sources, rows, plan, batch)?;
-        let mut start = 0;
-        for &g in batch {
-            let (item, tokens) = (plan.groups[g].item, plan.groups[g].tokens);
-            let example = &mut sources[item.source].rows_mut(rows)[item.row];
-            example.ref_logps = Some(logps[start..start + tokens].into());
-            start += tokens;
+        for index in 0..plan.micro_batches.len() {
+            signals::check()?;
+            let batch = &plan.micro_batches[index];
+            if !batch.iter().any(|&g| lacks(&plan.groups[g])) {
+                continue;
+            }
+            let packed = Packed::new(&groups(sources, rows, plan, batch));
+            let logps = self.model.logps(&packed, self.reference);
+            finite(&logps, "reference", sources, rows, plan, batch)?;
+            let mut rest = logps.as_slice();
+            for &g in batch {
+                let group = &mut plan.groups[g];
+                let (own, after) = rest.split_at(group.tokens);
+                group.ref_logps.get_or_insert_with(|| own.into());
+                rest = after;
+            }
         }
         Ok(())
     }
@@ -133,7 +132,7 @@ impl Pass<'_> {
         for (source_index, members, tokens) in stretches(plan, batch) {
             let source = &sources[source_index];
             let segments = segments(plan, members);
-            let ref_logps = collect_ref_logps(source, rows, plan, members);
+            let ref_logps = collect_ref_logps(source, plan, members);
             if self.identical && source.needs_reference() && logps[tokens.clone()] != ref_logps[..]
             {
                 return Err(Error::other(format!(
@@ -190,7 +189,9 @@ impl Pass<'_> {
             let source = &sources[index];
             if source.objective.needs(Needs::MISMATCHED) {
                 let groups = mismatched::groups(source, index, rows, plan);
-                statistics.mismatched[index] = mismatched::log_ratios(self, &groups);
+                let ratios = mismatched::log_ratios(self, &groups);
+                statistics.mismatched[index] =
+                    ratios.map_err(|e| e.at(format!("source `{}`", source.name)))?;
             }
             if source.objective.needs(Needs::STEP_LOG_RATIOS) {
                 statistics.log_ratios[index] = vec![0.0; plan.totals[index].segments as usize];
@@ -204,11 +205,13 @@ impl Pass<'_> {
             .filter(|batch| stretches(plan, batch).any(|s| wanted(&s)))
             .collect();
         for batch in batches {
+            signals::check()?;
             let logps = self
                 .model
                 .logps(&Packed::new(&groups(sources, rows, plan, batch)), Some(self.policy));
+            finite(&logps, "policy", sources, rows, plan, batch)?;
             for (index, members, tokens) in stretches(plan, batch) {
-                let ref_logps = collect_ref_logps(&sources[index], rows, plan, members);
+                let ref_logps = collect_ref_logps(&sources[index], plan, members);
                 let ratios = &mut statistics.log_ratios[index];
                 if ratios.is_empty() {
                     continue;
@@ -271,14 +274,12 @@ fn segments(plan: &Plan, members: &[usize]) -> Vec<Segment> {
 }
 
 /// Reference log-probs of neighbouring groups; empty if the objective reads none.
-fn collect_ref_logps(source: &Source, rows: Rows, plan: &Plan, members: &[usize]) -> Vec<f32> {
+fn collect_ref_logps(source: &Source, plan: &Plan, members: &[usize]) -> Vec<f32> {
     if !source.needs_reference() {
         return Vec::new();
     }
-    let examples = members.iter().map(|&g| &source.rows(rows)[plan.groups[g].item.row]);
-    let known =
-        |e: &crate::data::Example| e.ref_logps.as_deref().expect("computed before").to_vec();
-    examples.flat_map(known).collect()
+    let known = |&g: &usize| plan.groups[g].ref_logps.as_deref().expect("computed before");
+    members.iter().flat_map(known).copied().collect()
 }
 
 /// Stops with the rows whose log-probs are not finite.

@@ -48,6 +48,9 @@ pub struct Planned {
     pub segments: Vec<Segment>,
     /// Trained tokens.
     pub tokens: usize,
+    /// Reference log-probs of the trained tokens: the row's own where it has them, otherwise computed
+    /// in the pass. A row that comes twice has two, each packed as its policy's are.
+    pub ref_logps: Option<Box<[f32]>>,
 }
 
 /// All groups of a pass, the totals of every source, and the micro-batches.
@@ -64,7 +67,7 @@ impl Plan {
         let mut totals = vec![Totals::default(); sources.len()];
         let mut groups = Vec::with_capacity(items.len());
         for (index, &item) in items.iter().enumerate() {
-            let group = &sources[item.source].rows(rows)[item.row].group;
+            let Example { group, ref_logps, .. } = &sources[item.source].rows(rows)[item.row];
             let total = &mut totals[item.source];
             let (mut segments, mut start) = (Vec::new(), 0);
             for segment in group.segments() {
@@ -86,7 +89,13 @@ impl Plan {
             }
             total.groups += 1;
             total.pairs += pairs(&segments).count() as u64;
-            groups.push(Planned { item, rows: group.rows(), segments, tokens: start as usize });
+            groups.push(Planned {
+                item,
+                rows: group.rows(),
+                segments,
+                tokens: start as usize,
+                ref_logps: ref_logps.clone(),
+            });
         }
         // Groups with and without a reference are kept apart, so that the reference pass packs
         // exactly what the policy's does: then equal models give equal bits.
