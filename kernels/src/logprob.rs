@@ -29,10 +29,11 @@ use crate::math::{dot, exp, exp_and_sum, max, sum_exp, vectorised};
 use crate::matmul::{nn, nt, tn};
 use rayon::prelude::*;
 
-/// Logits alive at a time: 16 MiB.
-const CHUNK_ELEMENTS: usize = 4 << 20;
 /// Rows per chunk: enough for a product at full speed however the vocabulary is cut.
 const CHUNK_ROWS: usize = 512;
+/// Entries of the vocabulary per chunk, so that at most 16 MiB of logits are alive. The same for few
+/// rows and many: where the sum over the vocabulary is cut must not depend on a row's company.
+const CHUNK_COLUMNS: usize = 8192;
 
 /// The output layer.
 #[derive(Clone, Copy, Debug)]
@@ -192,7 +193,7 @@ impl<'a> Head<'a> {
         n: usize,
         mut visit: impl FnMut(usize, usize, &mut [f32]),
     ) {
-        let most = (CHUNK_ELEMENTS / n).clamp(1, self.vocab);
+        let most = CHUNK_COLUMNS.min(self.vocab);
         let low = self.adapter.map(|adapter| adapter.project(hidden, n, self.hidden));
         let mut chunk = vec![0.0; n * most];
         for first in (0..self.vocab).step_by(most) {

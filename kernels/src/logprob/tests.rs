@@ -155,8 +155,22 @@ fn agrees_with_f64() {
 #[test]
 fn agrees_with_f64_over_many_chunks() {
     // Two ranges of rows; in the first, three of the vocabulary.
-    let vocab = 2 * CHUNK_ELEMENTS / CHUNK_ROWS + 100;
-    check(&Case::new(CHUNK_ROWS + 3, vocab, 3, 2));
+    check(&Case::new(CHUNK_ROWS + 3, 2 * CHUNK_COLUMNS + 100, 3, 2));
+}
+
+/// The sum over the vocabulary is cut at the same entries however many rows there are.
+#[test]
+fn company_changes_no_bit_of_a_row() {
+    let case = Case::new(CHUNK_ROWS, CHUNK_COLUMNS + 100, 70, 0);
+    let run = |n: usize| {
+        let (mut logp, mut unit_grad) = (poison(n), poison(n * case.width));
+        let hidden = &case.hidden[..n * case.width];
+        forward_with_gradient(hidden, &case.targets[..n], &case.head(), &mut logp, &mut unit_grad);
+        (logp, unit_grad)
+    };
+    let (logp, unit_grad) = run(CHUNK_ROWS);
+    let few = run(16);
+    assert_eq!((few.0.as_slice(), few.1.as_slice()), (&logp[..16], &unit_grad[..16 * 70]));
 }
 
 #[test]
