@@ -189,9 +189,19 @@ impl Pass<'_> {
             let source = &sources[index];
             if source.objective.needs(Needs::MISMATCHED) {
                 let groups = mismatched::groups(source, index, rows, plan);
-                let ratios = mismatched::log_ratios(self, &groups);
-                statistics.mismatched[index] =
-                    ratios.map_err(|e| e.at(format!("source `{}`", source.name)))?;
+                let ratios = mismatched::log_ratios(self, &groups)?;
+                let examples = source.rows(rows);
+                // One per response, in the order of the plan.
+                let own = plan.groups.iter().filter(|g| g.item.source == index);
+                let places = own.flat_map(|g| g.segments.iter().map(move |_| g.item.row));
+                if let Some((_, row)) = ratios.iter().zip(places).find(|(r, _)| !r.is_finite()) {
+                    return Err(Error::non_finite(format!(
+                        "log-probs of a mismatched completion to the prompt of {} are not finite; is the model \
+                         whole, is the learning rate too high?",
+                        examples[row].origin
+                    )));
+                }
+                statistics.mismatched[index] = ratios;
             }
             if source.objective.needs(Needs::STEP_LOG_RATIOS) {
                 statistics.log_ratios[index] = vec![0.0; plan.totals[index].segments as usize];
