@@ -200,6 +200,8 @@ fn another_run_s_checkpoint_is_refused_by_name() {
         fail(UFT, 2, &["train", &run]).contains("--resume"),
         "a finished run is not overwritten"
     );
+    let metrics = || std::fs::read(dir.join("out/metrics.jsonl")).expect("metrics");
+    let before = metrics();
     let refused = |set: &[&str], says: &str| {
         let mut arguments = vec!["train", &run, "--resume"];
         set.iter().for_each(|s| arguments.extend(["--set", s]));
@@ -216,6 +218,7 @@ fn another_run_s_checkpoint_is_refused_by_name() {
         &[&same[..], &[&format!("model.path={model}")]].concat(),
         "model file model.safetensors",
     );
+    assert!(metrics() == before, "a refused run leaves the logs as they are");
 }
 
 #[test]
@@ -234,7 +237,10 @@ fn a_limit_keeps_the_newest_and_the_best_checkpoint() {
     assert_eq!(state["global_step"], 15);
     let history = state["log_history"].as_array().expect("a history");
     assert_eq!(history.iter().filter(|line| line.get("loss").is_some()).count(), 15);
-    assert!(history.iter().any(|line| line.get("eval_loss").is_some()));
+    let losses = history.iter().filter_map(|line| Some((line.get("eval_loss")?.as_f64()?, line)));
+    let (_, best) = losses.min_by(|a, b| a.0.total_cmp(&b.0)).expect("evaluations");
+    assert_eq!(state["best_global_step"], best["step"]);
+    assert!(kept.contains(&best["step"].as_u64().expect("a step")), "{kept:?}");
     assert!(history[0].get("learning_rate").is_some());
 }
 

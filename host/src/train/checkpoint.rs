@@ -151,17 +151,11 @@ pub struct Restored {
     pub reference: Option<Lora>,
 }
 
-/// Puts a whole checkpoint's adapter, reference log-probs and plugin state into the run; `optimizer` is
-/// a new one for the checkpoint's stage.
+/// Reads a checkpoint's state.
 ///
 /// # Errors
-/// If the checkpoint belongs to another run, or lacks something.
-pub fn restore(
-    dir: &Path,
-    run: &mut Run,
-    identity: &Identity,
-    optimizer: impl FnOnce(&Run, &Position) -> Optimizer,
-) -> Result<Restored> {
+/// If it cannot be read, or is another version's.
+fn state(dir: &Path) -> Result<State> {
     let damaged = |what: &str| Error::other(format!("{}: {what}", dir.display()));
     let bytes =
         fs::read(dir.join(STATE)).map_err(|e| damaged(&format!("{STATE} cannot be read: {e}")))?;
@@ -170,8 +164,28 @@ pub fn restore(
     if state.revision != REVISION {
         return Err(damaged(&format!("written by another version (revision {})", state.revision)));
     }
-    identity.expect(&state.identity).map_err(|e| e.at(dir.display()))?;
+    Ok(state)
+}
 
+/// Makes sure that a checkpoint belongs to the run with this identity.
+///
+/// # Errors
+/// If it does not, with what differs; or if it cannot be read.
+pub fn expect(dir: &Path, identity: &Identity) -> Result<()> {
+    identity.expect(&state(dir)?.identity).map_err(|e| e.at(dir.display()))
+}
+
+/// Puts a whole checkpoint's adapter, reference log-probs and plugin state into the run; `optimizer` is
+/// a new one for the checkpoint's stage.
+///
+/// # Errors
+/// If the checkpoint lacks something of the run (see [`expect`]).
+pub fn restore(
+    dir: &Path,
+    run: &mut Run,
+    optimizer: impl FnOnce(&Run, &Position) -> Optimizer,
+) -> Result<Restored> {
+    let state = state(dir)?;
     let reference_file = dir.join(REFERENCE);
     let reference = match reference_file.exists() {
         true => Some(with_tensors(run.lora.clone(), &read(&reference_file)?)?),
@@ -220,8 +234,9 @@ pub fn all(output: &Path) -> Vec<(u64, PathBuf)> {
 /// Removes the oldest checkpoints over the limit; the newest and the best stay.
 fn prune(output: &Path, limit: usize, logs: &Logs) -> Result<()> {
     let mut kept = all(output);
-    let best = best(output, logs)?.map(|(step, _)| step);
-    while limit > 0 && kept.len() > limit.max(if best.is_some() { 2 } else { 1 }) {
+    let best = best(output, logs, None)?.map(|(step, _)| step);
+    let both = best.is_some() && best != kept.last().map(|(step, _)| *step);
+    while limit > 0 && kept.len() > limit.max(1 + usize::from(both)) {
         let newest = kept.len() - 1;
         let Some(victim) = kept[..newest].iter().position(|(step, _)| Some(*step) != best) else {
             break;
@@ -233,9 +248,9 @@ fn prune(output: &Path, limit: usize, logs: &Logs) -> Result<()> {
     Ok(())
 }
 
-/// The saved step with the lowest held-out loss.
-fn best(output: &Path, logs: &Logs) -> Result<Option<(u64, f64)>> {
-    let saved: Vec<u64> = all(output).into_iter().map(|(step, _)| step).collect();
+/// The saved step with the lowest held-out loss; `saving` is a step about to be saved.
+fn best(output: &Path, logs: &Logs, saving: Option<u64>) -> Result<Option<(u64, f64)>> {
+    let saved: Vec<u64> = all(output).into_iter().map(|(step, _)| step).chain(saving).collect();
     let history = logs.history()?;
     let evaluated = history
         .iter()
@@ -246,7 +261,7 @@ fn best(output: &Path, logs: &Logs) -> Result<Option<(u64, f64)>> {
 /// transformers' trainer_state.json, which plotters and other tools read.
 fn trainer_state(run: &Run, position: &Position, logs: &Logs) -> Result<Value> {
     let output = Path::new(&run.config.train.output);
-    let best = best(output, logs)?;
+    let best = best(output, logs, Some(position.steps))?;
     let stages = run.stages();
     let max_steps: u64 = stages.iter().map(|s| s.steps(run)).sum();
     let train = &stages[position.stage.min(stages.len() - 1)].train;

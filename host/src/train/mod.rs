@@ -33,6 +33,7 @@ use serde_json::Map;
 use setup::{Run, Stage};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
+use uft_core::Needs;
 
 /// Runs all stages, writes the adapter and gives the report for the user. With `resume`, goes on from
 /// the newest whole checkpoint.
@@ -43,13 +44,17 @@ pub fn train(run: &mut Run, resume: bool) -> Result<Report> {
     let output = PathBuf::from(&run.config.train.output);
     let checkpoint = find_checkpoint(&output, resume)?;
     let identity = Identity::of(run)?;
+    if let Some(dir) = &checkpoint {
+        // Before anything is written or computed.
+        checkpoint::expect(dir, &identity)?;
+    }
     let mut logs = Logs::open(&output, checkpoint.as_deref())?;
     let stages = run.stages();
 
     signals::install()?;
     let before = snapshot(run, &stages[0])?;
     let mut restored = match &checkpoint {
-        Some(dir) => Some(checkpoint::restore(dir, run, &identity, |run, position| {
+        Some(dir) => Some(checkpoint::restore(dir, run, |run, position| {
             Optimizer::new(&stages[position.stage].train, &run.lora)
         })?),
         None => None,
@@ -76,7 +81,11 @@ pub fn train(run: &mut Run, resume: bool) -> Result<Report> {
         }
     }
     peft::save(&output, &run.lora, &run.config.model.path)?;
-    let after = snapshot(run, stages.last().expect("a run has a stage"))?;
+    let after = snapshot(run, stages.last().expect("a run has a stage")).map_err(|mut why| {
+        let adapter = output.display();
+        why.message = format!("{}; training is over, its adapter is in {adapter}", why.message);
+        why
+    })?;
     let Position { steps, tokens, seconds, .. } = position;
     Ok(Report { before, after, steps, tokens, seconds, output })
 }
@@ -136,18 +145,17 @@ impl Running<'_> {
             );
             let started = Instant::now();
             grads.clear();
-            let outcome = match self.step(run, position, steps, &items, &mut grads) {
-                Ok(outcome) => outcome,
+            let (outcome, norm) = match self.step(run, position, steps, &items, &mut grads) {
+                Ok(done) => done,
                 Err(why)
                     if why.kind == ErrorKind::NonFinite
                         && settings.non_finite == NonFinite::Skip =>
                 {
                     progress.note(&format!("step {} left out: {why}", position.steps + 1));
-                    Outcome { loss: f64::NAN, ..Outcome::default() }
+                    (Outcome { loss: f64::NAN, ..Outcome::default() }, f64::NAN)
                 }
                 Err(why) => return Err(self.leave(run, position, logs, why)),
             };
-            let norm = optimizer::norm(&grads);
             if outcome.loss.is_finite() {
                 self.optimizer.step(&mut run.lora, &mut grads, norm, lr);
             }
@@ -166,7 +174,8 @@ impl Running<'_> {
         Ok(())
     }
 
-    /// Loss and gradient of one optimizer step.
+    /// Loss, gradient and its norm of one optimizer step. A step that fails leaves the objectives'
+    /// state as it was: it is not part of the run.
     fn step(
         &self,
         run: &mut Run,
@@ -174,7 +183,31 @@ impl Running<'_> {
         steps: u64,
         items: &[Item],
         grads: &mut LoraGrads,
-    ) -> Result<Outcome> {
+    ) -> Result<(Outcome, f64)> {
+        let mut before = Vec::new();
+        for &source in &self.stage.sources {
+            let objective = &run.sources[source].objective;
+            if objective.needs(Needs::STATE) {
+                before.push((source, objective.save_state()?));
+            }
+        }
+        let done = self.pass(run, position, steps, items, grads);
+        if done.is_err() {
+            for (source, state) in before {
+                run.sources[source].objective.load_state(&state)?;
+            }
+        }
+        done
+    }
+
+    fn pass(
+        &self,
+        run: &mut Run,
+        position: &Position,
+        steps: u64,
+        items: &[Item],
+        grads: &mut LoraGrads,
+    ) -> Result<(Outcome, f64)> {
         let settings = &self.stage.train;
         let pass = Pass {
             model: &run.model,
@@ -188,7 +221,7 @@ impl Running<'_> {
         let outcome = pass.run(&mut run.sources, Rows::Train, items, Some(&mut *grads))?;
         let norm = optimizer::norm(grads);
         if outcome.loss.is_finite() && norm.is_finite() {
-            return Ok(outcome);
+            return Ok((outcome, norm));
         }
         let place = |i: &Item| run.sources[i.source].train[i.row].origin.to_string();
         let places: Vec<String> = items.iter().map(place).collect();
