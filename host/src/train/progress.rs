@@ -58,7 +58,12 @@ impl Progress {
 
     fn mean(&mut self, source: &str, name: &'static str, value: f64) -> f64 {
         let mean = self.means.entry((source.to_owned(), name)).or_insert(value);
-        *mean = MEMORY * *mean + (1.0 - MEMORY) * value;
+        // A step that was left out has no loss, and would leave none to all that follow.
+        *mean = match (mean.is_finite(), value.is_finite()) {
+            (true, true) => MEMORY * *mean + (1.0 - MEMORY) * value,
+            (false, _) => value,
+            (true, false) => *mean,
+        };
         *mean
     }
 

@@ -2,6 +2,7 @@
 
 use super::metrics::Metrics;
 use super::setup::Run;
+use super::signals;
 use crate::Result;
 use crate::model::SampleOptions;
 use comfy_table::{CellAlignment, Table, presets};
@@ -96,7 +97,7 @@ fn one_line(text: &str) -> String {
 /// Answers to the prompts of held-out rows, taken from all sources in turn.
 ///
 /// # Errors
-/// If the tokens cannot be decoded.
+/// If the tokens cannot be decoded, or a signal arrives.
 pub fn answers(run: &Run) -> Result<Vec<(String, String)>> {
     let wanted = run.config.eval.samples;
     let mut prompts: Vec<&[u32]> = Vec::new();
@@ -117,6 +118,7 @@ pub fn answers(run: &Run) -> Result<Vec<(String, String)>> {
         ..SampleOptions::greedy()
     };
     let answer = |prompt: &&[u32]| {
+        signals::check()?;
         let tokens = run.model.generate(prompt, &options, Some(&run.lora))?;
         Ok((run.text.decode(prompt, true)?, run.text.decode(&tokens, true)?))
     };

@@ -23,9 +23,15 @@ pub fn install() -> Result<()> {
     }
     let flags = [Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false))];
     for ((signal, kind, name), raised) in SIGNALS.iter().zip(&flags) {
-        // In this order: the shutdown sees the flag as the signal before left it.
-        flag::register_conditional_shutdown(*signal, kind.exit_code(), raised.clone())
-            .and_then(|_| flag::register(*signal, raised.clone()))
+        // In this order: the shutdowns see the flags as the signal before left them, whichever of
+        // the two it was.
+        flags
+            .iter()
+            .try_for_each(|earlier| {
+                flag::register_conditional_shutdown(*signal, kind.exit_code(), earlier.clone())
+                    .map(drop)
+            })
+            .and_then(|()| flag::register(*signal, raised.clone()))
             .map_err(|e| Error::other(format!("{name} cannot be handled: {e}")))?;
     }
     let _ = RAISED.set(flags);
