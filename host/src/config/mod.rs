@@ -38,9 +38,13 @@ impl Config {
             for assignment in set {
                 overrides::apply(&mut table, assignment)?;
             }
-            // Through text again: errors then show the offending line, of the merged file.
+            // Through text again: errors then show the offending line. Its number is the file's only
+            // if the file alone has the mistake.
             let merged = toml::to_string(&table).expect("a TOML table is TOML");
-            toml::from_str(&merged).map_err(|e| explain(&e, &merged))?
+            toml::from_str(&merged).map_err(|e| match toml::from_str::<Config>(text) {
+                Err(own) => explain(&own, text),
+                Ok(_) => explain(&e, &merged).at("with --set, the file as merged"),
+            })?
         };
         validate::check(&config)?;
         Ok(config)

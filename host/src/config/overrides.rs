@@ -27,8 +27,8 @@ pub fn apply(table: &mut Table, assignment: &str) -> Result<()> {
 /// Goes one part down: into a table (made if absent), or into a list's element `name[element]`.
 fn step<'t>(table: &'t mut Table, part: &str) -> std::result::Result<&'t mut Table, String> {
     let (name, element) = part.split_once('[').map_or((part, None), |(n, e)| (n, Some(e)));
-    let entry = table.entry(name.to_owned()).or_insert_with(|| Value::Table(Table::new()));
-    match (entry, element) {
+    let new = || if element.is_some() { Value::Array(vec![]) } else { Value::Table(Table::new()) };
+    match (table.entry(name.to_owned()).or_insert_with(new), element) {
         (Value::Table(inner), None) => Ok(inner),
         (Value::Array(list), Some(element)) => {
             let element = element.trim_end_matches(']');
@@ -36,6 +36,9 @@ fn step<'t>(table: &'t mut Table, part: &str) -> std::result::Result<&'t mut Tab
         }
         (Value::Array(_), None) => {
             Err(format!("`{name}` is a list: write {name}[NAME] or {name}[0]"))
+        }
+        (Value::Table(_), Some(_)) => {
+            Err(format!("`{name}` is one section, not a list: write {name}.KEY"))
         }
         _ => Err(format!("`{name}` is not a section")),
     }

@@ -41,7 +41,13 @@ fn a_plugin_is_a_name_or_a_table() {
 fn an_unknown_key_names_line_and_nearest_key() {
     let message = refused(&WHOLE.replace("steps = 20", "stepz = 20"), &[]);
     assert_eq!(message, "line 14 (`stepz = 20`): unknown key `stepz`; did you mean `steps`?");
-    assert!(refused(WHOLE, &["train.batchh=3"]).contains("did you mean `batch`?"));
+    // The file's own mistake keeps its line beside an override; an override's is told as such.
+    let mistaken = WHOLE.replace("steps = 20", "stepz = 20");
+    assert_eq!(refused(&mistaken, &["train.lr=1"]), message);
+    let message = refused(WHOLE, &["train.batchh=3"]);
+    assert!(message.starts_with("with --set, ") && message.contains("did you mean `batch`?"));
+    let message = refused(WHOLE, &["lora.targets=5"]);
+    assert!(message.contains("expected \"all-linear\", a regular expression"), "{message}");
     assert!(refused("[modle]\npath = \"x\"", &[]).contains("did you mean `model`?"));
 }
 
@@ -67,6 +73,8 @@ fn overrides_reach_sections_and_list_elements() {
     assert!(refused(WHOLE, &["data[nobody].weight=2"]).contains("no element `nobody`"));
     assert!(refused(WHOLE, &["data.weight=2"]).contains("data[NAME]"));
     assert!(refused(WHOLE, &["train.lr"]).contains("expected key=value"));
+    assert!(refused(WHOLE, &["train[0].lr=1"]).contains("write train.KEY"));
+    assert!(refused(WHOLE, &["stage[0].lr=1"]).contains("`stage` has no element `0`"));
 }
 
 #[test]

@@ -57,7 +57,10 @@ words! {
 
 /// Which linear layers get an adapter.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
-#[serde(untagged)]
+#[serde(
+    untagged,
+    expecting = "expected \"all-linear\", a regular expression or a list of module names"
+)]
 pub enum Targets {
     /// "all-linear" or a regular expression.
     Pattern(String),
