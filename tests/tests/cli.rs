@@ -124,7 +124,10 @@ reference = "previous"
 lr = 1e-3
 warmup = 0.0
 "#;
-    succeed(UFT, &["train", &write_run(&dir, stages)]);
+    let run = write_run(&dir, stages);
+    let one = ["check", &run, "--set", "stage[0].data=[\"pairs\"]"];
+    assert!(succeed(UFT, &one).contains("source `demos`: no [[stage]] trains it"));
+    succeed(UFT, &["train", &run]);
     let metrics = lines(&text(std::fs::read_to_string(dir.join("out/metrics.jsonl"))));
     let stages: Vec<&str> = metrics.iter().map(|l| l["stage"].as_str().expect("a stage")).collect();
     assert_eq!(stages, ["sft", "sft", "sft", "dpo", "dpo", "dpo", "dpo"]);
@@ -260,6 +263,8 @@ fn score_and_generate_and_merge() {
     assert_eq!(hot("1"), hot("1"));
     assert_ne!(hot("1"), hot("2"));
     fail(UFT, 2, &[&generate[..], &["--top-p", "0"]].concat());
+    fail(UFT, 5, &["generate", "--model", "nowhere", "--prompt", "Hello"]);
+    fail(UFT, 2, &[&base[..], &["--beta", "nan"]].concat());
 }
 
 #[test]

@@ -43,6 +43,10 @@ pub fn run(args: &CheckArgs) -> Result<()> {
         let label = stage.name.as_ref().map_or(String::new(), |name| format!("stage `{name}`: "));
         let _ = writeln!(out, "{label}{} steps of {} groups", stage.steps(&run), stage.train.batch);
     }
+    for source in run.untrained() {
+        let _ =
+            writeln!(out, "source `{}`: no [[stage]] trains it, it is only evaluated", source.name);
+    }
     print(&out)?;
     let stage = run.stages().swap_remove(0);
     print(&first_step(&mut run, &stage)?)

@@ -59,6 +59,7 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
             .map_err(|e| Error::data(format!("stdin: {e}")))?,
         text => text.to_owned(),
     };
+    let config = ModelConfig::load(&args.model)?;
     let text = Text::load(&args.model)?;
     let ids = if args.raw {
         text.encode_prompt(&prompt)?
@@ -71,7 +72,7 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
         return Err(Error::data("the prompt has no tokens, and the tokenizer adds none"));
     }
     let lora = match &args.adapter {
-        Some(dir) => Some(peft::load(dir, &ModelConfig::load(&args.model)?)?),
+        Some(dir) => Some(peft::load(dir, &config)?),
         None => None,
     };
     let model = Model::load(&args.model)?;

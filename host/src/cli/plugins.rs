@@ -2,7 +2,7 @@
 
 use super::print;
 use crate::config::PluginRef;
-use crate::plugins::Registry;
+use crate::plugins::{Registry, role_name};
 use crate::{Error, Result};
 use clap::{Args, Subcommand};
 use std::fmt::Write;
@@ -63,12 +63,8 @@ impl PluginsArgs {
 fn list(registry: &Registry) -> Result<()> {
     let mut out = String::new();
     for (library, entry) in registry.entries() {
-        let role = match entry.role {
-            Role::Objective => "objective",
-            Role::Adapter => "adapter",
-        };
-        let _ =
-            writeln!(out, "{} ({role}, {})\n  {}", entry.name, library.path.display(), entry.about);
+        let (role, path) = (role_name(entry.role), library.path.display());
+        let _ = writeln!(out, "{} ({role}, {path})\n  {}", entry.name, entry.about);
         for param in &entry.params {
             let _ = writeln!(
                 out,
@@ -87,6 +83,9 @@ fn check_all(mut registry: Registry) -> Result<()> {
         .filter(|(_, entry)| entry.role == Role::Objective)
         .map(|(_, entry)| entry.name.to_string())
         .collect();
+    if names.is_empty() {
+        return Err(Error::config("nothing to check: these libraries export no objective"));
+    }
     let mut failed = Vec::new();
     for name in &names {
         let plugin = PluginRef { plugin: name.clone(), params: toml::Table::new() };

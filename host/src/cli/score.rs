@@ -49,11 +49,14 @@ pub struct ScoreArgs {
 }
 
 pub fn run(args: &ScoreArgs) -> Result<()> {
+    if !args.beta.is_finite() {
+        return Err(Error::config("--beta must be a finite number"));
+    }
     use_threads(args.threads)?;
     let plugin = plugin_ref(&args.format)?;
     let adapter = Registry::new(args.plugin_dirs.iter().cloned()).adapter(&plugin)?;
-    let text = Text::load(&args.model)?;
     let config = ModelConfig::load(&args.model)?;
+    let text = Text::load(&args.model)?;
     let scored = read(args, &adapter, &text, config.vocab)?;
     let lora = match &args.adapter {
         Some(dir) => Some(peft::load(dir, &config)?),
@@ -130,6 +133,12 @@ fn score(args: &ScoreArgs, model: &Model, lora: Option<&Lora>, batch: &[Scored])
             start = range.end;
             let sum = |values: &[f32]| values.iter().map(|&v| f64::from(v)).sum::<f64>();
             let (logp, ref_logp) = (sum(&logps[range.clone()]), sum(&ref_logps[range.clone()]));
+            if !(logp.is_finite() && ref_logp.is_finite()) {
+                return Err(Error::non_finite(format!(
+                    "row {row}, response {}: its log-prob is not finite; are model and adapter whole?",
+                    first_response + index
+                )));
+            }
             let mut line = json!({
                 "row": row,
                 "response": first_response + index,

@@ -27,6 +27,9 @@ pub fn run(args: &TrainArgs) -> Result<()> {
             account.describe().lines().for_each(|line| log::warn!("{}:{line}", source.name));
         }
     }
+    for source in run.untrained() {
+        log::warn!("{}: no [[stage]] trains it, it is only evaluated", source.name);
+    }
     log::info!("adapter: {} parameters to train", run.lora.parameters());
     let report = train::train(&mut run, args.resume)?;
     print(&format!("{}\n", report.render()))

@@ -120,7 +120,8 @@ impl Registry {
     }
 }
 
-fn role_name(role: Role) -> &'static str {
+/// A role in words.
+pub fn role_name(role: Role) -> &'static str {
     match role {
         Role::Objective => "objective",
         Role::Adapter => "adapter",

@@ -73,6 +73,14 @@ impl Run {
         self.config.stage.iter().map(of).collect()
     }
 
+    /// The sources that no stage trains; they are only evaluated.
+    pub fn untrained(&self) -> impl Iterator<Item = &Source> {
+        let stages = self.stages();
+        let sources = self.sources.iter().enumerate();
+        let trained = move |source| stages.iter().any(|stage| stage.sources.contains(&source));
+        sources.filter(move |(index, _)| !trained(*index)).map(|(_, source)| source)
+    }
+
     /// Whether policy and reference are the same function before a stage's first step.
     pub fn identical(&self, reference: Reference) -> bool {
         match reference {

@@ -199,7 +199,7 @@ fn data_that_lack_what_an_objective_needs_are_refused() {
     assert_eq!(
         line,
         "[[data]] `s`: objective `kto` pairs prompts with completions of other rows, and there is \
-         only one of the rows"
+         only one of the rows; add rows or choose another objective"
     );
     let data = golden("data/scores.jsonl");
     let objective = "{ plugin = \"listwise\" }";

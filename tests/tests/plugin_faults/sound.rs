@@ -1,7 +1,7 @@
 //! Plugins without a fault: listed, checked, several in one library, with statistics of the step and
 //! with state.
 
-use super::{PLUGIN, Source, UFT, library, temporary, text};
+use super::{CONFIG, NON_FINITE, PLUGIN, Source, UFT, faulty, library, refused, temporary, text};
 use std::path::{Path, PathBuf};
 use uft_tests::{golden, lines, succeed, tensors};
 
@@ -36,6 +36,9 @@ fn the_check_passes_sound_objectives_and_finds_a_wrong_gradient() {
     let report = succeed(UFT, &["plugins", "check", "sound"]);
     assert_eq!(report.matches("  ok    gradient: ").count(), 2, "{report}");
     assert!(report.contains("  ok    state: 8 bytes, restored"), "{report}");
+
+    let line = refused(CONFIG, &["plugins", "check", "scores"]);
+    assert_eq!(line, "nothing to check: these libraries export no objective");
 
     let output = uft_tests::uft(UFT, &["plugins", "check", "sft", "faulty"]);
     assert_eq!(output.status.code(), Some(PLUGIN));
@@ -127,4 +130,22 @@ fn state_lives_through_training_and_is_left_alone_by_evaluation() {
     for (step, share) in [0.5, 0.75, 0.875].into_iter().enumerate() {
         assert!((center[step] - share * mean).abs() < 1e-6 * mean.abs(), "{center:?}");
     }
+}
+
+#[test]
+fn a_step_that_fails_is_no_part_of_the_saved_state() {
+    let dir = temporary();
+    let data = golden("data/demos.jsonl");
+    let second = format!(
+        "[[data]]\nname = \"t\"\nfiles = [\"{}\"]\nadapter = \"demonstrations\"\nobjective = {}",
+        data.display(),
+        faulty("infinite loss")
+    );
+    let path = settle(dir.path(), "steps = 3");
+    let run = std::fs::read_to_string(&path).expect("the run");
+    std::fs::write(&path, format!("{run}\n{second}\n")).expect("written");
+    let line = refused(NON_FINITE, &["train", text(&path)]);
+    assert!(line.contains("the state after step 0 is in "), "{line}");
+    let state = uft_tests::json(&dir.path().join("out/checkpoint-0/uft_state.json"));
+    assert_eq!(state["objectives"]["s"], serde_json::json!(vec![0; 8]), "the mean before any step");
 }
