@@ -278,11 +278,15 @@ impl Running<'_> {
         ) {
             return why;
         }
+        let go_on = match why.kind {
+            ErrorKind::NonFinite => "",
+            _ => "; go on from it with --resume",
+        };
         match self.save(run, position, logs) {
             Ok(path) => Error::new(
                 why.kind,
                 format!(
-                    "{}; the state after step {} is in {}",
+                    "{}; the state after step {} is in {}{go_on}",
                     why.message,
                     position.steps,
                     path.display()
