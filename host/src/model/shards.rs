@@ -181,9 +181,10 @@ impl Tensor<'_> {
         Ok(values)
     }
 
-    /// Widens the elements into `values`, one for each.
+    /// Widens the elements into `values`, one for each. An element that is not finite is refused: it
+    /// would make every log-prob NaN.
     pub fn copy_to_f32(&self, values: &mut [f32]) -> Result<()> {
-        match self.dtype {
+        let finite = match self.dtype {
             Dtype::F32 => widen(self.bytes, values, f32::from_le_bytes),
             Dtype::F16 => widen(self.bytes, values, |b| f16::from_le_bytes(b).to_f32()),
             Dtype::BF16 => widen(self.bytes, values, |b| bf16::from_le_bytes(b).to_f32()),
@@ -191,16 +192,33 @@ impl Tensor<'_> {
                 let message = format!("dtype {other:?}; supported are F32, F16 and BF16");
                 return Err(self.error(message));
             }
+        };
+        match finite {
+            true => Ok(()),
+            false => {
+                Err(self
+                    .error("holds NaN or infinity; the file is damaged or its training diverged"))
+            }
         }
-        Ok(())
     }
 }
 
-fn widen<const N: usize>(bytes: &[u8], values: &mut [f32], one: impl Fn([u8; N]) -> f32 + Sync) {
+/// Returns whether all elements are finite.
+fn widen<const N: usize>(
+    bytes: &[u8],
+    values: &mut [f32],
+    one: impl Fn([u8; N]) -> f32 + Sync,
+) -> bool {
     assert_eq!(bytes.len(), values.len() * N, "the header's shape was checked on opening");
-    bytes.par_chunks(TASK * N).zip(values.par_chunks_mut(TASK)).for_each(|(bytes, values)| {
+    let tasks = bytes.par_chunks(TASK * N).zip(values.par_chunks_mut(TASK));
+    let finite = tasks.map(|(bytes, values)| {
+        let mut finite = true;
         for (value, bytes) in values.iter_mut().zip(bytes.as_chunks::<N>().0) {
             *value = one(*bytes);
+            finite &= value.is_finite();
         }
+        finite
     });
+    // Not `all`, which would leave the rest of the elements out.
+    finite.reduce(|| true, |a, b| a & b)
 }

@@ -94,6 +94,25 @@ fn an_index_that_does_not_fit_its_files_is_named() {
 }
 
 #[test]
+fn weights_that_are_not_finite_are_refused() {
+    // f32, f16 and bf16; the last tensor's last element.
+    for (name, infinity, file) in [
+        ("llama", &f32::INFINITY.to_le_bytes()[..], "model.safetensors"),
+        ("llama-bias", &[0x00, 0x7c], "model.safetensors"),
+        ("mistral", &[0xc0, 0x7f], "model-00002-of-00002.safetensors"),
+    ] {
+        let scratch = Scratch::copy_of(&model_dir(name), &format!("not-finite-{name}"));
+        let path = scratch.0.join(file);
+        let mut bytes = std::fs::read(&path).unwrap();
+        let end = bytes.len() - infinity.len();
+        bytes[end..].copy_from_slice(infinity);
+        std::fs::write(&path, bytes).unwrap();
+        let message = refusal(&scratch.0);
+        assert!(message.contains(file) && message.contains("holds NaN or infinity"), "{message}");
+    }
+}
+
+#[test]
 fn files_that_are_no_safetensors_are_named() {
     let scratch = Scratch::copy_of(&model_dir("llama"), "cut");
     let path = scratch.0.join("model.safetensors");
