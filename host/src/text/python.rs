@@ -4,6 +4,9 @@ use minijinja::value::{Kwargs, ValueKind, from_args};
 use minijinja::{Environment, Error, ErrorKind, State, Value};
 use std::fmt::Write as _;
 
+/// Widest indent of `tojson`: what is written for it is not part of the template's fuel.
+const WIDEST_INDENT: usize = 16;
+
 /// Adds Python's ways to an environment.
 pub fn install(env: &mut Environment) {
     env.add_filter("tojson", tojson);
@@ -70,6 +73,9 @@ fn method(state: &mut State, value: &Value, name: &str, args: &[Value]) -> Resul
 /// `json.dumps` with transformers' arguments: nothing escaped for HTML, no ASCII only.
 fn tojson(value: &Value, kwargs: Kwargs) -> Result<String, Error> {
     let indent: Option<usize> = kwargs.get("indent")?;
+    if indent.is_some_and(|width| width > WIDEST_INDENT) {
+        return Err(invalid(format!("tojson: an indent of more than {WIDEST_INDENT}")));
+    }
     let separators: Option<Vec<String>> = kwargs.get("separators")?;
     let (item, key) = match separators.as_deref() {
         None => (if indent.is_some() { "," } else { ", " }.to_owned(), ": ".to_owned()),

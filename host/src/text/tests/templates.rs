@@ -162,6 +162,8 @@ fn a_template_that_does_not_end_is_stopped() {
     assert!(message.contains("does not come to an end"), "{message}");
     assert!(render("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", &[]).is_err());
     assert!(render("{% include '/etc/passwd' %}", &[]).is_err());
+    let message = render("{{ [1] | tojson(indent=3000000000) }}", &[]).unwrap_err().message;
+    assert!(message.contains("an indent of more than 16"), "{message}");
 }
 
 #[test]
