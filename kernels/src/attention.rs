@@ -16,7 +16,10 @@
 //! A block of queries (the heads that share a key head stacked, so that one product serves them all)
 //! meets a tile of keys at a time; tiles that no query of the block may see are never touched.
 
+mod heads;
 mod text;
+
+pub use heads::Heads;
 
 use crate::layout::{Group, Layout};
 use crate::math::{dot, exp, exp_and_sum, max, vectorised};
@@ -35,81 +38,6 @@ const EDGE_KEYS: usize = 32;
 /// Products of queries and keys from which decoding one token is worth several threads.
 const PARALLEL_DECODE: usize = 256 * 1024;
 
-/// How many heads there are, and how wide.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Heads {
-    /// Query heads.
-    pub heads: usize,
-    /// Key and value heads; divides `heads`. Query head h reads key head `h / (heads / kv_heads)`.
-    pub kv_heads: usize,
-    /// D.
-    pub head_dim: usize,
-}
-
-impl Heads {
-    /// Query heads per key head.
-    fn sharing(&self) -> usize {
-        self.heads / self.kv_heads
-    }
-
-    fn query_width(&self) -> usize {
-        self.heads * self.head_dim
-    }
-
-    fn key_width(&self) -> usize {
-        self.kv_heads * self.head_dim
-    }
-
-    fn scale(&self) -> f32 {
-        1.0 / (self.head_dim as f32).sqrt()
-    }
-
-    fn tokens_per_block(&self) -> usize {
-        (BLOCK_ROWS / self.sharing()).max(16)
-    }
-
-    /// Where the heads that share key head `kv` lie in row `row` of q, out and their gradients.
-    fn queries_of(&self, row: usize, kv: usize) -> Range<usize> {
-        let width = self.sharing() * self.head_dim;
-        let start = row * self.query_width() + kv * width;
-        start..start + width
-    }
-
-    /// Where key head `kv` lies in row `row` of k, v and their gradients.
-    fn key_of(&self, row: usize, kv: usize) -> Range<usize> {
-        let start = row * self.key_width() + kv * self.head_dim;
-        start..start + self.head_dim
-    }
-
-    /// Key head `kv` of the rows of a tile, as a matrix `[keys, D]`.
-    fn tile<'a>(&self, keys: &'a [f32], tile: &Tile, kv: usize) -> View<'a> {
-        let start = self.key_of(tile.row, kv).start;
-        View::new(&keys[start..], tile.len, self.head_dim, self.key_width())
-    }
-
-    fn assert_valid(&self) {
-        assert!(
-            self.kv_heads > 0 && self.heads.is_multiple_of(self.kv_heads) && self.head_dim > 0,
-            "attention: {} heads over {} key heads of width {}",
-            self.heads,
-            self.kv_heads,
-            self.head_dim
-        );
-    }
-
-    fn assert_shapes(&self, rows: usize, queries: &[(&str, &[f32])], keys: &[(&str, &[f32])]) {
-        self.assert_valid();
-        for (name, data) in queries {
-            let width = self.query_width();
-            assert_eq!(data.len(), rows * width, "attention: {name} must be [{rows}, {width}]");
-        }
-        for (name, data) in keys {
-            let width = self.key_width();
-            assert_eq!(data.len(), rows * width, "attention: {name} must be [{rows}, {width}]");
-        }
-    }
-}
-
 /// `q`, `out`: `[T, heads, D]`, `k`, `v`: `[T, kv_heads, D]`, `lse`: `[T, heads]` for the way back.
 /// Overwrites `out` and `lse`.
 pub fn forward(
@@ -126,8 +54,9 @@ pub fn forward(
     heads.assert_shapes(rows, &[("q", q), ("out", out)], &[("k", k), ("v", v)]);
     assert_eq!(lse.len(), rows * heads.heads, "attention: lse must be [{rows}, {}]", heads.heads);
     assert_window(window);
+    layout.assert_covers_rows_once();
 
-    let tokens = heads.tokens_per_block();
+    let tokens = tokens_per_block(heads);
     let texts = layout.groups.iter().flat_map(Text::of_group);
     let tasks: Vec<(Text, Block, usize)> = texts
         .flat_map(|text| text.blocks(tokens).map(move |block| (text, block)))
@@ -140,7 +69,7 @@ pub fn forward(
         let sharing = heads.sharing();
         for token in 0..block.len {
             let row = text.row(block.position + token);
-            // SAFETY: a row belongs to one block, and its heads to one key head.
+            // SAFETY: a row belongs to one text and one block, and its heads to one key head.
             let out = unsafe { out.range_mut(heads.queries_of(row, *kv)) };
             let start = row * heads.heads + kv * sharing;
             // SAFETY: as above.
@@ -171,6 +100,7 @@ pub fn backward(
     heads.assert_shapes(rows, &queries, &[("k", k), ("v", v), ("dk", &*dk), ("dv", &*dv)]);
     assert_eq!(lse.len(), rows * heads.heads, "attention: lse must be [{rows}, {}]", heads.heads);
     assert_window(window);
+    layout.assert_covers_rows_once();
 
     let given = Given { dout, q, k, v, out, lse, heads, window };
     let (dq, dk, dv) = (Scattered::new(dq), Scattered::new(dk), Scattered::new(dv));
@@ -185,7 +115,7 @@ pub fn backward(
     tasks.par_iter().for_each(|(group, kv)| {
         let rows = group.rows();
         let blocks: Vec<(Text, Block)> = Text::of_group(group)
-            .flat_map(|text| text.blocks(heads.tokens_per_block()).map(move |block| (text, block)))
+            .flat_map(|text| text.blocks(tokens_per_block(heads)).map(move |block| (text, block)))
             .collect();
         let sums: Vec<KeySums> = text::split_evenly(&blocks, parts)
             .into_par_iter()
@@ -196,7 +126,7 @@ pub fn backward(
                     scratch.go_back(&given, rows.start, text, block, *kv, &mut sums);
                     for token in 0..block.len {
                         let row = text.row(block.position + token);
-                        // SAFETY: a row belongs to one block, and its heads to one key head.
+                        // SAFETY: a row belongs to one text and one block, and its heads to one key head.
                         let dq = unsafe { dq.range_mut(heads.queries_of(row, *kv)) };
                         scratch.finish(token, dq, heads);
                     }
@@ -248,6 +178,11 @@ pub fn decode(
         return out.chunks_mut(width).enumerate().for_each(|out| head(&mut scratch, out));
     }
     out.par_chunks_mut(width).enumerate().for_each_init(ForwardScratch::default, head);
+}
+
+/// Tokens whose heads fill a block.
+fn tokens_per_block(heads: &Heads) -> usize {
+    (BLOCK_ROWS / heads.sharing()).max(16)
 }
 
 fn assert_window(window: Option<usize>) {

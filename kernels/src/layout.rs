@@ -74,6 +74,21 @@ impl Layout {
         self.positions.len()
     }
 
+    /// Panics unless the groups cover every row exactly once and in order: what lets tasks write to
+    /// different texts at the same time.
+    pub(crate) fn assert_covers_rows_once(&self) {
+        let mut next = 0;
+        for group in &self.groups {
+            assert_eq!(group.start, next, "layout: a group starts at the wrong row");
+            next += group.prompt_len;
+            for branch in &group.branches {
+                assert_eq!(branch.start, next, "layout: a branch starts at the wrong row");
+                next += branch.len;
+            }
+        }
+        assert_eq!(next, self.rows(), "layout: the groups do not end at the last row");
+    }
+
     fn push_positions(&mut self, first: usize, len: usize) {
         let position = |i| u32::try_from(i).expect("a text of more than 2^32 tokens");
         self.positions.extend((first..first + len).map(position));
@@ -96,6 +111,15 @@ mod tests {
         assert_eq!(layout.groups[1].start, 6);
         assert_eq!(layout.groups[1].branches, [Branch { start: 6, len: 2 }]);
         assert_eq!(layout.groups[2].rows(), 8..10);
+    }
+
+    #[test]
+    #[should_panic(expected = "layout: a branch starts at the wrong row")]
+    fn overlapping_branches_are_found() {
+        let mut layout = Layout::new(&[(3, vec![2, 2])]);
+        layout.assert_covers_rows_once();
+        layout.groups[0].branches[1].start = 4;
+        layout.assert_covers_rows_once();
     }
 
     #[test]

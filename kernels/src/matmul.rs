@@ -8,6 +8,9 @@
 //!
 //! With `beta` 0 the output is overwritten without being read.
 //!
+//! The same call gives the same bits on the same number of threads. A row's last bits may depend on how
+//! many rows there are, because that decides in which order sums are taken.
+//!
 //! The work is done by the `gemm` crate, which reaches the machine's limit for large products but
 //! packs and divides badly where one side is short. Those are split here, in parts that depend on
 //! shapes and the number of threads alone:
