@@ -12,7 +12,6 @@ Prints a Markdown table, with the peak memory of each process."""
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -57,12 +56,13 @@ def run_uft(a, model, task, lengths, work, extra=""):
                    f'adapter = "{adapter}"\nobjective = {objective}\n[train]\noutput = "{out}"\nepochs = 2\nbatch = {batch}\n'
                    f'lr = 1e-4\nschedule = "constant"\nwarmup = 0.0\nshuffle = false\nmax_length = 1024\nthreads = {a.threads}\n'
                    f'micro_tokens = {a.micro_tokens}\n{extra}\n')
-    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    child = subprocess.Popen([a.uft, "train", str(run)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={**os.environ, "RUST_LOG": "error"})
-    _, stderr = child.communicate()
-    if child.returncode:
-        sys.exit(f"uft: {stderr.decode()}")
-    peak = max(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, before) / 1024
+    log = work / "stderr"
+    with log.open("wb") as stderr:
+        child = subprocess.Popen([a.uft, "train", str(run)], stdout=subprocess.DEVNULL, stderr=stderr, env={**os.environ, "RUST_LOG": "error"})
+        _, status, usage = os.wait4(child.pid, 0)
+    if status:
+        sys.exit(f"uft: {log.read_text()}")
+    peak = usage.ru_maxrss / 1024
     steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     seconds = [s["tokens"] / s["tokens_per_second"] for s in steps]
     tokens = 2 * sum(lengths) - sum(lengths[:batch])

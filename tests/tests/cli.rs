@@ -199,6 +199,11 @@ fn what_is_wrong_is_said_in_one_line_with_its_exit_code() {
         &["train", &run, "--set", "data[demos].files=[\"no.jsonl\"]"],
         &["demos", "no.jsonl", "cannot be read"],
     );
+    one_line(
+        2,
+        &["train", &run, "--set", "lora.rank_pattern={nope=2}"],
+        &["rank_pattern", "\"nope\" matches no adapted module"],
+    );
     one_line(5, &["train", &run, "--set", "model.path=/nowhere"], &["/nowhere", "config.json"]);
     one_line(
         2,

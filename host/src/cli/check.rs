@@ -48,8 +48,12 @@ pub fn run(args: &CheckArgs) -> Result<()> {
             writeln!(out, "source `{}`: no [[stage]] trains it, it is only evaluated", source.name);
     }
     print(&out)?;
-    let stage = run.stages().swap_remove(0);
-    print(&first_step(&mut run, &stage)?)
+    for stage in run.stages() {
+        let label = stage.name.as_ref().map_or(String::new(), |name| format!("stage `{name}`, "));
+        print(&format!("{label}{}", first_step(&mut run, &stage)?))?;
+        run.forget_reference();
+    }
+    Ok(())
 }
 
 fn rows(source: &crate::data::Source) -> String {
@@ -75,7 +79,8 @@ fn rows(source: &crate::data::Source) -> String {
     )
 }
 
-/// The first batch forward and backward, and whether its rewards are what they must be.
+/// A stage's first batch forward and backward with the adapter as it is now, and whether its rewards are
+/// what they must be.
 fn first_step(run: &mut Run, stage: &Stage) -> Result<String> {
     let identical = run.identical(stage.train.reference);
     let reference = run.reference(stage.train.reference);

@@ -102,6 +102,9 @@ fn check_stage(config: &Config, stage: &StageSection, index: usize) -> Result<()
         stage.reference.is_some(),
         "reference is missing: \"base\" (adapter off) or \"previous\" (the adapter as the stage before left it)",
     )?;
+    for (i, name) in stage.data.iter().enumerate() {
+        require(!stage.data[..i].contains(name), "data names a source twice")?;
+    }
     let known: Vec<&str> = config.data.iter().map(|d| d.name.as_str()).collect();
     if let Some(unknown) = stage.data.iter().find(|name| !known.contains(&name.as_str())) {
         return Err(Error::config(format!(

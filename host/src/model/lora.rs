@@ -98,8 +98,13 @@ impl LoraConfig {
     /// The adapters that this configuration means, with A and B zero. `strict` as for
     /// [`Targets::select`].
     pub fn place(&self, model: &ModelConfig, strict: bool) -> Result<Vec<Adapter>> {
-        let adapters = self.targets.select(model, strict)?.into_iter();
-        adapters.map(|linear| self.adapter(linear)).collect()
+        let linears = self.targets.select(model, strict)?;
+        if strict {
+            let names: Vec<&str> = linears.iter().map(|linear| linear.name.as_str()).collect();
+            self.rank_pattern.expect_used(&names).map_err(|e| e.at("[lora] rank_pattern"))?;
+            self.alpha_pattern.expect_used(&names).map_err(|e| e.at("[lora] alpha_pattern"))?;
+        }
+        linears.into_iter().map(|linear| self.adapter(linear)).collect()
     }
 
     fn adapter(&self, linear: LinearSite) -> Result<Adapter> {

@@ -181,16 +181,32 @@ impl<T: Copy> Patterns<T> {
     /// The value for a module, if any pattern matches its path or what it ends with after a dot.
     pub fn get(&self, name: &str) -> Result<Option<T>> {
         for (pattern, value) in &self.0 {
-            if whole(&format!(r"(?:.*\.)?(?:{pattern})"))?.is_match(name) {
+            if suffix_regex(pattern)?.is_match(name) {
                 return Ok(Some(*value));
             }
         }
         Ok(None)
     }
+
+    /// Makes sure that every pattern means one of the adapted modules.
+    pub fn expect_used(&self, names: &[&str]) -> Result<()> {
+        for (pattern, _) in &self.0 {
+            let regex = suffix_regex(pattern)?;
+            if !names.iter().any(|name| regex.is_match(name)) {
+                return Err(Error::config(format!("{pattern:?} matches no adapted module")));
+            }
+        }
+        Ok(())
+    }
 }
 
 fn is_suffix(entry: &str, name: &str) -> bool {
     name.strip_suffix(entry).is_some_and(|before| before.is_empty() || before.ends_with('.'))
+}
+
+/// A pattern for a module's path or what it ends with after a dot.
+fn suffix_regex(pattern: &str) -> Result<Regex> {
+    whole(&format!(r"(?:.*\.)?(?:{pattern})"))
 }
 
 /// Python's `re.fullmatch`.

@@ -126,11 +126,14 @@ fn examples(examples: &[Example]) -> String {
 
 /// Every configuration key that has a part in the numbers, as `section.key` = its TOML.
 fn settings(run: &Run) -> BTreeMap<String, String> {
-    const WRITING: [&str; 5] = [
+    // Places may move: what stands there is compared by hash, or is only written.
+    const PLACES: [&str; 7] = [
         "train.output",
         "train.save_every",
         "train.save_total_limit",
         "train.threads",
+        "text.template",
+        "model.adapter",
         "model.path",
     ];
     let table = toml::Table::try_from(&run.config).expect("a configuration is TOML");
@@ -159,6 +162,6 @@ fn settings(run: &Run) -> BTreeMap<String, String> {
             }
         }
     }
-    out.retain(|key, _| !WRITING.contains(&key.as_str()));
+    out.retain(|key, _| !PLACES.contains(&key.as_str()));
     out
 }

@@ -18,10 +18,16 @@ pub fn groups(source: &Source, index: usize, rows: Rows, plan: &Plan) -> Vec<Gro
     let members: Vec<usize> =
         plan.groups.iter().filter(|g| g.item.source == index).map(|g| g.item.row).collect();
     let own: Vec<_> = members.iter().map(|&row| responses(&examples[row].group)).collect();
-    // A group alone in its step takes the completions of the row before it in the data.
-    let alone = responses(&examples[(members[0] + examples.len() - 1) % examples.len()].group);
-    let before =
-        |g: usize| if own.len() == 1 { &alone } else { &own[(g + own.len() - 1) % own.len()] };
+    // A row alone in its step takes the completions of the row before it in the data.
+    let row_before = |row: usize| (row + examples.len() - 1) % examples.len();
+    let alone: Vec<_> =
+        members.iter().map(|&row| responses(&examples[row_before(row)].group)).collect();
+    // A small data set may have the same row at neighbouring places: its own completion is no mismatch.
+    let before = |g: usize| {
+        let mut earlier = (1..own.len()).map(|back| (g + own.len() - back) % own.len());
+        let other = earlier.find(|&i| members[i] != members[g]);
+        other.map_or(&alone[g], |i| &own[i])
+    };
     let mismatched = own.iter().enumerate().flat_map(|(g, group)| {
         let others = before(g);
         group.iter().enumerate().map(|(i, (prompt, _))| (prompt, &others[i % others.len()].1))

@@ -70,7 +70,7 @@ pub fn train(run: &mut Run, resume: bool) -> Result<Report> {
             None => {
                 position = Position { stage: index, step: 0, ..position };
                 // Reference log-probs of another stage's reference are of no use.
-                forget_reference(run);
+                run.forget_reference();
                 (Optimizer::new(&stage.train, &run.lora), run.reference(stage.train.reference))
             }
         };
@@ -328,12 +328,6 @@ impl Running<'_> {
     }
 }
 
-fn forget_reference(run: &mut Run) {
-    for source in &mut run.sources {
-        source.train.iter_mut().chain(&mut source.held_out).for_each(|e| e.ref_logps = None);
-    }
-}
-
 /// Loss and metrics of a stage's held-out rows, all of them as one step.
 fn evaluate(
     run: &mut Run,
@@ -359,8 +353,8 @@ fn evaluate(
 fn snapshot(run: &mut Run, stage: &Stage) -> Result<Snapshot> {
     let everything =
         Stage { name: None, train: stage.train.clone(), sources: (0..run.sources.len()).collect() };
-    forget_reference(run);
+    run.forget_reference();
     let metrics = evaluate(run, &everything, None, 0, 0)?.metrics;
-    forget_reference(run);
+    run.forget_reference();
     Ok(Snapshot { metrics, answers: report::answers(run)? })
 }
