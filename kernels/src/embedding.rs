@@ -1,12 +1,14 @@
 //! The token embedding: `out[t] = table[ids[t]]`. The table is frozen, so there is no way back.
 
+use crate::matmul::Weight;
 use crate::parallel::rows_per_task;
 use rayon::prelude::*;
 
 /// `out`: `[T, H]` = the rows `ids`: `[T]` of `table`: `[V, H]`. Overwrites `out`.
 ///
 /// H follows from the lengths; an id that is not in the table panics.
-pub fn gather(table: &[f32], ids: &[u32], out: &mut [f32]) {
+pub fn gather<'w>(table: impl Into<Weight<'w>>, ids: &[u32], out: &mut [f32]) {
+    let table = table.into();
     if ids.is_empty() {
         return assert!(out.is_empty(), "embedding: out has rows but ids has none");
     }
@@ -21,10 +23,9 @@ pub fn gather(table: &[f32], ids: &[u32], out: &mut [f32]) {
     let block = |(out, ids): (&mut [f32], &[u32])| {
         for (out, id) in out.chunks_exact_mut(width).zip(ids) {
             let from = *id as usize * width;
-            let row = table.get(from..from + width);
-            out.copy_from_slice(row.unwrap_or_else(|| {
-                panic!("embedding: id {id} in a vocabulary of {}", table.len() / width)
-            }));
+            let vocab = table.len() / width;
+            assert!((*id as usize) < vocab, "embedding: id {id} in a vocabulary of {vocab}");
+            table.range(from..from + width).widen(out);
         }
     };
     let task = rows_per_task(width);
@@ -50,12 +51,12 @@ mod tests {
                 assert_eq!(out[row * width..][..width], table[from..from + width]);
             }
         }
-        gather(&[1.0], &[], &mut []);
+        gather(&[1.0][..], &[], &mut []);
     }
 
     #[test]
     #[should_panic(expected = "embedding: id 3 in a vocabulary of 3")]
     fn an_unknown_id_is_named() {
-        gather(&[0.0; 6], &[3], &mut [0.0; 2]);
+        gather(&[0.0; 6][..], &[3], &mut [0.0; 2]);
     }
 }

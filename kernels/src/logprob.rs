@@ -26,7 +26,7 @@
 //! the logits; a head without an adapter never does.
 
 use crate::math::{dot, exp, exp_and_sum, max, sum_exp, vectorised};
-use crate::matmul::{nn, nt, tn};
+use crate::matmul::{Weight, nn, nt, nt_few, tn};
 use rayon::prelude::*;
 
 /// Rows per chunk: enough for a product at full speed however the vocabulary is cut.
@@ -39,7 +39,7 @@ const CHUNK_COLUMNS: usize = 8192;
 #[derive(Clone, Copy, Debug)]
 pub struct Head<'a> {
     /// W: `[V, H]`.
-    pub weight: &'a [f32],
+    pub weight: Weight<'a>,
     /// V.
     pub vocab: usize,
     /// H.
@@ -129,10 +129,10 @@ pub fn forward_logits(hidden: &[f32], head: &Head, logits: &mut [f32]) {
     let rows = hidden.len() / head.hidden;
     assert_eq!(hidden.len(), rows * head.hidden, "logprob: hidden must be [N, {}]", head.hidden);
     assert_eq!(logits.len(), rows * head.vocab, "logprob: logits must be [{rows}, {}]", head.vocab);
-    nt(hidden, head.weight, logits, rows, head.hidden, head.vocab, 1.0, 0.0);
+    nt_few(hidden, head.weight, logits, rows, head.hidden, head.vocab, 1.0, 0.0);
     if let Some(adapter) = &head.adapter {
         let low = adapter.project(hidden, rows, head.hidden);
-        nt(&low, adapter.b, logits, rows, adapter.rank, head.vocab, 1.0, 1.0);
+        nt_few(&low, adapter.b, logits, rows, adapter.rank, head.vocab, 1.0, 1.0);
     }
 }
 
@@ -158,13 +158,14 @@ pub fn adapter_backward(
     for ((hidden, targets), (logp, dlogp)) in rows.zip(losses) {
         let n = targets.len();
         let low = adapter.project(hidden, n, width);
+        let mut of_target = vec![0.0; width];
         let lse: Vec<f32> = (0..n)
             .map(|row| {
                 let target = targets[row] as usize;
                 let hidden = &hidden[row * width..(row + 1) * width];
                 let low = &low[row * rank..(row + 1) * rank];
-                let from_weight = inner(hidden, head.weight_rows(target, 1));
-                from_weight + inner(low, adapter.b_rows(target, 1)) - logp[row]
+                head.weight_rows(target, 1).widen(&mut of_target);
+                inner(hidden, &of_target) + inner(low, adapter.b_rows(target, 1)) - logp[row]
             })
             .collect();
         // dlogp_t e_t: `[n, r]`.
@@ -208,8 +209,8 @@ impl<'a> Head<'a> {
         }
     }
 
-    fn weight_rows(&self, first: usize, rows: usize) -> &'a [f32] {
-        &self.weight[first * self.hidden..(first + rows) * self.hidden]
+    fn weight_rows(&self, first: usize, rows: usize) -> Weight<'a> {
+        self.weight.range(first * self.hidden..(first + rows) * self.hidden)
     }
 
     fn assert_valid(&self) {
@@ -303,13 +304,18 @@ impl<'a> Softmax<'a> {
     }
 
     /// Turns Σ e^(logit - top) M[v], `[rows, width]`, into `M[y_t] - Σ p_tv M[v]`.
-    fn target_less_mean(&self, matrix: &[f32], sums: &mut [f32], width: usize) {
+    fn target_less_mean<'w>(&self, matrix: impl Into<Weight<'w>>, sums: &mut [f32], width: usize) {
         if width > 0 {
+            let matrix = matrix.into();
             let rows = sums.par_chunks_mut(width).zip(&self.rows).zip(self.targets);
-            rows.for_each(|((sums, row), target)| {
-                let target = &matrix[*target as usize * width..][..width];
-                subtract_from(target, sums, 1.0 / row.sum);
-            });
+            rows.for_each_init(
+                || vec![0.0; width],
+                |of_target, ((sums, row), target)| {
+                    let first = *target as usize * width;
+                    matrix.range(first..first + width).widen(of_target);
+                    subtract_from(of_target, sums, 1.0 / row.sum);
+                },
+            );
         }
     }
 

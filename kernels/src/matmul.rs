@@ -6,76 +6,41 @@
 //! tn   c [p,q] = alpha a[m,p]ᵀ b[m,q]  + beta c     its gradient to a weight
 //! ```
 //!
-//! With `beta` 0 the output is overwritten without being read.
+//! With `beta` 0 the output is overwritten without being read. w may be stored in 16 bits (see
+//! [`Weight`]).
 //!
-//! The same call gives the same bits on the same number of threads. A row's last bits may depend on how
-//! many rows there are, because that decides in which order sums are taken.
+//! The same call gives the same bits on the same number of threads. A row of [`nt`] has the same
+//! bits whatever other rows there are and however many threads: a text's log-probs do not depend on
+//! what it is packed with.
 //!
 //! The work is done by the `gemm` crate, which reaches the machine's limit for large products but
 //! packs and divides badly where one side is short. Those are split here, in parts that depend on
 //! shapes and the number of threads alone:
 //!
 //! * a product with an adapter's rank in it is split by rows, so that a part stays in the caches;
-//! * one or a few rows meet each row of the weight in turn, so that the weight is read once;
 //! * an adapter's gradient is collected over few rows at a time, no more than the processor can hold
 //!   page addresses for, with the long side split over the threads.
 
-use crate::math::{dot, vectorised};
+mod few;
+mod view;
+mod weight;
+
+pub use few::nt_few;
+pub use weight::Weight;
+
+pub(crate) use view::View;
+
 use crate::parallel::Scattered;
 use gemm::Parallelism;
 use rayon::prelude::*;
-use std::ops::Range;
+use view::assert_inside;
 
 /// A side up to this length counts as an adapter's rank.
 const RANK_AT_MOST: usize = 64;
-/// Up to this many rows are too few to pack a weight for.
-const FEW_ROWS: usize = 8;
-/// Rows of the weight that those meet at a time.
-const FEW_ROWS_COLUMNS: usize = 32;
 /// Rows over which a gradient of short width is collected at a time.
 const GRADIENT_ROWS: usize = 64;
 /// Multiplications below which a product stays on one thread.
 const SMALL: usize = 48 * 48 * 256;
-
-/// A matrix inside a larger one: `rows` x `cols` elements, those of a row `col_stride` apart, rows
-/// `row_stride` apart.
-#[derive(Clone, Copy)]
-pub(crate) struct View<'a> {
-    data: &'a [f32],
-    rows: usize,
-    cols: usize,
-    row_stride: usize,
-    col_stride: usize,
-}
-
-impl<'a> View<'a> {
-    /// Rows of `cols` adjacent elements, one every `row_stride` elements of `data`.
-    pub(crate) fn new(data: &'a [f32], rows: usize, cols: usize, row_stride: usize) -> Self {
-        assert_inside(data.len(), rows, cols, row_stride);
-        Self { data, rows, cols, row_stride, col_stride: 1 }
-    }
-
-    /// The transposed matrix; nothing moves.
-    pub(crate) fn t(self) -> Self {
-        Self {
-            rows: self.cols,
-            cols: self.rows,
-            row_stride: self.col_stride,
-            col_stride: self.row_stride,
-            ..self
-        }
-    }
-
-    fn row_range(self, range: Range<usize>) -> Self {
-        assert!(range.start <= range.end && range.end <= self.rows);
-        let skipped = (range.start * self.row_stride).min(self.data.len());
-        Self { data: &self.data[skipped..], rows: range.len(), ..self }
-    }
-
-    fn col_range(self, range: Range<usize>) -> Self {
-        self.t().row_range(range).t()
-    }
-}
 
 /// `c = alpha a b + beta c` on the calling thread; `c` has the shape of `a b` with rows
 /// `row_stride` apart.
@@ -84,9 +49,9 @@ pub(crate) fn product(a: View, b: View, c: &mut [f32], row_stride: usize, alpha:
 }
 
 /// `y[m,n] = alpha x[m,k] w[n,k]ᵀ + beta y`.
-pub fn nt(
+pub fn nt<'w>(
     x: &[f32],
-    w: &[f32],
+    w: impl Into<Weight<'w>>,
     y: &mut [f32],
     m: usize,
     k: usize,
@@ -94,18 +59,22 @@ pub fn nt(
     alpha: f32,
     beta: f32,
 ) {
-    assert_shapes("nt", [("x", x, m, k), ("w", w, n, k), ("y", y, m, n)]);
-    if m <= FEW_ROWS && m * k * n > 0 {
-        return few_rows(x, w, y, (m, k, n), alpha, beta);
+    let w = w.into();
+    assert_shapes("nt", [("x", x.len(), m, k), ("w", w.len(), n, k), ("y", y.len(), m, n)]);
+    if m == 0 {
+        return;
     }
-    let (x, w) = (View::new(x, m, k, k), View::new(w, n, k, k));
-    multiply(x, w.t(), y, alpha, beta);
+    let x = View::new(x, m, k, k);
+    w.for_panels(n, k, |rows, panel| {
+        let w = View::new(panel, rows.len(), k, k);
+        multiply_alike(x, w.t(), &mut y[rows.start..], n, alpha, beta);
+    });
 }
 
 /// `dx[m,k] = alpha dy[m,n] w[n,k] + beta dx`.
-pub fn nn(
+pub fn nn<'w>(
     dy: &[f32],
-    w: &[f32],
+    w: impl Into<Weight<'w>>,
     dx: &mut [f32],
     m: usize,
     n: usize,
@@ -113,9 +82,14 @@ pub fn nn(
     alpha: f32,
     beta: f32,
 ) {
-    assert_shapes("nn", [("dy", dy, m, n), ("w", w, n, k), ("dx", dx, m, k)]);
-    let (dy, w) = (View::new(dy, m, n, n), View::new(w, n, k, k));
-    multiply(dy, w, dx, alpha, beta);
+    let w = w.into();
+    assert_shapes("nn", [("dy", dy.len(), m, n), ("w", w.len(), n, k), ("dx", dx.len(), m, k)]);
+    let dy = View::new(dy, m, n, n);
+    w.for_panels(n, k, |rows, panel| {
+        let beta = if rows.start == 0 { beta } else { 1.0 };
+        let w = View::new(panel, rows.len(), k, k);
+        multiply(dy.col_range(rows), w, dx, k, alpha, beta);
+    });
 }
 
 /// `c[p,q] = alpha a[m,p]ᵀ b[m,q] + beta c`.
@@ -129,7 +103,7 @@ pub fn tn(
     alpha: f32,
     beta: f32,
 ) {
-    assert_shapes("tn", [("a", a, m, p), ("b", b, m, q), ("c", c, p, q)]);
+    assert_shapes("tn", [("a", a.len(), m, p), ("b", b.len(), m, q), ("c", c.len(), p, q)]);
     let (a, b) = (View::new(a, m, p, p), View::new(b, m, q, q));
     if p.min(q) > RANK_AT_MOST || m * p * q < SMALL {
         gemm_strided(a.t(), b, c, q, alpha, beta, Parallelism::Rayon(0));
@@ -146,66 +120,51 @@ pub fn tn(
     }
 }
 
-/// `c = alpha a b + beta c` for a dense `c`, split over the threads.
-fn multiply(a: View, b: View, c: &mut [f32], alpha: f32, beta: f32) {
+/// Rows from which on `gemm` sums a row in the same order however many there are. It takes another
+/// way for a single row, for up to 256 results, and for up to 64 x 64 results, where sums are cut at
+/// other places once they are longer than 512. Where they are cut depends on their length alone.
+fn least_rows_alike(k: usize, n: usize) -> usize {
+    let blocks = if n <= 64 && k > 512 { 65 } else { 2 };
+    blocks.max(256 / n + 1)
+}
+
+/// [`multiply`] by `w`: `[k, n]`, where every row of the result has the same bits however many there
+/// are: few rows get company.
+fn multiply_alike(x: View, w: View, y: &mut [f32], row_stride: usize, alpha: f32, beta: f32) {
+    let (m, k, n) = (x.rows, x.cols, w.cols);
+    let least = least_rows_alike(k, n.max(1));
+    if m >= least || k * n == 0 {
+        return multiply(x, w, y, row_stride, alpha, beta);
+    }
+    let mut company = x.data[..m * k].to_vec();
+    company.resize(least * k, 0.0);
+    let mut out = vec![0.0; least * n];
+    for (out, y) in out.chunks_exact_mut(n).zip(y.chunks(row_stride).take(m)) {
+        out.copy_from_slice(&y[..n]);
+    }
+    multiply(View::new(&company, least, k, k), w, &mut out, n, alpha, beta);
+    for (out, y) in out.chunks_exact(n).zip(y.chunks_mut(row_stride).take(m)) {
+        y[..n].copy_from_slice(out);
+    }
+}
+
+/// `c = alpha a b + beta c` for a `c` with rows `row_stride` apart, split over the threads.
+fn multiply(a: View, b: View, c: &mut [f32], row_stride: usize, alpha: f32, beta: f32) {
     let (m, k, n) = (a.rows, a.cols, b.cols);
     if k.min(n) > RANK_AT_MOST || m * k * n < SMALL {
-        gemm_strided(a, b, c, n, alpha, beta, Parallelism::Rayon(0));
-    } else {
-        // A few parts per thread, for balance.
-        let rows = m.div_ceil(4 * rayon::current_num_threads()).clamp(64, 256);
-        c.par_chunks_mut(rows * n).enumerate().for_each(|(part, c)| {
-            let first = part * rows;
-            let a = a.row_range(first..m.min(first + rows));
-            product(a, b, c, n, alpha, beta);
-        });
+        return gemm_strided(a, b, c, row_stride, alpha, beta, Parallelism::Rayon(0));
     }
-}
-
-/// [`nt`] for few rows: generation, one token at a time. Each row of the weight is read once, and
-/// memory is the limit.
-fn few_rows(
-    x: &[f32],
-    w: &[f32],
-    y: &mut [f32],
-    (m, k, n): (usize, usize, usize),
-    alpha: f32,
-    beta: f32,
-) {
-    let y = Scattered::new(y);
-    let block = |(index, w): (usize, &[f32])| {
-        let (start, columns) = (index * FEW_ROWS_COLUMNS, w.len() / k);
-        let mut products = [0.0; FEW_ROWS * FEW_ROWS_COLUMNS];
-        inner_products(x, w, k, &mut products[..m * columns]);
-        for (row, products) in products[..m * columns].chunks_exact(columns).enumerate() {
-            let at = row * n + start;
-            // SAFETY: blocks are disjoint ranges of columns.
-            let y = unsafe { y.range_mut(at..at + columns) };
-            for (y, product) in y.iter_mut().zip(products) {
-                *y = alpha * product + if beta == 0.0 { 0.0 } else { beta * *y };
-            }
-        }
-    };
-    let weight = FEW_ROWS_COLUMNS * k;
-    if m * k * n < SMALL {
-        return w.chunks(weight).enumerate().for_each(block);
-    }
-    w.par_chunks(weight).enumerate().with_min_len(8).for_each(block);
-}
-
-vectorised! {
-    /// All rows of `x` with all rows of `w`, both `k` wide: `[rows of x, rows of w]`. Four rows of `x`
-    /// at a time stay in the first-level cache.
-    fn inner_products(x: &[f32], w: &[f32], k: usize, out: &mut [f32]) {
-        let columns = w.len() / k;
-        for (x, out) in x.chunks(4 * k).zip(out.chunks_mut(4 * columns)) {
-            for (column, w) in w.chunks_exact(k).enumerate() {
-                for (row, x) in x.chunks_exact(k).enumerate() {
-                    out[row * columns + column] = dot(x, w);
-                }
-            }
-        }
-    }
+    // A few parts per thread, for balance, none so small that it would be summed otherwise.
+    let rows = m.div_ceil(4 * rayon::current_num_threads()).clamp(64, 256);
+    let parts = (m / rows.max(least_rows_alike(k, n))).max(1);
+    let c = Scattered::new(c);
+    (0..parts).into_par_iter().for_each(|part| {
+        let rows = part * m / parts..(part + 1) * m / parts;
+        let end = (rows.end - 1) * row_stride + n;
+        // SAFETY: parts are disjoint ranges of rows.
+        let c = unsafe { c.range_mut(rows.start * row_stride..end) };
+        product(a.row_range(rows), b, c, row_stride, alpha, beta);
+    });
 }
 
 /// `c = alpha longᵀ short + beta c`, where `short` has few columns and `c` is `[long, short]`.
@@ -264,17 +223,10 @@ fn gemm_strided(
     }
 }
 
-fn assert_inside(len: usize, rows: usize, cols: usize, row_stride: usize) {
-    let needed = if rows == 0 { 0 } else { (rows - 1) * row_stride + cols };
-    assert!(
-        cols <= row_stride && needed <= len,
-        "[{rows}, {cols}] with stride {row_stride} does not fit in {len} elements"
-    );
-}
-
-fn assert_shapes(op: &str, operands: [(&str, &[f32], usize, usize); 3]) {
-    for (name, data, rows, cols) in operands {
-        assert_eq!(data.len(), rows * cols, "matmul::{op}: {name} must be [{rows}, {cols}]");
+/// Operands by name, with their lengths and the shapes that these must fit.
+fn assert_shapes(op: &str, operands: [(&str, usize, usize, usize); 3]) {
+    for (name, len, rows, cols) in operands {
+        assert_eq!(len, rows * cols, "matmul::{op}: {name} must be [{rows}, {cols}]");
     }
 }
 
@@ -282,6 +234,7 @@ fn assert_shapes(op: &str, operands: [(&str, &[f32], usize, usize); 3]) {
 mod tests {
     use super::*;
     use crate::testing::{Real, assert_accurate, error, poison, random};
+    use half::{bf16, f16};
 
     /// Rows of `a` times columns of `b`, one product at a time.
     fn reference<R: Real>(
@@ -363,12 +316,13 @@ mod tests {
 
     #[test]
     fn nt_agrees_with_f64() {
-        check(nt, "nt");
+        check(|x, w, y, m, k, n, alpha, beta| nt(x, w, y, m, k, n, alpha, beta), "nt");
+        check(|x, w, y, m, k, n, alpha, beta| nt_few(x, w, y, m, k, n, alpha, beta), "nt");
     }
 
     #[test]
     fn nn_agrees_with_f64() {
-        check(nn, "nn");
+        check(|x, w, y, m, k, n, alpha, beta| nn(x, w, y, m, k, n, alpha, beta), "nn");
     }
 
     #[test]
@@ -404,9 +358,78 @@ mod tests {
         assert!((0..5).all(|_| run() == first));
     }
 
+    /// What packing rests on: a text's rows have the same bits in any company, on any number of
+    /// threads, in 16 bits as well.
+    #[test]
+    fn a_row_has_the_same_bits_however_many_there_are() {
+        let most = 600;
+        for (k, n) in [
+            (64, 16),
+            (768, 16),
+            (2304, 16),
+            (16, 768),
+            (3, 5),
+            (1030, 64),
+            (1030, 65),
+            (768, 256),
+            (2304, 768),
+            (700, 1100),
+            (9, 2),
+            (2, 40),
+        ] {
+            let (x, w, before) = (random(most * k, 1), random(n * k, 2), random(most * n, 3));
+            let half: Vec<bf16> = w.iter().map(|w| bf16::from_f32(*w)).collect();
+            for (weight, beta) in [(Weight::F32(&w), 0.0), (Weight::Bf16(&half), 1.0)] {
+                let run = |m: usize, threads: usize| {
+                    let mut y = before[..m * n].to_vec();
+                    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
+                    pool.unwrap().install(|| {
+                        nt(&x[..m * k], weight, &mut y, m, k, n, 1.0, beta);
+                    });
+                    y
+                };
+                let all = run(most, 2);
+                for m in [1, 2, 3, 4, 5, 8, 15, 16, 17, 31, 64, 65, 66, 127, 200, 257, 513] {
+                    for threads in [1, 3] {
+                        assert!(run(m, threads) == all[..m * n], "{m} of {most} rows, {k}x{n}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn sixteen_bits_are_multiplied_as_if_widened() {
+        let (m, k, n) = (70, 130, 1100);
+        let (x, w, dy) = (random(m * k, 1), random(n * k, 2), random(m * n, 3));
+        let bf: Vec<bf16> = w.iter().map(|w| bf16::from_f32(*w)).collect();
+        let half: Vec<f16> = w.iter().map(|w| f16::from_f32(*w)).collect();
+        for weight in [Weight::Bf16(&bf), Weight::F16(&half)] {
+            let mut wide = vec![0.0; n * k];
+            weight.widen(&mut wide);
+            let coarse = w.iter().zip(&wide).map(|(w, wide)| (w - wide).abs() / w.abs());
+            assert!(coarse.fold(0.0, f32::max) < 4e-3, "eight bits of mantissa at least");
+            let (mut y, mut few, mut dx) = (poison(m * n), poison(3 * n), random(m * k, 4));
+            let (x_at, w_t) =
+                (|i: usize, l: usize| x[i * k + l], |l: usize, j: usize| wide[j * k + l]);
+            let plain = reference::<f32>((m, k, n), x_at, w_t, &y, 1.0, 0.0);
+            let exact = reference::<f64>((m, k, n), x_at, w_t, &y, 1.0, 0.0);
+            nt(&x, weight, &mut y, m, k, n, 1.0, 0.0);
+            assert_accurate("nt", &y, &plain, &exact);
+            nt_few(&x[..3 * k], weight, &mut few, 3, k, n, 1.0, 0.0);
+            assert_accurate("nt_few", &few, &plain[..3 * n], &exact[..3 * n]);
+            let (dy_at, w_at) =
+                (|i: usize, l: usize| dy[i * n + l], |l: usize, j: usize| wide[l * k + j]);
+            let plain = reference::<f32>((m, n, k), dy_at, w_at, &dx, 0.5, 1.0);
+            let exact = reference::<f64>((m, n, k), dy_at, w_at, &dx, 0.5, 1.0);
+            nn(&dy, weight, &mut dx, m, n, k, 0.5, 1.0);
+            assert_accurate("nn", &dx, &plain, &exact);
+        }
+    }
+
     #[test]
     #[should_panic(expected = "matmul::nt: w must be [4, 3]")]
     fn a_wrong_shape_is_named() {
-        nt(&[0.0; 6], &[0.0; 11], &mut [0.0; 8], 2, 3, 4, 1.0, 0.0);
+        nt(&[0.0; 6], &[0.0; 11][..], &mut [0.0; 8], 2, 3, 4, 1.0, 0.0);
     }
 }

@@ -4,7 +4,9 @@
 
 use super::buffers::{Buffer, Pool};
 use super::config::ModelConfig;
+use super::frozen::Frozen;
 use super::layer::{Context, Layer, LayerTape};
+use super::linear::Product;
 use super::lora::{Adapter, Lora, LoraGrads};
 use super::packed::{NeededRows, Packed};
 use super::targets::Site;
@@ -17,9 +19,9 @@ use uft_kernels::{elementwise, embedding, rmsnorm};
 pub struct Model {
     pub config: ModelConfig,
     /// `[V, H]`.
-    pub(super) embedding: Vec<f32>,
+    pub(super) embedding: Frozen,
     /// `[V, H]`, or the embedding where they are tied.
-    pub(super) head: Option<Vec<f32>>,
+    pub(super) head: Option<Frozen>,
     /// `[H]`, before the head.
     pub(super) norm: Vec<f32>,
     pub(super) layers: Vec<Layer>,
@@ -117,7 +119,7 @@ impl Model {
         let (mut normed, mut inv_rms) = (pool.take(x.len()), pool.take(needed.rows.len()));
         rmsnorm::forward(&x, &self.norm, self.config.norm_eps, &mut normed, &mut inv_rms);
         let mut hidden = pool.take(needed.of_target.len() * h);
-        embedding::gather(&normed, &needed.of_target, &mut hidden);
+        embedding::gather(&normed[..], &needed.of_target, &mut hidden);
         Top { needed, last: x, inv_rms, hidden }
     }
 
@@ -170,13 +172,18 @@ impl Model {
     }
 
     pub(super) fn context(&self) -> Context<'_> {
-        Context { config: &self.config, rope: &self.rope, pool: &self.pool }
+        Context {
+            config: &self.config,
+            rope: &self.rope,
+            pool: &self.pool,
+            product: Product::Batch,
+        }
     }
 
     pub(super) fn head<'a>(&'a self, lora: Option<&'a Lora>) -> Head<'a> {
         let adapter = lora.and_then(|lora| lora.get(Site::Head));
         Head {
-            weight: self.head.as_ref().unwrap_or(&self.embedding),
+            weight: self.head.as_ref().unwrap_or(&self.embedding).into(),
             vocab: self.config.vocab,
             hidden: self.config.hidden,
             adapter: adapter.map(|Adapter { a, b, rank, scale, .. }| LowRank {

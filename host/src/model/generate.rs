@@ -1,6 +1,8 @@
 //! Generation: one token after the other, with the keys and values of all earlier ones kept.
 
 use super::decoder::Model;
+use super::layer::Context;
+use super::linear::Product;
 use super::lora::Lora;
 use super::packed::{Packed, Targets};
 use crate::{Error, Result};
@@ -66,8 +68,9 @@ impl<'m> Generator<'m> {
         let model = self.model;
         let mut x = model.pool.take(model.config.hidden);
         embedding::gather(&model.embedding, &[token], &mut x);
+        let with = Context { product: Product::Token, ..model.context() };
         for (layer, [k, v]) in model.layers.iter().zip(&mut self.caches) {
-            x = layer.decode(x, k, v, self.lora, model.context());
+            x = layer.decode(x, k, v, self.lora, with);
         }
         let mut hidden = model.pool.take(x.len());
         rmsnorm::forward(&x, &model.norm, model.config.norm_eps, &mut hidden, &mut [0.0]);

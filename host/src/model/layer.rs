@@ -15,7 +15,7 @@
 
 use super::buffers::{Buffer, Pool};
 use super::config::ModelConfig;
-use super::linear::{Linear, Trained};
+use super::linear::{Linear, Product, Trained};
 use super::lora::{Adapter, Lora, LoraGrads};
 use super::targets::{Projection, Site};
 use uft_kernels::layout::Layout;
@@ -47,6 +47,8 @@ pub struct Context<'a> {
     pub config: &'a ModelConfig,
     pub rope: &'a Rope,
     pub pool: &'a Pool,
+    /// The product of linear layers: one for batches, one for a token at a time.
+    pub product: Product,
 }
 
 /// What the way back needs of one block.
@@ -138,9 +140,9 @@ impl Layer {
         let mut k = pool.take(rows * key_width);
         let mut v = pool.take(rows * key_width);
         let u = [
-            self.q.forward(&h, self.adapter(Q, lora), &mut q, 0.0, pool),
-            self.k.forward(&h, self.adapter(K, lora), &mut k, 0.0, pool),
-            self.v.forward(&h, self.adapter(V, lora), &mut v, 0.0, pool),
+            self.q.forward(&h, self.adapter(Q, lora), &mut q, 0.0, with),
+            self.k.forward(&h, self.adapter(K, lora), &mut k, 0.0, with),
+            self.v.forward(&h, self.adapter(V, lora), &mut v, 0.0, with),
         ];
         let head_norms = self.head_norms.as_ref().map(|[q_norm, k_norm]| {
             [(&mut q, q_norm), (&mut k, k_norm)].map(|(x, weight)| {
@@ -166,18 +168,18 @@ impl Layer {
         let (config, pool) = (with.config, with.pool);
         let rows = x.len() / config.hidden;
         let mut mid = pool.copy(x);
-        let u_o = self.o.forward(attended, self.adapter(O, lora), &mut mid, 1.0, pool);
+        let u_o = self.o.forward(attended, self.adapter(O, lora), &mut mid, 1.0, with);
         let (mut h, mut inv_rms) = (pool.take(x.len()), pool.take(rows));
         rmsnorm::forward(&mid, &self.mlp_norm, config.norm_eps, &mut h, &mut inv_rms);
         let mut gate = pool.take(rows * config.intermediate);
         let mut up = pool.take(rows * config.intermediate);
-        let u_gate = self.gate.forward(&h, self.adapter(Gate, lora), &mut gate, 0.0, pool);
-        let u_up = self.up.forward(&h, self.adapter(Up, lora), &mut up, 0.0, pool);
+        let u_gate = self.gate.forward(&h, self.adapter(Gate, lora), &mut gate, 0.0, with);
+        let u_up = self.up.forward(&h, self.adapter(Up, lora), &mut up, 0.0, with);
         drop(h);
         let mut act = pool.take(gate.len());
         swiglu::forward(&gate, &up, &mut act);
         let mut y = pool.copy(&mid);
-        let u_down = self.down.forward(&act, self.adapter(Down, lora), &mut y, 1.0, pool);
+        let u_down = self.down.forward(&act, self.adapter(Down, lora), &mut y, 1.0, with);
         (y, Outputs { mid, inv_rms, gate, up, u: [u_o, u_gate, u_up, u_down] })
     }
 

@@ -10,14 +10,25 @@
 //! of y, so a fresh adapter and no adapter give the same bits.
 
 use super::buffers::{Buffer, Pool};
+use super::frozen::Frozen;
+use super::layer::Context;
 use super::lora::{Adapter, AdapterGrad};
-use uft_kernels::matmul::{nn, nt, tn};
+use uft_kernels::matmul::{Weight, nn, nt, nt_few, tn};
+
+/// Which product a forward pass takes.
+#[derive(Clone, Copy, Debug)]
+pub enum Product {
+    /// Every row has the same bits in any company.
+    Batch,
+    /// The quickest way for a single token.
+    Token,
+}
 
 /// A frozen linear layer.
 #[derive(Debug)]
 pub struct Linear {
     /// W: `[out, in]`.
-    pub weight: Vec<f32>,
+    pub weight: Frozen,
     /// b: `[out]`.
     pub bias: Option<Vec<f32>>,
     pub inputs: usize,
@@ -33,24 +44,28 @@ impl Linear {
         adapter: Option<&Adapter>,
         y: &mut [f32],
         beta: f32,
-        pool: &Pool,
+        with: Context,
     ) -> Option<Buffer> {
+        let nt = |x: &[f32], w: Weight, y: &mut [f32], m, k, n, alpha, beta| match with.product {
+            Product::Batch => nt(x, w, y, m, k, n, alpha, beta),
+            Product::Token => nt_few(x, w, y, m, k, n, alpha, beta),
+        };
         let (m, k, n) = (x.len() / self.inputs, self.inputs, self.outputs);
         match &self.bias {
-            None => nt(x, &self.weight, y, m, k, n, 1.0, beta),
+            None => nt(x, (&self.weight).into(), y, m, k, n, 1.0, beta),
             Some(bias) => {
                 for y in y.chunks_exact_mut(n) {
                     y.iter_mut().zip(bias).for_each(|(y, b)| {
                         *y = if beta == 0.0 { *b } else { *y + b };
                     });
                 }
-                nt(x, &self.weight, y, m, k, n, 1.0, 1.0);
+                nt(x, (&self.weight).into(), y, m, k, n, 1.0, 1.0);
             }
         }
         adapter.map(|adapter| {
-            let mut u = pool.take(m * adapter.rank);
-            nt(x, &adapter.a, &mut u, m, k, adapter.rank, 1.0, 0.0);
-            nt(&u, &adapter.b, y, m, adapter.rank, n, adapter.scale, 1.0);
+            let mut u = with.pool.take(m * adapter.rank);
+            nt(x, (&adapter.a).into(), &mut u, m, k, adapter.rank, 1.0, 0.0);
+            nt(&u, (&adapter.b).into(), y, m, adapter.rank, n, adapter.scale, 1.0);
             u
         })
     }

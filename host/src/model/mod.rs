@@ -15,6 +15,7 @@ pub mod targets;
 
 mod buffers;
 mod decoder;
+mod frozen;
 mod json;
 mod layer;
 mod linear;

@@ -9,12 +9,15 @@ use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, Metadata};
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// Elements converted by one task.
 const TASK: usize = 1 << 16;
 
 /// One safetensors file.
+#[derive(Debug)]
 pub struct TensorFile {
     path: PathBuf,
     map: Mmap,
@@ -55,6 +58,17 @@ impl TensorFile {
         &self.map[..self.data]
     }
 
+    /// The whole file.
+    pub fn bytes(&self) -> &[u8] {
+        &self.map
+    }
+
+    /// Where a tensor of this file lies in [`Self::bytes`].
+    pub fn place(&self, tensor: &Tensor) -> Range<usize> {
+        let start = tensor.bytes.as_ptr() as usize - self.map.as_ptr() as usize;
+        start..start + tensor.bytes.len()
+    }
+
     /// The tensors in the order of their bytes.
     pub fn names(&self) -> Vec<String> {
         self.metadata.offset_keys()
@@ -70,7 +84,7 @@ impl TensorFile {
 
 /// All tensors of a model directory.
 pub struct Shards {
-    pub files: Vec<TensorFile>,
+    pub files: Vec<Arc<TensorFile>>,
     /// Which of `files` holds a tensor.
     places: BTreeMap<String, usize>,
 }
@@ -133,6 +147,7 @@ impl Shards {
     }
 
     fn from_files(files: Vec<TensorFile>) -> Result<Self> {
+        let files: Vec<_> = files.into_iter().map(Arc::new).collect();
         let mut places = BTreeMap::new();
         for (at, file) in files.iter().enumerate() {
             for tensor in file.names() {
@@ -153,6 +168,11 @@ impl Shards {
     pub fn tensor<'a>(&'a self, name: &str) -> Option<Tensor<'a>> {
         let (name, place) = self.places.get_key_value(name)?;
         self.files[*place].tensor(name)
+    }
+
+    /// The file that holds a tensor.
+    pub fn file_of(&self, tensor: &Tensor) -> &Arc<TensorFile> {
+        &self.files[self.places[tensor.name]]
     }
 }
 
@@ -181,13 +201,31 @@ impl Tensor<'_> {
         Ok(values)
     }
 
-    /// Widens the elements into `values`, one for each. An element that is not finite is refused: it
-    /// would make every log-prob NaN.
+    /// Widens the elements into `values`, one for each.
+    ///
+    /// # Errors
+    /// As [`Self::expect_finite`].
     pub fn copy_to_f32(&self, values: &mut [f32]) -> Result<()> {
-        let finite = match self.dtype {
-            Dtype::F32 => widen(self.bytes, values, f32::from_le_bytes),
+        self.expect_finite()?;
+        match self.dtype {
             Dtype::F16 => widen(self.bytes, values, |b| f16::from_le_bytes(b).to_f32()),
             Dtype::BF16 => widen(self.bytes, values, |b| bf16::from_le_bytes(b).to_f32()),
+            _ => widen(self.bytes, values, f32::from_le_bytes),
+        }
+        Ok(())
+    }
+
+    /// Reads all elements and makes sure that each is a number: NaN and infinity would make every
+    /// log-prob NaN.
+    ///
+    /// # Errors
+    /// If one is not finite, or if the dtype is not one of F32, F16 and BF16.
+    pub fn expect_finite(&self) -> Result<()> {
+        // All bits of the exponent set.
+        let finite = match self.dtype {
+            Dtype::F32 => all(self.bytes, |b| u32::from_le_bytes(b) & 0x7f80_0000 != 0x7f80_0000),
+            Dtype::F16 => all(self.bytes, |b| u16::from_le_bytes(b) & 0x7c00 != 0x7c00),
+            Dtype::BF16 => all(self.bytes, |b| u16::from_le_bytes(b) & 0x7f80 != 0x7f80),
             other => {
                 let message = format!("dtype {other:?}; supported are F32, F16 and BF16");
                 return Err(self.error(message));
@@ -203,22 +241,19 @@ impl Tensor<'_> {
     }
 }
 
-/// Returns whether all elements are finite.
-fn widen<const N: usize>(
-    bytes: &[u8],
-    values: &mut [f32],
-    one: impl Fn([u8; N]) -> f32 + Sync,
-) -> bool {
+fn widen<const N: usize>(bytes: &[u8], values: &mut [f32], one: impl Fn([u8; N]) -> f32 + Sync) {
     assert_eq!(bytes.len(), values.len() * N, "the header's shape was checked on opening");
     let tasks = bytes.par_chunks(TASK * N).zip(values.par_chunks_mut(TASK));
-    let finite = tasks.map(|(bytes, values)| {
-        let mut finite = true;
+    tasks.for_each(|(bytes, values)| {
         for (value, bytes) in values.iter_mut().zip(bytes.as_chunks::<N>().0) {
             *value = one(*bytes);
-            finite &= value.is_finite();
         }
-        finite
     });
-    // Not `all`, which would leave the rest of the elements out.
-    finite.reduce(|| true, |a, b| a & b)
+}
+
+/// Whether `good` holds of all elements.
+fn all<const N: usize>(bytes: &[u8], good: impl Fn([u8; N]) -> bool + Sync) -> bool {
+    // Within a task all are looked at: a loop without a way out becomes vector code.
+    let task = |bytes: &[u8]| bytes.as_chunks::<N>().0.iter().fold(true, |ok, b| ok & good(*b));
+    bytes.par_chunks(TASK * N).all(task)
 }

@@ -1,11 +1,12 @@
-//! From a model directory to the decoder's weights in `f32`.
+//! From a model directory to the decoder's weights.
 
 use super::buffers::Pool;
 use super::config::ModelConfig;
 use super::decoder::Model;
+use super::frozen::Frozen;
 use super::layer::Layer;
 use super::linear::Linear;
-use super::shards::Shards;
+use super::shards::{Shards, Tensor};
 use super::targets::{HEAD, LinearSite, Projection};
 use crate::{Error, Result};
 use std::collections::BTreeSet;
@@ -35,7 +36,7 @@ struct Reader<'a> {
     unread: BTreeSet<&'a str>,
 }
 
-impl Reader<'_> {
+impl<'a> Reader<'a> {
     fn model(&mut self, config: ModelConfig) -> Result<Model> {
         let hidden = config.hidden;
         let linears = config.linears();
@@ -45,10 +46,10 @@ impl Reader<'_> {
             .map(|(index, linears)| self.layer(index, linears, &config))
             .collect::<Result<_>>()?;
         Ok(Model {
-            embedding: self.read(EMBEDDING, &[config.vocab, hidden])?,
+            embedding: self.hold(EMBEDDING, &[config.vocab, hidden])?,
             head: match config.tied {
                 true => None,
-                false => Some(self.read(&format!("{HEAD}.weight"), &[config.vocab, hidden])?),
+                false => Some(self.hold(&format!("{HEAD}.weight"), &[config.vocab, hidden])?),
             },
             norm: self.read("model.norm.weight", &[hidden])?,
             rope: config.rope.rotation(config.heads.head_dim),
@@ -92,7 +93,7 @@ impl Reader<'_> {
 
     fn linear(&mut self, site: &LinearSite, bias: bool) -> Result<Linear> {
         let LinearSite { name, inputs, outputs, .. } = site;
-        let weight = self.read(&format!("{name}.weight"), &[*outputs, *inputs])?;
+        let weight = self.hold(&format!("{name}.weight"), &[*outputs, *inputs])?;
         let bias = match bias {
             true => Some(self.read(&format!("{name}.bias"), &[*outputs])?),
             false => None,
@@ -100,7 +101,18 @@ impl Reader<'_> {
         Ok(Linear { weight, bias, inputs: *inputs, outputs: *outputs })
     }
 
+    /// A large tensor, left in its file.
+    fn hold(&mut self, name: &str, shape: &[usize]) -> Result<Frozen> {
+        let tensor = self.tensor(name, shape)?;
+        Frozen::hold(self.shards.file_of(&tensor), &tensor)
+    }
+
+    /// A small tensor, widened.
     fn read(&mut self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
+        self.tensor(name, shape)?.to_f32()
+    }
+
+    fn tensor(&mut self, name: &str, shape: &[usize]) -> Result<Tensor<'a>> {
         let tensor = self.shards.tensor(name).ok_or_else(|| {
             Error::model(format!(
                 "{}: the tensor {name} {shape:?} is missing from the weights",
@@ -109,7 +121,7 @@ impl Reader<'_> {
         })?;
         self.unread.remove(name);
         tensor.expect_shape(shape)?;
-        tensor.to_f32()
+        Ok(tensor)
     }
 
     /// A tensor that nothing reads would change the model in transformers, unless it is known not to.
@@ -121,7 +133,8 @@ impl Reader<'_> {
             }
             let Some(tensor) = self.shards.tensor(name) else { continue };
             if model.config.tied && *name == "lm_head.weight" {
-                if tensor.to_f32()? == model.embedding {
+                let embedding = self.shards.tensor(EMBEDDING).map(|embedding| embedding.to_f32());
+                if embedding.transpose()? == Some(tensor.to_f32()?) {
                     continue;
                 }
                 return Err(tensor.error(format!(

@@ -222,7 +222,7 @@ fn heads(bench: &mut Bench) {
         let product = 2 * n * vocab * HIDDEN;
         bench.add(&format!("logprob forward {n} of {vocab}"), product, vocab * HIDDEN, move || {
             let (hidden, weight, targets) = &*shared;
-            let head = Head { weight, vocab, hidden: HIDDEN, adapter: None };
+            let head = Head { weight: weight.into(), vocab, hidden: HIDDEN, adapter: None };
             logprob::forward(hidden, targets, &head, &mut logp);
             black_box(&logp);
         });
@@ -233,7 +233,7 @@ fn heads(bench: &mut Bench) {
             vocab * HIDDEN,
             move || {
                 let (hidden, weight, targets) = &*given;
-                let head = Head { weight, vocab, hidden: HIDDEN, adapter: None };
+                let head = Head { weight: weight.into(), vocab, hidden: HIDDEN, adapter: None };
                 logprob::forward_with_gradient(hidden, targets, &head, &mut logp, &mut unit);
                 black_box(&unit);
             },

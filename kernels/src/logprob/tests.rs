@@ -34,7 +34,7 @@ impl Case {
 
     fn head(&self) -> Head<'_> {
         Head {
-            weight: &self.weight,
+            weight: (&self.weight).into(),
             vocab: self.vocab,
             hidden: self.width,
             adapter: (self.rank > 0).then_some(LowRank {
@@ -193,7 +193,7 @@ fn the_reference_gradient_is_the_slope() {
 #[test]
 fn a_certain_token_has_no_gradient() {
     let weight = [60.0, 0.0, -60.0];
-    let head = Head { weight: &weight, vocab: 3, hidden: 1, adapter: None };
+    let head = Head { weight: weight.as_slice().into(), vocab: 3, hidden: 1, adapter: None };
     let (mut logp, mut unit_grad) = (poison(2), poison(2));
     forward_with_gradient(&[1.0, 1.0], &[0, 2], &head, &mut logp, &mut unit_grad);
     assert_eq!((logp[0], unit_grad[0]), (0.0, 0.0));
