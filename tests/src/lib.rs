@@ -3,6 +3,7 @@
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::sync::LazyLock;
 
 /// The root of the repository.
 pub fn root() -> PathBuf {
@@ -14,12 +15,24 @@ pub fn golden(path: &str) -> PathBuf {
     root().join("tests/golden").join(path)
 }
 
-/// Runs the command line in the repository's root.
-pub fn uft(binary: &str, arguments: &[&str]) -> Output {
+/// The command line, to be run in the repository's root, with a cache directory of this test program
+/// that is empty when it starts.
+pub fn command(binary: &str, arguments: &[&str]) -> Command {
+    static CACHE: LazyLock<PathBuf> = LazyLock::new(|| {
+        let program = std::env::current_exe().expect("a running program has a path");
+        let dir = program.with_extension("cache");
+        let _ = std::fs::remove_dir_all(&dir);
+        dir
+    });
     let mut command = Command::new(binary);
     command.args(arguments).current_dir(root()).env("RUST_LOG", "warn").env("NO_COLOR", "1");
-    command.env_remove("RUST_BACKTRACE");
-    command.output().expect("the binary under test runs")
+    command.env_remove("RUST_BACKTRACE").env("XDG_CACHE_HOME", &*CACHE);
+    command
+}
+
+/// Runs the command line.
+pub fn uft(binary: &str, arguments: &[&str]) -> Output {
+    command(binary, arguments).output().expect("the binary under test runs")
 }
 
 /// Runs it and gives stdout, or panics with stderr.

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
-use uft_tests::{fail, golden, lines, root, succeed, uft};
+use uft_tests::{command, fail, golden, lines, succeed, uft};
 
 const UFT: &str = env!("CARGO_BIN_EXE_uft-under-test");
 
@@ -126,9 +126,7 @@ fn from_every_checkpoint_the_same_bytes_follow() {
 
 /// Starts a run, and sends it a signal once it has done some steps.
 fn interrupt(run: &str, out: &Path, steps: usize, signal: &str) -> Option<i32> {
-    let mut child = Command::new(UFT)
-        .args(["train", run, "--resume"])
-        .current_dir(root())
+    let mut child = command(UFT, &["train", run, "--resume"])
         .stdout(Stdio::null())
         .stderr(Stdio::null())
         .spawn()

@@ -4,6 +4,7 @@ use super::{RunArgs, mask, print};
 use crate::model::LoraGrads;
 use crate::train::pass::Pass;
 use crate::train::plan::{At, Rows};
+use crate::train::reference::ReferenceLogps;
 use crate::train::setup::{Run, Stage};
 use crate::{Error, Result};
 use clap::Args;
@@ -51,7 +52,6 @@ pub fn run(args: &CheckArgs) -> Result<()> {
     for stage in run.stages() {
         let label = stage.name.as_ref().map_or(String::new(), |name| format!("stage `{name}`, "));
         print(&format!("{label}{}", first_step(&mut run, &stage)?))?;
-        run.forget_reference();
     }
     Ok(())
 }
@@ -95,7 +95,13 @@ fn first_step(run: &mut Run, stage: &Stage) -> Result<String> {
         at: At { number: 0, steps: stage.steps(run), training: false },
         identical,
     };
-    let outcome = pass.run(&mut run.sources, Rows::Train, &items, Some(&mut grads))?;
+    let outcome = pass.run(
+        &mut run.sources,
+        Rows::Train,
+        &items,
+        &mut ReferenceLogps::nowhere(),
+        Some(&mut grads),
+    )?;
     let mut out = format!("first step: loss {:.6}, {} tokens", outcome.loss, outcome.tokens);
     for source in outcome.metrics.sources() {
         let loss = outcome.metrics.of(source, "loss").unwrap_or(f64::NAN);

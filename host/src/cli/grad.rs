@@ -6,6 +6,7 @@ use crate::model::{LoraGrads, files};
 use crate::train::optimizer;
 use crate::train::pass::Pass;
 use crate::train::plan::{At, Rows};
+use crate::train::reference::ReferenceLogps;
 use crate::train::setup::Run;
 use clap::Args;
 use serde_json::json;
@@ -35,7 +36,13 @@ pub fn run(args: &GradArgs) -> Result<()> {
         at: At { number: 0, steps: stage.steps(&run), training: true },
         identical: run.identical(stage.train.reference),
     };
-    let outcome = pass.run(&mut run.sources, Rows::Train, &items, Some(&mut grads))?;
+    let outcome = pass.run(
+        &mut run.sources,
+        Rows::Train,
+        &items,
+        &mut ReferenceLogps::nowhere(),
+        Some(&mut grads),
+    )?;
     files::write_tensors(&args.out, run.lora.grad_tensors(&grads))?;
     let norm = optimizer::norm(&grads);
     let result = json!({ "loss": outcome.loss, "grad_norm": norm, "tokens": outcome.tokens });

@@ -19,8 +19,7 @@ pub struct VerifyArgs {
 }
 
 /// Files of a checkpoint that must be equal to the byte.
-const EXACT: [&str; 3] =
-    ["adapter_model.safetensors", "optimizer.safetensors", "reference_logps.safetensors"];
+const EXACT: [&str; 2] = ["adapter_model.safetensors", "optimizer.safetensors"];
 
 pub fn run(args: &VerifyArgs) -> Result<()> {
     if args.steps < 2 {
@@ -60,7 +59,7 @@ fn compare(args: &VerifyArgs, stages: usize, dir: &Path) -> Result<String> {
     }
     match differences.as_slice() {
         [] => Ok(format!(
-            "resumed after step {middle} of {last}: adapter, optimizer, reference log-probs and every logged number \
+            "resumed after step {middle} of {last}: adapter, optimizer and every logged number \
              are identical, bit for bit\n"
         )),
         _ => Err(Error::other(format!(

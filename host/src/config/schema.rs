@@ -130,6 +130,9 @@ section! {
         /// The reference model: "base" (adapter off) or "previous" (the adapter as it is when the stage
         /// starts).
         reference: Reference = Reference::Base,
+        /// Directory for reference log-probs, which all runs on the same base model share. Unset:
+        /// uft/reference in the user's cache directory ($XDG_CACHE_HOME or ~/.cache).
+        reference_cache: Option<String> = None,
         /// "cpu", "cuda" or "auto".
         device: Device = Device::Auto,
         /// Threads; 0 takes every core.

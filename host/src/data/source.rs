@@ -16,8 +16,6 @@ use uft_core::{Kind, Kinds, Needs};
 pub struct Example {
     pub group: Group,
     pub origin: Origin,
-    /// Reference log-probs of the trained tokens, once they were computed.
-    pub ref_logps: Option<Box<[f32]>>,
 }
 
 /// Rows of one kind of feedback with the objective that they are trained by.
@@ -192,7 +190,7 @@ impl Loader<'_> {
         for (row, outcome) in rows.iter().zip(loaded) {
             let (groups, refused) = outcome.map_err(|e| e.at(&row.origin))?;
             account.used += usize::from(!groups.is_empty());
-            let example = |group| Example { group, origin: row.origin.clone(), ref_logps: None };
+            let example = |group| Example { group, origin: row.origin.clone() };
             examples.extend(groups.into_iter().map(example));
             for (reason, detail) in refused {
                 let skip = match reason {

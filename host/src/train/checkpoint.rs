@@ -9,7 +9,6 @@ use super::logs::Logs;
 use super::optimizer::Optimizer;
 use super::setup::Run;
 use crate::model::files::{self, write_bytes};
-use crate::model::lora::LoraTensor;
 use crate::model::{Lora, peft};
 use crate::{Error, Result};
 use serde::{Deserialize, Serialize};
@@ -23,9 +22,8 @@ const STATE: &str = "uft_state.json";
 const ADAPTER: &str = "adapter_model.safetensors";
 const OPTIMIZER: &str = "optimizer.safetensors";
 const REFERENCE: &str = "reference.safetensors";
-const REFERENCE_LOGPS: &str = "reference_logps.safetensors";
 /// Raised when older checkpoints can no longer be read.
-const REVISION: u32 = 1;
+const REVISION: u32 = 2;
 
 /// Where a run stands between two optimizer steps.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -89,13 +87,6 @@ pub fn save(
     if let Some(reference) = reference {
         files::write_tensors(&partial.join(REFERENCE), reference.tensors())?;
     }
-    let known = reference_logps(run);
-    let tensors = known.iter().map(|(name, data)| LoraTensor {
-        name: name.clone(),
-        shape: [1, data.len()],
-        data,
-    });
-    files::write_tensors(&partial.join(REFERENCE_LOGPS), tensors)?;
     for (name, bytes) in logs.contents()? {
         write_bytes(&partial.join(name), &bytes)?;
     }
@@ -175,7 +166,7 @@ pub fn expect(dir: &Path, identity: &Identity) -> Result<()> {
     identity.expect(&state(dir)?.identity).map_err(|e| e.at(dir.display()))
 }
 
-/// Puts a whole checkpoint's adapter, reference log-probs and plugin state into the run; `optimizer` is
+/// Puts a whole checkpoint's adapter and plugin state into the run; `optimizer` is
 /// a new one for the checkpoint's stage.
 ///
 /// # Errors
@@ -194,7 +185,6 @@ pub fn restore(
     run.lora = with_tensors(run.lora.clone(), &read(&dir.join(ADAPTER))?)?;
     let mut optimizer = optimizer(run, &state.position);
     optimizer.restore(&run.lora, &read(&dir.join(OPTIMIZER))?, state.updates)?;
-    restore_reference_logps(run, &read(&dir.join(REFERENCE_LOGPS))?)?;
     for source in &mut run.sources {
         if let Some(saved) = state.objectives.get(&source.name) {
             source.objective.load_state(saved)?;
@@ -290,38 +280,6 @@ fn trainer_state(run: &Run, position: &Position, logs: &Logs) -> Result<Value> {
         "trial_name": null,
         "trial_params": null,
     }))
-}
-
-/// By source: the reference log-probs of its rows, NaN where they are not known yet.
-fn reference_logps(run: &Run) -> Vec<(String, Vec<f32>)> {
-    let of = |source: &crate::data::Source| {
-        let mut logps = Vec::new();
-        for example in &source.train {
-            match &example.ref_logps {
-                Some(known) => logps.extend_from_slice(known),
-                None => logps.extend(std::iter::repeat_n(
-                    f32::NAN,
-                    example.group.segments().map(|s| s.tokens()).sum(),
-                )),
-            }
-        }
-        (source.name.clone(), logps)
-    };
-    run.sources.iter().filter(|s| s.needs_reference()).map(of).collect()
-}
-
-fn restore_reference_logps(run: &mut Run, saved: &HashMap<String, Vec<f32>>) -> Result<()> {
-    for source in run.sources.iter_mut().filter(|s| s.needs_reference()) {
-        let logps = tensor(saved, &source.name)?;
-        let mut start = 0;
-        for example in &mut source.train {
-            let tokens: usize = example.group.segments().map(|s| s.tokens()).sum();
-            let known = logps.get(start..start + tokens).ok_or_else(|| wrong(&source.name))?;
-            example.ref_logps = known.iter().all(|p| !p.is_nan()).then(|| known.into());
-            start += tokens;
-        }
-    }
-    Ok(())
 }
 
 fn with_tensors(mut lora: Lora, saved: &HashMap<String, Vec<f32>>) -> Result<Lora> {

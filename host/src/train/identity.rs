@@ -127,8 +127,9 @@ fn examples(examples: &[Example]) -> String {
 /// Every configuration key that has a part in the numbers, as `section.key` = its TOML.
 fn settings(run: &Run) -> BTreeMap<String, String> {
     // Places may move: what stands there is compared by hash, or is only written.
-    const PLACES: [&str; 7] = [
+    const PLACES: [&str; 8] = [
         "train.output",
+        "train.reference_cache",
         "train.save_every",
         "train.save_total_limit",
         "train.threads",

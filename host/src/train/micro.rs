@@ -1,26 +1,17 @@
 //! How an optimizer step is split into micro-batches.
 
-/// One group to place: its rows, and a class; groups of different classes never share a
-/// micro-batch.
-#[derive(Clone, Copy, Debug)]
-pub struct Load {
-    pub rows: usize,
-    pub class: u8,
-}
-
-/// Places groups in micro-batches of at most `limit` rows; a longer group gets one to itself.
+/// Places groups, given by their rows, in micro-batches of at most `limit` rows; a longer group gets one to itself.
 /// First fit, longest first; within a micro-batch the given order is kept. Nothing depends on
 /// anything but the arguments.
-pub fn split(loads: &[Load], limit: usize) -> Vec<Vec<usize>> {
+pub fn split(loads: &[usize], limit: usize) -> Vec<Vec<usize>> {
     let mut longest_first: Vec<usize> = (0..loads.len()).collect();
-    longest_first.sort_by_key(|&i| std::cmp::Reverse(loads[i].rows));
-    let mut bins: Vec<(Load, Vec<usize>)> = Vec::new();
+    longest_first.sort_by_key(|&i| std::cmp::Reverse(loads[i]));
+    let mut bins: Vec<(usize, Vec<usize>)> = Vec::new();
     for index in longest_first {
         let load = loads[index];
-        let fits = |bin: &Load| bin.class == load.class && bin.rows + load.rows <= limit;
-        match bins.iter_mut().find(|(bin, _)| fits(bin)) {
-            Some((bin, members)) => {
-                bin.rows += load.rows;
+        match bins.iter_mut().find(|(rows, _)| rows + load <= limit) {
+            Some((rows, members)) => {
+                *rows += load;
                 members.push(index);
             }
             None => bins.push((load, vec![index])),
@@ -38,14 +29,10 @@ pub fn split(loads: &[Load], limit: usize) -> Vec<Vec<usize>> {
 mod tests {
     use super::*;
 
-    fn loads(rows: &[usize]) -> Vec<Load> {
-        rows.iter().map(|&rows| Load { rows, class: 0 }).collect()
-    }
-
     #[test]
     fn every_group_is_placed_once_within_the_limit() {
         let sizes = [5, 90, 40, 60, 10, 10, 200, 35];
-        let batches = split(&loads(&sizes), 100);
+        let batches = split(&sizes, 100);
         let mut placed: Vec<usize> = batches.iter().flatten().copied().collect();
         placed.sort_unstable();
         assert_eq!(placed, (0..sizes.len()).collect::<Vec<_>>());
@@ -54,12 +41,5 @@ mod tests {
             assert!(rows <= 100 || batch.len() == 1, "{batch:?}");
         }
         assert_eq!(batches.len(), 4, "200 alone, and the other 250 rows in three");
-    }
-
-    #[test]
-    fn classes_are_kept_apart() {
-        let mixed =
-            [Load { rows: 1, class: 0 }, Load { rows: 1, class: 1 }, Load { rows: 1, class: 0 }];
-        assert_eq!(split(&mixed, 100), [vec![0, 2], vec![1]]);
     }
 }

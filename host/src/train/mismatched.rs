@@ -2,7 +2,7 @@
 //! whole step (KTO, arXiv 2402.01306; TRL's `KTOTrainer` rotates in the same direction, but within a
 //! micro-batch, and so depends on how a step is split).
 
-use super::micro::{self, Load};
+use super::micro;
 use super::pass::Pass;
 use super::plan::{Plan, Rows};
 use super::signals;
@@ -62,7 +62,7 @@ fn responses(group: &Group) -> Vec<(Vec<u32>, Vec<u32>)> {
 /// # Errors
 /// If a signal arrives.
 pub fn log_ratios(pass: &Pass<'_>, groups: &[Group]) -> Result<Vec<f64>> {
-    let loads: Vec<Load> = groups.iter().map(|g| Load { rows: g.rows(), class: 0 }).collect();
+    let loads: Vec<usize> = groups.iter().map(Group::rows).collect();
     let mut ratios = vec![0.0; groups.len()];
     for batch in micro::split(&loads, pass.micro_tokens) {
         signals::check()?;

@@ -10,6 +10,7 @@ pub mod optimizer;
 pub mod pass;
 pub mod plan;
 mod progress;
+pub mod reference;
 pub mod report;
 pub mod schedule;
 pub mod setup;
@@ -17,7 +18,7 @@ pub mod signals;
 
 use crate::config::NonFinite;
 use crate::config::schema::TrainSection;
-use crate::data::Item;
+use crate::data::{Item, Source};
 use crate::model::{Lora, LoraGrads, peft};
 use crate::{Error, ErrorKind, Result};
 use checkpoint::Position;
@@ -28,6 +29,7 @@ use optimizer::Optimizer;
 use pass::{Outcome, Pass};
 use plan::{At, Rows};
 use progress::Progress;
+use reference::{Cache, ReferenceLogps};
 use report::{Report, Snapshot};
 use serde_json::Map;
 use setup::{Run, Stage};
@@ -52,7 +54,10 @@ pub fn train(run: &mut Run, resume: bool) -> Result<Report> {
     let stages = run.stages();
 
     signals::install()?;
-    let before = snapshot(run, &stages[0])?;
+    let cache = Cache::of(&run.config, &identity)?;
+    // Of the base model, which is most stages' reference.
+    let mut base = cache.open(None)?;
+    let before = snapshot(run, &stages[0], &mut base)?;
     let mut restored = match &checkpoint {
         Some(dir) => Some(checkpoint::restore(dir, run, |run, position| {
             Optimizer::new(&stages[position.stage].train, &run.lora)
@@ -69,19 +74,25 @@ pub fn train(run: &mut Run, resume: bool) -> Result<Report> {
             Some(restored) => (restored.optimizer, restored.reference),
             None => {
                 position = Position { stage: index, step: 0, ..position };
-                // Reference log-probs of another stage's reference are of no use.
-                run.forget_reference();
                 (Optimizer::new(&stage.train, &run.lora), run.reference(stage.train.reference))
             }
         };
-        let running = Running { stage, optimizer, reference, identity: &identity };
+        let mut other = match &reference {
+            Some(adapter) => Some(cache.open(Some(adapter))?),
+            None => None,
+        };
+        let known = other.as_mut().unwrap_or(&mut base);
+        let sources: Vec<&Source> = stage.sources.iter().map(|&s| &run.sources[s]).collect();
+        known.verify(&run.model, reference.as_ref(), &sources)?;
+        let running = Running { stage, optimizer, reference, known, identity: &identity };
         running.train(run, &mut position, &mut logs)?;
         if let Some(name) = &stage.name {
             peft::save(&output.join(format!("stage-{name}")), &run.lora, &run.config.model.path)?;
         }
     }
     peft::save(&output, &run.lora, &run.config.model.path)?;
-    let after = snapshot(run, stages.last().expect("a run has a stage")).map_err(|mut why| {
+    let last = stages.last().expect("a run has a stage");
+    let after = snapshot(run, last, &mut base).map_err(|mut why| {
         let adapter = output.display();
         why.message = format!("{}; training is over, its adapter is in {adapter}", why.message);
         why
@@ -120,6 +131,8 @@ struct Running<'a> {
     stage: &'a Stage,
     optimizer: Optimizer,
     reference: Option<Lora>,
+    /// The reference's log-probs.
+    known: &'a mut ReferenceLogps,
     identity: &'a Identity,
 }
 
@@ -177,7 +190,7 @@ impl Running<'_> {
     /// Loss, gradient and its norm of one optimizer step. A step that fails leaves the objectives'
     /// state as it was: it is not part of the run.
     fn step(
-        &self,
+        &mut self,
         run: &mut Run,
         position: &Position,
         steps: u64,
@@ -201,7 +214,7 @@ impl Running<'_> {
     }
 
     fn pass(
-        &self,
+        &mut self,
         run: &mut Run,
         position: &Position,
         steps: u64,
@@ -218,7 +231,8 @@ impl Running<'_> {
             at: At { number: position.step, steps, training: true },
             identical: position.step == 0 && run.identical(settings.reference),
         };
-        let outcome = pass.run(&mut run.sources, Rows::Train, items, Some(&mut *grads))?;
+        let known = &mut *self.known;
+        let outcome = pass.run(&mut run.sources, Rows::Train, items, known, Some(&mut *grads))?;
         let norm = optimizer::norm(grads);
         if outcome.loss.is_finite() && norm.is_finite() {
             return Ok((outcome, norm));
@@ -235,7 +249,7 @@ impl Running<'_> {
 
     /// Evaluation and checkpoint where one is due; the last step is always evaluated.
     fn between_steps(
-        &self,
+        &mut self,
         run: &mut Run,
         position: &Position,
         steps: u64,
@@ -244,8 +258,14 @@ impl Running<'_> {
     ) -> Result<()> {
         let due = |every: u64| every > 0 && position.step.is_multiple_of(every);
         if due(run.config.eval.every) || position.step == steps {
-            let held_out =
-                evaluate(run, self.stage, self.reference.as_ref(), position.step, steps)?;
+            let held_out = evaluate(
+                run,
+                self.stage,
+                self.reference.as_ref(),
+                self.known,
+                position.step,
+                steps,
+            )?;
             if held_out.trained > 0 {
                 logs.held_out(position.steps, &held_out)?;
                 progress
@@ -333,6 +353,7 @@ fn evaluate(
     run: &mut Run,
     stage: &Stage,
     reference: Option<&Lora>,
+    known: &mut ReferenceLogps,
     number: u64,
     steps: u64,
 ) -> Result<Outcome> {
@@ -346,15 +367,14 @@ fn evaluate(
         at: At { number, steps, training: false },
         identical: false,
     };
-    pass.run(&mut run.sources, Rows::HeldOut, &items, None)
+    pass.run(&mut run.sources, Rows::HeldOut, &items, known, None)
 }
 
-/// Held-out metrics and sample answers of the model as it is now, against the base model.
-fn snapshot(run: &mut Run, stage: &Stage) -> Result<Snapshot> {
+/// Held-out metrics and sample answers of the model as it is now, against the base model, of which
+/// `base` knows log-probs.
+fn snapshot(run: &mut Run, stage: &Stage, base: &mut ReferenceLogps) -> Result<Snapshot> {
     let everything =
         Stage { name: None, train: stage.train.clone(), sources: (0..run.sources.len()).collect() };
-    run.forget_reference();
-    let metrics = evaluate(run, &everything, None, 0, 0)?.metrics;
-    run.forget_reference();
+    let metrics = evaluate(run, &everything, None, base, 0, 0)?.metrics;
     Ok(Snapshot { metrics, answers: report::answers(run)? })
 }

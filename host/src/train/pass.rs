@@ -2,8 +2,10 @@
 //! evaluation, `grad` and `check` all go through here.
 
 use super::metrics::Metrics;
+use super::micro;
 use super::mismatched;
 use super::plan::{At, Plan, Planned, Rows};
+use super::reference::ReferenceLogps;
 use super::signals;
 use crate::config::Mixing;
 use crate::data::{Item, Source};
@@ -42,7 +44,7 @@ pub struct Outcome {
 }
 
 impl Pass<'_> {
-    /// Goes over `items`; with `grads`, adds the gradient of the loss to it.
+    /// Goes over `items`, with reference log-probs from `known`, which gets those that it lacks; with `grads`, adds the gradient of the loss to it.
     ///
     /// # Errors
     /// If an objective fails or anything is not finite.
@@ -51,10 +53,11 @@ impl Pass<'_> {
         sources: &mut [Source],
         rows: Rows,
         items: &[Item],
+        known: &mut ReferenceLogps,
         mut grads: Option<&mut LoraGrads>,
     ) -> Result<Outcome> {
         let mut plan = Plan::new(sources, rows, items, self.micro_tokens);
-        self.reference_logps(sources, rows, &mut plan)?;
+        self.reference_logps(sources, rows, &mut plan, known)?;
         let statistics = self.statistics(sources, rows, &plan)?;
         for source in plan.sources() {
             let step = statistics.step(&plan, source, self.at);
@@ -83,35 +86,44 @@ impl Pass<'_> {
                 self.model.backward(&tape, &dlogps, self.policy, grads);
             }
         }
-        // Not before: what an interrupted pass leaves must be what was there before it.
-        for group in plan.groups {
-            let example = &mut sources[group.item.source].rows_mut(rows)[group.item.row];
-            example.ref_logps = example.ref_logps.take().or(group.ref_logps);
-        }
         Ok(outcome)
     }
 
-    /// Computes the reference log-probs that the plan lacks, packed as the policy's are.
-    fn reference_logps(&self, sources: &[Source], rows: Rows, plan: &mut Plan) -> Result<()> {
-        let lacks = |group: &Planned| {
-            sources[group.item.source].needs_reference() && group.ref_logps.is_none()
-        };
-        for index in 0..plan.micro_batches.len() {
-            signals::check()?;
-            let batch = &plan.micro_batches[index];
-            if !batch.iter().any(|&g| lacks(&plan.groups[g])) {
-                continue;
+    /// Gives the plan its reference log-probs: known ones, and what is lacking computed.
+    fn reference_logps(
+        &self,
+        sources: &[Source],
+        rows: Rows,
+        plan: &mut Plan,
+        known: &mut ReferenceLogps,
+    ) -> Result<()> {
+        let group_of = |g: &Planned| &sources[g.item.source].rows(rows)[g.item.row].group;
+        let mut lacking = Vec::new();
+        for (index, planned) in plan.groups.iter_mut().enumerate() {
+            if sources[planned.item.source].needs_reference() {
+                planned.ref_logps = known.get(group_of(planned))?;
+                if planned.ref_logps.is_none() {
+                    lacking.push(index);
+                }
             }
-            let packed = Packed::new(&groups(sources, rows, plan, batch));
+        }
+        let loads: Vec<usize> = lacking.iter().map(|&g| plan.groups[g].rows).collect();
+        for members in micro::split(&loads, self.micro_tokens) {
+            signals::check()?;
+            let batch: Vec<usize> = members.into_iter().map(|member| lacking[member]).collect();
+            let packed = Packed::new(&groups(sources, rows, plan, &batch));
             let logps = self.model.logps(&packed, self.reference);
-            finite(&logps, "reference", sources, rows, plan, batch)?;
+            finite(&logps, "reference", sources, rows, plan, &batch)?;
             let mut rest = logps.as_slice();
-            for &g in batch {
-                let group = &mut plan.groups[g];
-                let (own, after) = rest.split_at(group.tokens);
-                group.ref_logps.get_or_insert_with(|| own.into());
+            let mut computed = Vec::with_capacity(batch.len());
+            for &g in &batch {
+                let planned = &mut plan.groups[g];
+                let (own, after) = rest.split_at(planned.tokens);
+                planned.ref_logps = Some(own.into());
+                computed.push((group_of(planned), own));
                 rest = after;
             }
+            known.insert(&computed)?;
         }
         Ok(())
     }

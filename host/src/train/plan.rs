@@ -1,6 +1,6 @@
 //! The plan of a pass: every segment numbered, every total known before the first log-prob.
 
-use super::micro::{self, Load};
+use super::micro;
 use crate::data::{Example, Item, Source};
 use uft_core::batch::{Segment, Step, pairs};
 use uft_core::{Kind, Needs};
@@ -17,13 +17,6 @@ impl Source {
         match rows {
             Rows::Train => &self.train,
             Rows::HeldOut => &self.held_out,
-        }
-    }
-
-    pub fn rows_mut(&mut self, rows: Rows) -> &mut [Example] {
-        match rows {
-            Rows::Train => &mut self.train,
-            Rows::HeldOut => &mut self.held_out,
         }
     }
 }
@@ -48,8 +41,7 @@ pub struct Planned {
     pub segments: Vec<Segment>,
     /// Trained tokens.
     pub tokens: usize,
-    /// Reference log-probs of the trained tokens: the row's own where it has them, otherwise computed
-    /// in the pass. A row that comes twice has two, each packed as its policy's are.
+    /// Reference log-probs of the trained tokens, once they are known.
     pub ref_logps: Option<Box<[f32]>>,
 }
 
@@ -67,7 +59,7 @@ impl Plan {
         let mut totals = vec![Totals::default(); sources.len()];
         let mut groups = Vec::with_capacity(items.len());
         for (index, &item) in items.iter().enumerate() {
-            let Example { group, ref_logps, .. } = &sources[item.source].rows(rows)[item.row];
+            let Example { group, .. } = &sources[item.source].rows(rows)[item.row];
             let total = &mut totals[item.source];
             let (mut segments, mut start) = (Vec::new(), 0);
             for segment in group.segments() {
@@ -94,16 +86,10 @@ impl Plan {
                 rows: group.rows(),
                 segments,
                 tokens: start as usize,
-                ref_logps: ref_logps.clone(),
+                ref_logps: None,
             });
         }
-        // Groups with and without a reference are kept apart, so that the reference pass packs
-        // exactly what the policy's does: then equal models give equal bits.
-        let load = |g: &Planned| Load {
-            rows: g.rows,
-            class: u8::from(sources[g.item.source].needs_reference()),
-        };
-        let loads: Vec<Load> = groups.iter().map(load).collect();
+        let loads: Vec<usize> = groups.iter().map(|g| g.rows).collect();
         let mut micro_batches = micro::split(&loads, micro_tokens);
         for batch in &mut micro_batches {
             batch.sort_by_key(|&g| groups[g].item.source);

@@ -97,13 +97,6 @@ impl Run {
         }
     }
 
-    /// Drops the reference log-probs: those of another reference are of no use.
-    pub fn forget_reference(&mut self) {
-        for source in &mut self.sources {
-            source.train.iter_mut().chain(&mut source.held_out).for_each(|e| e.ref_logps = None);
-        }
-    }
-
     /// Every held-out row of some sources.
     pub fn held_out(&self, sources: &[usize]) -> Vec<Item> {
         let of = |&source: &usize| {

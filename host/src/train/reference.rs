@@ -1,0 +1,445 @@
+//! Reference log-probs, computed once: kept in a file that all runs, stages and epochs share.
+//!
+//! A file belongs to one reference, by a hash of everything that decides its numbers: the model's
+//! files, the adapter that the reference has (none for the base model), the instruction set and this
+//! program's version. Within
+//! it a row is found by a hash of its token ids and of which of them are trained; the template is in
+//! the token ids. Numbers do not depend on what a row is packed with, so a row read back has the
+//! bits that it would be computed with.
+//!
+//! ```text
+//! file     magic [8], hash of the reference [32], records
+//! record   hash of the row [16], count u32, log-probs f32 [count], hash of all that [8]
+//! ```
+//!
+//! Records are only ever appended, under the file's lock. One that is not whole (its writer was
+//! killed) is cut off by the next run that opens the file.
+
+use super::identity::Identity;
+use crate::config::schema::Config;
+use crate::data::Source;
+use crate::group::Group;
+use crate::model::{Lora, Model, Packed};
+use crate::{Error, Result};
+use std::collections::HashMap;
+use std::fs::{File, OpenOptions};
+use std::io::{BufReader, Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+const MAGIC: &[u8; 8] = b"uftlogp1";
+const HEADER: u64 = 8 + 32;
+/// Known rows that are computed again when a stage starts.
+const SAMPLE: usize = 3;
+
+type Key = [u8; 16];
+
+/// Where the files of a run's references are.
+pub struct Cache {
+    /// None where nothing can be kept between runs.
+    dir: Option<PathBuf>,
+    model: blake3::Hasher,
+}
+
+impl Cache {
+    /// The directory of the configuration, or the user's cache directory.
+    ///
+    /// # Errors
+    /// If the configured one cannot be made. Without the user's, log-probs are kept for this run only,
+    /// which is said.
+    pub fn of(config: &Config, identity: &Identity) -> Result<Self> {
+        let mut model = blake3::Hasher::new();
+        // The last bits belong to a version's arithmetic.
+        model.update(env!("CARGO_PKG_VERSION").as_bytes());
+        model.update(uft_kernels::instruction_set().as_bytes());
+        for (name, hash) in &identity.model {
+            model.update(name.as_bytes()).update(b" ").update(hash.as_bytes()).update(b"\n");
+        }
+        let make = |dir: &Path| {
+            std::fs::create_dir_all(dir)
+                .map_err(|e| Error::other(format!("{}: cannot be made: {e}", dir.display())))
+        };
+        let dir = match (&config.train.reference_cache, user_cache()) {
+            (Some(dir), _) => {
+                let dir = PathBuf::from(dir);
+                make(&dir).map_err(|e| e.at("[train] reference_cache"))?;
+                Some(dir)
+            }
+            (None, Some(dir)) => match make(&dir) {
+                Ok(()) => Some(dir),
+                Err(why) => {
+                    log::warn!("reference log-probs are kept for this run only: {why}");
+                    None
+                }
+            },
+            (None, None) => {
+                log::warn!(
+                    "reference log-probs are kept for this run only: neither XDG_CACHE_HOME nor HOME is set"
+                );
+                None
+            }
+        };
+        Ok(Self { dir, model })
+    }
+
+    /// What is known of a reference: the base model, or the base model with an adapter.
+    ///
+    /// # Errors
+    /// If its file cannot be read or written.
+    pub fn open(&self, adapter: Option<&Lora>) -> Result<ReferenceLogps> {
+        let Some(dir) = &self.dir else { return Ok(ReferenceLogps::in_memory()) };
+        let mut hasher = self.model.clone();
+        // An adapter that adds nothing gives the base model's bits.
+        let adds = |lora: &&Lora| lora.adapters.iter().any(|a| a.b.iter().any(|b| *b != 0.0));
+        for adapter in adapter.filter(adds).into_iter().flat_map(|lora| &lora.adapters) {
+            hasher.update(adapter.name.as_bytes()).update(&adapter.scale.to_le_bytes());
+            for values in [&adapter.a, &adapter.b] {
+                let bytes: Vec<u8> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
+                hasher.update(&bytes);
+            }
+        }
+        let hash = *hasher.finalize().as_bytes();
+        let name = blake3::Hash::from_bytes(hash).to_hex();
+        let path = dir.join(format!("{}.logps", &name[..32]));
+        let store = Store::open(&path, &hash).map_err(|e| {
+            Error::other(format!(
+                "{}: {e}; [train] reference_cache can name another directory",
+                path.display()
+            ))
+        })?;
+        Ok(ReferenceLogps(Kept::File(store)))
+    }
+}
+
+/// `uft/reference` in the user's cache directory.
+fn user_cache() -> Option<PathBuf> {
+    let set = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let cache = set("XDG_CACHE_HOME").or_else(|| Some(set("HOME")?.join(".cache")))?;
+    Some(cache.join("uft/reference"))
+}
+
+/// The log-probs of one reference, by row.
+pub struct ReferenceLogps(Kept);
+
+enum Kept {
+    Nothing,
+    Memory(HashMap<Key, Box<[f32]>>),
+    File(Store),
+}
+
+impl ReferenceLogps {
+    /// Keeps them as long as it lives.
+    pub fn in_memory() -> Self {
+        Self(Kept::Memory(HashMap::new()))
+    }
+
+    /// Keeps nothing: every pass computes what it needs.
+    pub fn nowhere() -> Self {
+        Self(Kept::Nothing)
+    }
+
+    /// The log-probs of a group's trained tokens, if they are known.
+    ///
+    /// # Errors
+    /// If they cannot be read.
+    pub fn get(&self, group: &Group) -> Result<Option<Box<[f32]>>> {
+        match &self.0 {
+            Kept::Nothing => Ok(None),
+            Kept::Memory(known) => Ok(known.get(&key(group)).cloned()),
+            Kept::File(store) => store.get(&key(group)),
+        }
+    }
+
+    /// Keeps the log-probs of some groups.
+    ///
+    /// # Errors
+    /// If they cannot be written.
+    pub fn insert(&mut self, rows: &[(&Group, &[f32])]) -> Result<()> {
+        let rows = rows.iter().map(|(group, logps)| (key(group), *logps));
+        match &mut self.0 {
+            Kept::Nothing => Ok(()),
+            Kept::Memory(known) => {
+                known.extend(rows.map(|(key, logps)| (key, Box::from(logps))));
+                Ok(())
+            }
+            Kept::File(store) => store.append(rows),
+        }
+    }
+
+    /// Computes a sample of the known rows of some sources again. Where a bit differs, nothing of the file
+    /// is used: it is started anew, with a warning.
+    ///
+    /// # Errors
+    /// If the file cannot be read or written.
+    pub fn verify(
+        &mut self,
+        model: &Model,
+        adapter: Option<&Lora>,
+        sources: &[&Source],
+    ) -> Result<()> {
+        let Kept::File(store) = &mut self.0 else { return Ok(()) };
+        let rows = sources.iter().filter(|s| s.needs_reference()).flat_map(|s| &s.train);
+        let all: Vec<&Group> = rows.map(|example| &example.group).collect();
+        let known: Vec<&Group> =
+            all.iter().copied().filter(|g| store.places.contains_key(&key(g))).collect();
+        if known.is_empty() {
+            return Ok(());
+        }
+        let step = known.len().div_ceil(SAMPLE);
+        let sample: Vec<&Group> = known.iter().copied().step_by(step).collect();
+        let computed = model.logps(&Packed::new(&sample), adapter);
+        let mut kept = Vec::new();
+        for group in sample {
+            kept.extend(store.get(&key(group))?.unwrap_or_default());
+        }
+        if computed == kept {
+            log::info!(
+                "reference log-probs of {} of {} rows are known from {}",
+                known.len(),
+                all.len(),
+                store.path.display()
+            );
+            return Ok(());
+        }
+        log::warn!(
+            "{}: what it holds is not what this model computes; all of it is computed anew",
+            store.path.display()
+        );
+        store.start_anew()
+    }
+}
+
+/// The hash of a group's token ids and of which are trained, not of its feedback.
+fn key(group: &Group) -> Key {
+    let mut hasher = blake3::Hasher::new();
+    let mut bytes = Vec::with_capacity(4 * group.rows() + 64);
+    let mut number = |n: usize| bytes.extend_from_slice(&(n as u32).to_le_bytes());
+    number(group.prompt.len());
+    group.prompt.iter().for_each(|id| number(*id as usize));
+    for branch in &group.branches {
+        number(branch.tokens.len());
+        branch.tokens.iter().for_each(|id| number(*id as usize));
+        number(branch.segments.len());
+        for segment in &branch.segments {
+            number(segment.trained.len());
+            segment.trained.iter().flat_map(|r| [r.start, r.end]).for_each(&mut number);
+        }
+    }
+    hasher.update(&bytes);
+    hasher.finalize().as_bytes()[..16].try_into().expect("a hash has 32 bytes")
+}
+
+/// A file of records.
+struct Store {
+    path: PathBuf,
+    file: File,
+    hash: [u8; 32],
+    /// Of every known row: where its log-probs begin, and how many there are.
+    places: HashMap<Key, (u64, u32)>,
+}
+
+type Io<T> = std::io::Result<T>;
+
+impl Store {
+    /// Opens or makes the file, and reads which rows it has.
+    fn open(path: &Path, hash: &[u8; 32]) -> Io<Self> {
+        let options = OpenOptions::new().read(true).append(true).create(true).clone();
+        let file = options.open(path)?;
+        let mut store = Self { path: path.to_owned(), file, hash: *hash, places: HashMap::new() };
+        store.locked(Self::scan)?;
+        Ok(store)
+    }
+
+    /// Does something while no other run appends.
+    fn locked<T>(&mut self, work: impl FnOnce(&mut Self) -> Io<T>) -> Io<T> {
+        self.file.lock()?;
+        let done = work(self);
+        self.file.unlock()?;
+        done
+    }
+
+    fn scan(&mut self) -> Io<()> {
+        let len = self.file.metadata()?.len();
+        let mut reader = BufReader::with_capacity(1 << 20, &self.file);
+        reader.seek(SeekFrom::Start(0))?;
+        let mut header = [0; HEADER as usize];
+        let whole = len >= HEADER && {
+            reader.read_exact(&mut header)?;
+            header[..8] == *MAGIC && header[8..] == self.hash
+        };
+        if !whole {
+            if len > 0 {
+                log::warn!("{}: damaged; its rows are computed anew", self.path.display());
+            }
+            self.file.set_len(0)?;
+            return (&self.file).write_all(&[&MAGIC[..], &self.hash].concat());
+        }
+        let mut at = HEADER;
+        while let Some((key, count)) = read_record(&mut reader, len - at)? {
+            self.places.insert(key, (at + 20, count));
+            at += record_len(count);
+        }
+        if at < len {
+            log::warn!(
+                "{}: {} bytes at its end are no whole record, and are cut off",
+                self.path.display(),
+                len - at
+            );
+            self.file.set_len(at)?;
+        }
+        Ok(())
+    }
+
+    fn get(&self, key: &Key) -> Result<Option<Box<[f32]>>> {
+        let Some((at, count)) = self.places.get(key) else { return Ok(None) };
+        let mut bytes = vec![0; 4 * *count as usize];
+        self.file
+            .read_exact_at(&mut bytes, *at)
+            .map_err(|e| Error::other(format!("{}: cannot be read: {e}", self.path.display())))?;
+        Ok(Some(bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect()))
+    }
+
+    fn append<'r>(&mut self, rows: impl Iterator<Item = (Key, &'r [f32])>) -> Result<()> {
+        let (mut records, mut added) = (Vec::new(), Vec::new());
+        for (key, logps) in rows {
+            let start = records.len();
+            records.extend_from_slice(&key);
+            records.extend_from_slice(&(logps.len() as u32).to_le_bytes());
+            logps.iter().for_each(|p| records.extend_from_slice(&p.to_le_bytes()));
+            let check = check(&records[start..]);
+            records.extend_from_slice(&check);
+            added.push((key, start as u64 + 20, logps.len() as u32));
+        }
+        let written = self.locked(|store| {
+            let at = store.file.metadata()?.len();
+            store.file.write_all(&records)?;
+            Ok(at)
+        });
+        let at = written.map_err(|e| {
+            Error::other(format!(
+                "{}: cannot be written: {e}; [train] reference_cache can name another directory",
+                self.path.display()
+            ))
+        })?;
+        self.places.extend(added.into_iter().map(|(key, start, count)| (key, (at + start, count))));
+        Ok(())
+    }
+
+    /// Another run that reads the old file goes on with it.
+    fn start_anew(&mut self) -> Result<()> {
+        let renewed =
+            std::fs::remove_file(&self.path).and_then(|()| Self::open(&self.path, &self.hash));
+        *self = renewed.map_err(|e| {
+            Error::other(format!("{}: cannot be made anew: {e}", self.path.display()))
+        })?;
+        Ok(())
+    }
+}
+
+/// Bytes of a record with `count` log-probs.
+fn record_len(count: u32) -> u64 {
+    16 + 4 + 4 * u64::from(count) + 8
+}
+
+fn check(record: &[u8]) -> [u8; 8] {
+    blake3::hash(record).as_bytes()[..8].try_into().expect("a hash has 32 bytes")
+}
+
+/// The next record's key and count; none if there is no whole one in the `left` bytes.
+fn read_record(reader: &mut impl Read, left: u64) -> Io<Option<(Key, u32)>> {
+    if left < record_len(0) {
+        return Ok(None);
+    }
+    let mut bytes = vec![0; 20];
+    reader.read_exact(&mut bytes)?;
+    let count = u32::from_le_bytes([bytes[16], bytes[17], bytes[18], bytes[19]]);
+    if record_len(count) > left {
+        return Ok(None);
+    }
+    bytes.resize(20 + 4 * count as usize, 0);
+    reader.read_exact(&mut bytes[20..])?;
+    let mut expected = [0; 8];
+    reader.read_exact(&mut expected)?;
+    let key = bytes[..16].try_into().expect("sixteen bytes");
+    Ok((check(&bytes) == expected).then_some((key, count)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::group::{Branch, Segment};
+    use uft_core::Feedback;
+
+    fn group(tokens: &[u32]) -> Group {
+        let segment = Segment { feedback: Feedback::Demonstration, trained: vec![1..tokens.len()] };
+        let branches = vec![Branch { tokens: tokens.to_vec(), segments: vec![segment] }];
+        Group { prompt: vec![7], branches }
+    }
+
+    fn open(path: &Path) -> ReferenceLogps {
+        ReferenceLogps(Kept::File(Store::open(path, &[3; 32]).unwrap()))
+    }
+
+    fn path(name: &str) -> PathBuf {
+        let path = std::env::temp_dir().join(format!("uft-logps-{}-{name}", std::process::id()));
+        let _ = std::fs::remove_file(&path);
+        path
+    }
+
+    #[test]
+    fn what_is_written_is_read_by_every_later_run() {
+        let path = path("written");
+        let (a, b, c) = (group(&[1, 2, 3]), group(&[1, 2]), group(&[5, 6]));
+        let mut first = open(&path);
+        assert_eq!(first.get(&a).unwrap(), None);
+        first.insert(&[(&a, &[-1.0, -2.5]), (&b, &[-0.5])]).unwrap();
+        // A second run at the same time: it knows what was there when it began, and adds its own.
+        let mut second = open(&path);
+        second.insert(&[(&c, &[-9.0])]).unwrap();
+        first.insert(&[(&c, &[-9.0])]).unwrap();
+        for known in [first, second, open(&path)] {
+            assert_eq!(known.get(&a).unwrap().as_deref(), Some(&[-1.0, -2.5][..]));
+            assert_eq!(known.get(&b).unwrap().as_deref(), Some(&[-0.5][..]));
+            assert_eq!(known.get(&c).unwrap().as_deref(), Some(&[-9.0][..]));
+        }
+        std::fs::remove_file(path).unwrap();
+    }
+
+    #[test]
+    fn feedback_is_no_part_of_a_row_but_what_is_trained_is() {
+        let (a, mut b, mut c) = (group(&[1, 2, 3]), group(&[1, 2, 3]), group(&[1, 2, 3]));
+        b.branches[0].segments[0].feedback = Feedback::Binary(false);
+        c.branches[0].segments[0].trained = vec![1..2];
+        assert_eq!(key(&a), key(&b));
+        assert_ne!(key(&a), key(&c));
+    }
+
+    /// Wherever a file is cut, the records before it are used and those after it are not.
+    #[test]
+    fn only_whole_records_are_used() {
+        let path = path("torn");
+        let (a, b) = (group(&[1, 2, 3]), group(&[4, 5]));
+        let mut store = open(&path);
+        store.insert(&[(&a, &[-1.0, -2.0])]).unwrap();
+        store.insert(&[(&b, &[-3.0])]).unwrap();
+        let bytes = std::fs::read(&path).unwrap();
+        let first = (HEADER + record_len(2)) as usize;
+        for len in 0..=bytes.len() {
+            std::fs::write(&path, &bytes[..len]).unwrap();
+            let mut known = open(&path);
+            assert_eq!(known.get(&a).unwrap().is_some(), len >= first, "{len}");
+            assert_eq!(known.get(&b).unwrap().is_some(), len == bytes.len(), "{len}");
+            known.insert(&[(&b, &[-4.0])]).unwrap();
+            assert_eq!(open(&path).get(&b).unwrap().as_deref(), Some(&[-4.0][..]), "{len}");
+        }
+        for at in 0..bytes.len() {
+            let mut damaged = bytes.clone();
+            damaged[at] ^= 4;
+            std::fs::write(&path, &damaged).unwrap();
+            let known = open(&path);
+            assert_eq!(known.get(&a).unwrap().is_some(), at >= first, "{at}");
+            assert!(known.get(&b).unwrap().is_none(), "{at}");
+        }
+        std::fs::remove_file(path).unwrap();
+    }
+}
