@@ -91,6 +91,7 @@ fn first_step(run: &mut Run, stage: &Stage) -> Result<String> {
         policy: &run.lora,
         reference: reference.as_ref(),
         micro_tokens: stage.train.micro_tokens,
+        without: &stage.train.without,
         mixing: stage.train.mixing,
         at: At { number: 0, steps: stage.steps(run), training: false },
         identical,

@@ -3,7 +3,7 @@
 
 use super::section::section;
 use super::values::{
-    BadRows, Device, EndOfTurn, LongRows, Mixing, NonFinite, PluginRef, Reference, Schedule,
+    BadRows, Device, EndOfTurn, Gain, LongRows, Mixing, NonFinite, PluginRef, Reference, Schedule,
     Targets,
 };
 use std::collections::BTreeMap;
@@ -142,6 +142,11 @@ section! {
         /// A loss or gradient that is not finite: "stop" saves a checkpoint and ends the run, "skip" leaves
         /// the step's update out.
         non_finite: NonFinite = NonFinite::Stop,
+        /// Switches gains off, to measure them: "packing" (several groups in a micro-batch), "shared-prompts"
+        /// (a prompt computed once for all of its responses), "fused-log-probs" (log-probs without all
+        /// logits in memory), "skipped-gradients" (what no adapter needs left out), "reference-cache"
+        /// (reference log-probs kept for later epochs). Numbers change in their last bits.
+        without: Vec<Gain> = vec![],
     }
 }
 

@@ -8,7 +8,7 @@ use super::layer::{Context, Layer, LayerTape};
 use super::lora::{Adapter, Lora, LoraGrads};
 use super::packed::{NeededRows, Packed};
 use super::targets::Site;
-use uft_kernels::logprob::{self, Head, LowRank};
+use uft_kernels::logprob::{self, Chunk, Head, LowRank};
 use uft_kernels::rope::Rope;
 use uft_kernels::{elementwise, embedding, rmsnorm};
 
@@ -25,6 +25,23 @@ pub struct Model {
     pub(super) layers: Vec<Layer>,
     pub(super) rope: Rope,
     pub(super) pool: Pool,
+    pub options: Options,
+}
+
+/// How a decoder computes. Every choice gives the same numbers but for their last bits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Options {
+    /// The head takes the logits in chunks; without, all of them are in memory at once.
+    pub fused_log_probs: bool,
+    /// Gradients that nothing reads are left out: below the lowest adapter, and at the top of the model
+    /// in rows without targets, which are not even computed on the way forward.
+    pub skipped_gradients: bool,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { fused_log_probs: true, skipped_gradients: true }
+    }
 }
 
 /// A forward pass, kept for [`Model::backward`].
@@ -71,7 +88,10 @@ impl Model {
         let mut logps = vec![0.0; packed.targets.rows.len()];
         if !logps.is_empty() {
             let top = self.run(packed, lora, |_| ());
-            logprob::forward(&top.hidden, &packed.targets.tokens, &self.head(lora), &mut logps);
+            let head = self.head(lora);
+            let mut chunk = self.pool.take(head.chunk_len(logps.len()));
+            let targets = &packed.targets.tokens;
+            logprob::forward(&top.hidden, targets, &head, &mut chunk, &mut logps);
         }
         logps
     }
@@ -80,7 +100,7 @@ impl Model {
     pub fn forward<'p>(&self, packed: &'p Packed, lora: &Lora) -> Tape<'p> {
         let targets = &packed.targets;
         assert!(!targets.rows.is_empty(), "a batch without trained tokens");
-        let lowest = lora.lowest_layer();
+        let lowest = self.lowest_layer(lora);
         let mut layers = Vec::with_capacity(self.layers.len() - lowest);
         let mut below = lowest;
         let top = self.run(packed, Some(lora), |tape| match below {
@@ -91,7 +111,15 @@ impl Model {
         let mut logps = vec![0.0; targets.rows.len()];
         let mut unit_grad = self.pool.take(hidden.len());
         let head = self.head(Some(lora));
-        logprob::forward_with_gradient(&hidden, &targets.tokens, &head, &mut logps, &mut unit_grad);
+        let mut chunk = self.pool.take(head.chunk_len(logps.len()));
+        logprob::forward_with_gradient(
+            &hidden,
+            &targets.tokens,
+            &head,
+            &mut chunk,
+            &mut logps,
+            &mut unit_grad,
+        );
         let hidden = Some(hidden).filter(|_| head.adapter.is_some());
         Tape { packed, needed, layers, last, inv_rms, hidden, unit_grad, logps }
     }
@@ -104,7 +132,10 @@ impl Model {
         mut keep: impl FnMut(LayerTape),
     ) -> Top {
         let (h, pool) = (self.config.hidden, &self.pool);
-        let needed = NeededRows::of(&packed.targets);
+        let needed = match self.options.skipped_gradients {
+            true => NeededRows::of(&packed.targets),
+            false => NeededRows::all(packed),
+        };
         let pruned = (needed.rows.len() < packed.rows()).then_some(needed.rows.as_slice());
         let mut x = pool.take(packed.rows() * h);
         embedding::gather(&self.embedding, &packed.tokens, &mut x);
@@ -130,7 +161,9 @@ impl Model {
         if let (Some(hidden), Some(at)) = (&tape.hidden, lora.index(Site::Head)) {
             let (head, grad) = (self.head(Some(lora)), &mut grads.adapters[at]);
             let (da, db) = (&mut grad.a, &mut grad.b);
-            logprob::adapter_backward(hidden, &targets.tokens, &head, &tape.logps, dlogp, da, db);
+            let mut chunk = pool.take(head.chunk_len(dlogp.len()));
+            let (tokens, logps) = (&targets.tokens, &tape.logps);
+            logprob::adapter_backward(hidden, tokens, &head, &mut chunk, logps, dlogp, da, db);
         }
         if tape.layers.is_empty() {
             return;
@@ -151,7 +184,7 @@ impl Model {
             (tape.needed.rows.len() < tape.packed.rows()).then_some(tape.needed.rows.as_slice());
         for (layer, layer_tape) in self.layers[lowest..].iter().zip(&tape.layers).rev() {
             let needed = pruned.filter(|_| layer.index + 1 == self.layers.len());
-            let input_needed = layer.index > lowest;
+            let input_needed = layer.index > lowest || !self.options.skipped_gradients;
             let below = layer.backward(
                 d,
                 layer_tape,
@@ -166,6 +199,14 @@ impl Model {
                 Some(below) => d = below,
                 None => break,
             }
+        }
+    }
+
+    /// The lowest layer that the way back has to reach.
+    fn lowest_layer(&self, lora: &Lora) -> usize {
+        match self.options.skipped_gradients {
+            true => lora.lowest_layer(),
+            false => 0,
         }
     }
 
@@ -185,6 +226,10 @@ impl Model {
                 rank: *rank,
                 scale: *scale,
             }),
+            chunk: match self.options.fused_log_probs {
+                true => Chunk::FUSED,
+                false => Chunk::WHOLE,
+            },
         }
     }
 }

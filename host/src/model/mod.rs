@@ -23,7 +23,7 @@ mod shards;
 mod weights;
 
 pub use config::{Family, ModelConfig};
-pub use decoder::{Model, Tape};
+pub use decoder::{Model, Options, Tape};
 pub use generate::{Generator, SampleOptions};
 pub use lora::{Adapter, Lora, LoraConfig, LoraGrads};
 pub use packed::Packed;

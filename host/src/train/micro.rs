@@ -1,5 +1,7 @@
 //! How an optimizer step is split into micro-batches.
 
+use crate::config::Gain;
+
 /// One group to place: its rows, and a class; groups of different classes never share a
 /// micro-batch.
 #[derive(Clone, Copy, Debug)]
@@ -8,10 +10,14 @@ pub struct Load {
     pub class: u8,
 }
 
-/// Places groups in micro-batches of at most `limit` rows; a longer group gets one to itself.
+/// Places groups in micro-batches of at most `limit` rows; a longer group gets one to itself, and so does
+/// every group `without` packing.
 /// First fit, longest first; within a micro-batch the given order is kept. Nothing depends on
 /// anything but the arguments.
-pub fn split(loads: &[Load], limit: usize) -> Vec<Vec<usize>> {
+pub fn split(loads: &[Load], limit: usize, without: &[Gain]) -> Vec<Vec<usize>> {
+    if without.contains(&Gain::Packing) {
+        return (0..loads.len()).map(|index| vec![index]).collect();
+    }
     let mut longest_first: Vec<usize> = (0..loads.len()).collect();
     longest_first.sort_by_key(|&i| std::cmp::Reverse(loads[i].rows));
     let mut bins: Vec<(Load, Vec<usize>)> = Vec::new();
@@ -45,7 +51,7 @@ mod tests {
     #[test]
     fn every_group_is_placed_once_within_the_limit() {
         let sizes = [5, 90, 40, 60, 10, 10, 200, 35];
-        let batches = split(&loads(&sizes), 100);
+        let batches = split(&loads(&sizes), 100, &[]);
         let mut placed: Vec<usize> = batches.iter().flatten().copied().collect();
         placed.sort_unstable();
         assert_eq!(placed, (0..sizes.len()).collect::<Vec<_>>());
@@ -54,12 +60,13 @@ mod tests {
             assert!(rows <= 100 || batch.len() == 1, "{batch:?}");
         }
         assert_eq!(batches.len(), 4, "200 alone, and the other 250 rows in three");
+        assert_eq!(split(&loads(&sizes), 100, &[Gain::Packing]).len(), sizes.len());
     }
 
     #[test]
     fn classes_are_kept_apart() {
         let mixed =
             [Load { rows: 1, class: 0 }, Load { rows: 1, class: 1 }, Load { rows: 1, class: 0 }];
-        assert_eq!(split(&mixed, 100), [vec![0, 2], vec![1]]);
+        assert_eq!(split(&mixed, 100, &[]), [vec![0, 2], vec![1]]);
     }
 }

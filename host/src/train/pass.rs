@@ -5,7 +5,7 @@ use super::metrics::Metrics;
 use super::mismatched;
 use super::plan::{At, Plan, Planned, Rows};
 use super::signals;
-use crate::config::Mixing;
+use crate::config::{Gain, Mixing};
 use crate::data::{Item, Source};
 use crate::group::Group;
 use crate::model::{Lora, LoraGrads, Model, Packed};
@@ -22,6 +22,8 @@ pub struct Pass<'a> {
     /// The reference's adapter; none is the base model.
     pub reference: Option<&'a Lora>,
     pub micro_tokens: usize,
+    /// What is switched off.
+    pub without: &'a [Gain],
     pub mixing: Mixing,
     pub at: At,
     /// Policy and reference are the same function, so every log-ratio must be exactly 0; anything
@@ -53,7 +55,7 @@ impl Pass<'_> {
         items: &[Item],
         mut grads: Option<&mut LoraGrads>,
     ) -> Result<Outcome> {
-        let mut plan = Plan::new(sources, rows, items, self.micro_tokens);
+        let mut plan = Plan::new(sources, rows, items, self.micro_tokens, self.without);
         self.reference_logps(sources, rows, &mut plan)?;
         let statistics = self.statistics(sources, rows, &plan)?;
         for source in plan.sources() {
@@ -68,7 +70,7 @@ impl Pass<'_> {
         };
         for batch in &plan.micro_batches {
             signals::check()?;
-            let packed = Packed::new(&groups(sources, rows, &plan, batch));
+            let packed = self.pack(&groups(sources, rows, &plan, batch));
             let (tape, logps) = match &grads {
                 Some(_) => {
                     let tape = self.model.forward(&packed, self.policy);
@@ -83,12 +85,23 @@ impl Pass<'_> {
                 self.model.backward(&tape, &dlogps, self.policy, grads);
             }
         }
+        if self.without.contains(&Gain::ReferenceCache) {
+            return Ok(outcome);
+        }
         // Not before: what an interrupted pass leaves must be what was there before it.
         for group in plan.groups {
             let example = &mut sources[group.item.source].rows_mut(rows)[group.item.row];
             example.ref_logps = example.ref_logps.take().or(group.ref_logps);
         }
         Ok(outcome)
+    }
+
+    /// Lays groups out as a micro-batch.
+    pub(super) fn pack(&self, groups: &[&Group]) -> Packed {
+        match self.without.contains(&Gain::SharedPrompts) {
+            true => Packed::with_prompt_copies(groups),
+            false => Packed::new(groups),
+        }
     }
 
     /// Computes the reference log-probs that the plan lacks, packed as the policy's are.
@@ -102,7 +115,7 @@ impl Pass<'_> {
             if !batch.iter().any(|&g| lacks(&plan.groups[g])) {
                 continue;
             }
-            let packed = Packed::new(&groups(sources, rows, plan, batch));
+            let packed = self.pack(&groups(sources, rows, plan, batch));
             let logps = self.model.logps(&packed, self.reference);
             finite(&logps, "reference", sources, rows, plan, batch)?;
             let mut rest = logps.as_slice();
@@ -216,9 +229,8 @@ impl Pass<'_> {
             .collect();
         for batch in batches {
             signals::check()?;
-            let logps = self
-                .model
-                .logps(&Packed::new(&groups(sources, rows, plan, batch)), Some(self.policy));
+            let packed = self.pack(&groups(sources, rows, plan, batch));
+            let logps = self.model.logps(&packed, Some(self.policy));
             finite(&logps, "policy", sources, rows, plan, batch)?;
             for (index, members, tokens) in stretches(plan, batch) {
                 let ref_logps = collect_ref_logps(&sources[index], plan, members);

@@ -2,10 +2,10 @@
 
 use super::plan::Rows;
 use crate::config::schema::{Config, TrainSection};
-use crate::config::{Device, Reference, Targets as ConfigTargets};
+use crate::config::{Device, Gain, Reference, Targets as ConfigTargets};
 use crate::data::{Item, Order, Source};
 use crate::model::targets::{Patterns, Targets};
-use crate::model::{Lora, LoraConfig, Model, ModelConfig, peft};
+use crate::model::{Lora, LoraConfig, Model, ModelConfig, Options, peft};
 use crate::plugins::Registry;
 use crate::text::Text;
 use crate::{Error, Result};
@@ -51,7 +51,12 @@ impl Run {
             Some(adapter) => peft::load(Path::new(adapter), &model_config)?,
             None => Lora::init(&lora_config(&config)?, &model_config, config.train.seed)?,
         };
-        let model = Model::load(&dir)?;
+        let mut model = Model::load(&dir)?;
+        let without = |gain| config.train.without.contains(&gain);
+        model.options = Options {
+            fused_log_probs: !without(Gain::FusedLogProbs),
+            skipped_gradients: !without(Gain::SkippedGradients),
+        };
         let libraries = registry.paths().map(Path::to_owned).collect();
         Ok(Self { config, text, sources, model, lora, libraries })
     }

@@ -3,7 +3,7 @@
 use super::*;
 
 /// A batch with shared prompts, rows that nothing reads, and two segments in one branch.
-fn batch(name: &str) -> Packed {
+pub(super) fn batch(name: &str) -> Packed {
     let responses = expected(name, "responses.json");
     let rows = responses["pairs"].as_array().unwrap();
     let mut groups: Vec<Group> = rows[..3].iter().map(shared_group).collect();
@@ -16,7 +16,7 @@ fn batch(name: &str) -> Packed {
 }
 
 /// A fresh adapter with a B that isn't zero.
-fn adapter(model: &Model, targets: &str) -> Lora {
+pub(super) fn adapter(model: &Model, targets: &str) -> Lora {
     let config = LoraConfig {
         rank: 3,
         alpha: 4.0,

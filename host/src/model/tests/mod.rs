@@ -7,6 +7,7 @@ mod gradients;
 mod identities;
 mod loading;
 mod merging;
+mod options;
 
 use super::*;
 use crate::group::{Branch, Group, Segment};
