@@ -36,11 +36,31 @@ pub struct Options {
     /// Gradients that nothing reads are left out: below the lowest adapter, and at the top of the model
     /// in rows without targets, which are not even computed on the way forward.
     pub skipped_gradients: bool,
+    /// Of the layers that the way back reaches, so many of the lowest keep only their input and are
+    /// computed again on the way back, bit for bit.
+    pub recomputed_layers: usize,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { fused_log_probs: true, skipped_gradients: true }
+        Self { fused_log_probs: true, skipped_gradients: true, recomputed_layers: 0 }
+    }
+}
+
+impl Options {
+    /// The lowest layer that the way back has to reach.
+    pub(super) fn lowest_layer(&self, lora: &Lora) -> usize {
+        match self.skipped_gradients {
+            true => lora.lowest_layer(),
+            false => 0,
+        }
+    }
+
+    pub(super) fn chunk(&self) -> Chunk {
+        match self.fused_log_probs {
+            true => Chunk::FUSED,
+            false => Chunk::WHOLE,
+        }
     }
 }
 
@@ -50,7 +70,7 @@ pub struct Tape<'p> {
     packed: &'p Packed,
     needed: NeededRows,
     /// From the lowest layer with an adapter upwards.
-    layers: Vec<LayerTape>,
+    layers: Vec<Kept>,
     /// `[N, H]`: what the final norm got.
     last: Buffer,
     /// `[N]`.
@@ -61,6 +81,14 @@ pub struct Tape<'p> {
     unit_grad: Buffer,
     /// `[M]`.
     logps: Vec<f32>,
+}
+
+/// What a forward pass leaves of one block.
+#[derive(Debug)]
+enum Kept {
+    Tape(LayerTape),
+    /// `[T, H]`: the block is computed again on the way back.
+    Input(Buffer),
 }
 
 impl Tape<'_> {
@@ -100,11 +128,14 @@ impl Model {
     pub fn forward<'p>(&self, packed: &'p Packed, lora: &Lora) -> Tape<'p> {
         let targets = &packed.targets;
         assert!(!targets.rows.is_empty(), "a batch without trained tokens");
-        let lowest = self.lowest_layer(lora);
+        let lowest = self.options.lowest_layer(lora);
         let mut layers = Vec::with_capacity(self.layers.len() - lowest);
         let mut below = lowest;
         let top = self.run(packed, Some(lora), |tape| match below {
-            0 => layers.push(tape),
+            0 if layers.len() < self.options.recomputed_layers => {
+                layers.push(Kept::Input(tape.into_input()));
+            }
+            0 => layers.push(Kept::Tape(tape)),
             _ => below -= 1,
         });
         let Top { needed, last, inv_rms, hidden } = top;
@@ -154,41 +185,48 @@ impl Model {
 
     /// Adds the gradient of a loss to `grads`, from `dlogp`: `[M]`, its gradient to the log-probs.
     /// `lora` must be as it was in [`Self::forward`].
-    pub fn backward(&self, tape: &Tape, dlogp: &[f32], lora: &Lora, grads: &mut LoraGrads) {
-        let targets = &tape.packed.targets;
+    pub fn backward(&self, tape: Tape, dlogp: &[f32], lora: &Lora, grads: &mut LoraGrads) {
+        let Tape { packed, needed, mut layers, last, inv_rms, hidden, unit_grad, logps } = tape;
+        let targets = &packed.targets;
         assert_eq!(dlogp.len(), targets.rows.len(), "dlogp must have one entry per target");
         let (h, pool) = (self.config.hidden, &self.pool);
-        if let (Some(hidden), Some(at)) = (&tape.hidden, lora.index(Site::Head)) {
+        if let (Some(hidden), Some(at)) = (hidden, lora.index(Site::Head)) {
             let (head, grad) = (self.head(Some(lora)), &mut grads.adapters[at]);
             let (da, db) = (&mut grad.a, &mut grad.b);
             let mut chunk = pool.take(head.chunk_len(dlogp.len()));
-            let (tokens, logps) = (&targets.tokens, &tape.logps);
-            logprob::adapter_backward(hidden, tokens, &head, &mut chunk, logps, dlogp, da, db);
+            let tokens = &targets.tokens;
+            logprob::adapter_backward(&hidden, tokens, &head, &mut chunk, &logps, dlogp, da, db);
         }
-        if tape.layers.is_empty() {
+        if layers.is_empty() {
             return;
         }
-        let mut dhidden = pool.take(tape.unit_grad.len());
-        elementwise::scale_rows(&tape.unit_grad, dlogp, &mut dhidden);
-        let mut dnormed = pool.zeros(tape.last.len());
-        for (d, row) in dhidden.chunks_exact(h).zip(&tape.needed.of_target) {
+        let mut dhidden = pool.take(unit_grad.len());
+        elementwise::scale_rows(&unit_grad, dlogp, &mut dhidden);
+        drop(unit_grad);
+        let mut dnormed = pool.zeros(last.len());
+        for (d, row) in dhidden.chunks_exact(h).zip(&needed.of_target) {
             elementwise::add(&mut dnormed[*row as usize * h..][..h], d);
         }
         drop(dhidden);
-        let mut d = pool.zeros(tape.last.len());
-        rmsnorm::backward(&dnormed, &tape.last, &self.norm, &tape.inv_rms, &mut d);
-        drop(dnormed);
+        let mut d = pool.zeros(last.len());
+        rmsnorm::backward(&dnormed, &last, &self.norm, &inv_rms, &mut d);
+        drop((dnormed, last, inv_rms));
 
-        let lowest = self.layers.len() - tape.layers.len();
-        let pruned =
-            (tape.needed.rows.len() < tape.packed.rows()).then_some(tape.needed.rows.as_slice());
-        for (layer, layer_tape) in self.layers[lowest..].iter().zip(&tape.layers).rev() {
+        let lowest = self.layers.len() - layers.len();
+        let pruned = (needed.rows.len() < packed.rows()).then_some(needed.rows.as_slice());
+        // A block's tape is given back as soon as the way back has passed it.
+        while let Some(kept) = layers.pop() {
+            let layer = &self.layers[lowest + layers.len()];
             let needed = pruned.filter(|_| layer.index + 1 == self.layers.len());
             let input_needed = layer.index > lowest || !self.options.skipped_gradients;
+            let tape = match kept {
+                Kept::Tape(tape) => tape,
+                Kept::Input(x) => layer.again(x, &packed.layout, needed, lora, self.context()),
+            };
             let below = layer.backward(
                 d,
-                layer_tape,
-                &tape.packed.layout,
+                &tape,
+                &packed.layout,
                 needed,
                 input_needed,
                 lora,
@@ -199,14 +237,6 @@ impl Model {
                 Some(below) => d = below,
                 None => break,
             }
-        }
-    }
-
-    /// The lowest layer that the way back has to reach.
-    fn lowest_layer(&self, lora: &Lora) -> usize {
-        match self.options.skipped_gradients {
-            true => lora.lowest_layer(),
-            false => 0,
         }
     }
 
@@ -226,10 +256,7 @@ impl Model {
                 rank: *rank,
                 scale: *scale,
             }),
-            chunk: match self.options.fused_log_probs {
-                true => Chunk::FUSED,
-                false => Chunk::WHOLE,
-            },
+            chunk: self.options.chunk(),
         }
     }
 }

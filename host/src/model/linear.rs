@@ -48,11 +48,18 @@ impl Linear {
             }
         }
         adapter.map(|adapter| {
-            let mut u = pool.take(m * adapter.rank);
-            nt(x, &adapter.a, &mut u, m, k, adapter.rank, 1.0, 0.0);
+            let u = self.project(x, adapter, pool);
             nt(&u, &adapter.b, y, m, adapter.rank, n, adapter.scale, 1.0);
             u
         })
+    }
+
+    /// u alone, as [`Self::forward`] returns it.
+    pub fn project(&self, x: &[f32], adapter: &Adapter, pool: &Pool) -> Buffer {
+        let m = x.len() / self.inputs;
+        let mut u = pool.take(m * adapter.rank);
+        nt(x, &adapter.a, &mut u, m, self.inputs, adapter.rank, 1.0, 0.0);
+        u
     }
 
     /// Adds the adapter's gradients to its `grad` and, where `dx` is given with a beta of 0 or 1,

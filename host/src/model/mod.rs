@@ -8,6 +8,7 @@ pub mod config;
 pub mod files;
 pub mod generate;
 pub mod lora;
+pub mod memory;
 pub mod merge;
 pub mod packed;
 pub mod peft;

@@ -82,7 +82,7 @@ impl Pass<'_> {
             let dlogps =
                 self.objectives(sources, rows, &plan, batch, &logps, &statistics, &mut outcome)?;
             if let (Some(tape), Some(grads)) = (tape, grads.as_deref_mut()) {
-                self.model.backward(&tape, &dlogps, self.policy, grads);
+                self.model.backward(tape, &dlogps, self.policy, grads);
             }
         }
         if self.without.contains(&Gain::ReferenceCache) {

@@ -56,6 +56,7 @@ impl Run {
         model.options = Options {
             fused_log_probs: !without(Gain::FusedLogProbs),
             skipped_gradients: !without(Gain::SkippedGradients),
+            recomputed_layers: 0,
         };
         let libraries = registry.paths().map(Path::to_owned).collect();
         Ok(Self { config, text, sources, model, lora, libraries })

@@ -6,6 +6,7 @@ mod golden;
 mod gradients;
 mod identities;
 mod loading;
+mod memory;
 mod merging;
 mod options;
 
@@ -108,7 +109,7 @@ fn uneven(count: usize) -> Vec<f32> {
 /// The gradient of `Σ dlogp logp`.
 fn gradient(model: &Model, packed: &Packed, lora: &Lora, dlogp: &[f32]) -> LoraGrads {
     let mut grads = LoraGrads::zeros(lora);
-    model.backward(&model.forward(packed, lora), dlogp, lora, &mut grads);
+    model.backward(model.forward(packed, lora), dlogp, lora, &mut grads);
     grads
 }
 

@@ -39,7 +39,8 @@ fn every_gain_switched_off_gives_the_same_gradients() {
             for (fused_log_probs, skipped_gradients) in
                 [(false, true), (true, false), (false, false)]
             {
-                model.options = Options { fused_log_probs, skipped_gradients };
+                model.options =
+                    Options { fused_log_probs, skipped_gradients, ..Options::default() };
                 let what = format!("{name} {targets} {:?}", model.options);
                 assert_same(&what, &lora, &results(&model, &packed, &lora), &expected);
             }
@@ -61,5 +62,23 @@ fn a_prompt_for_every_branch_gives_the_same_gradients() {
         assert_eq!(copies.targets.tokens, shared.targets.tokens);
         let [shared, copies] = [shared, copies].map(|packed| results(&model, &packed, &lora));
         assert_same(name, &lora, &copies, &shared);
+    }
+}
+
+#[test]
+fn recomputed_layers_give_the_same_bits() {
+    for name in MODELS {
+        let mut model = Model::load(&model_dir(name)).unwrap();
+        let packed = batch(name);
+        for targets in [".*proj|lm_head", r".*1\.self_attn\.q_proj", r".*0\.mlp\.down_proj"] {
+            let lora = adapter(&model, targets);
+            model.options.recomputed_layers = 0;
+            let expected = results(&model, &packed, &lora);
+            for recomputed_layers in [1, 2, usize::MAX] {
+                model.options.recomputed_layers = recomputed_layers;
+                let again = results(&model, &packed, &lora);
+                assert_eq!(again, expected, "{name} {targets} {recomputed_layers}");
+            }
+        }
     }
 }
