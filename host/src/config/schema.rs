@@ -3,8 +3,8 @@
 
 use super::section::section;
 use super::values::{
-    BadRows, Device, EndOfTurn, Gain, LongRows, Mixing, NonFinite, PluginRef, Reference, Schedule,
-    Targets,
+    BadRows, Device, EndOfTurn, Gain, LongRows, Mixing, NonFinite, PluginRef, Recompute, Reference,
+    Schedule, Targets,
 };
 use std::collections::BTreeMap;
 
@@ -102,6 +102,11 @@ section! {
         /// Most tokens in one forward and backward pass. Memory grows with it; the gradient does not
         /// depend on it.
         micro_tokens: usize = 4096,
+        /// Layers whose activations are computed again on the way back instead of being kept: "auto" (as few
+        /// as make the run fit into memory), "none" or "all". No number depends on it.
+        recompute: Recompute = Recompute::Auto,
+        /// Most memory to use, in GiB; 0 is what the machine has. A run that needs more is refused.
+        memory: f64 = 0.0,
         /// Peak learning rate.
         lr: f64 = 1e-4,
         /// "cosine", "linear" (both down to 0) or "constant", after the warm-up.

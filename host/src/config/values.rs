@@ -56,6 +56,11 @@ words! {
 }
 
 words! {
+    /// Which layers are computed again on the way back instead of being kept.
+    Recompute { Auto, None, All }
+}
+
+words! {
     /// A gain that can be switched off, to measure it.
     Gain {
         /// Several groups in one micro-batch.

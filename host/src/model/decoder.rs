@@ -8,6 +8,7 @@ use super::layer::{Context, Layer, LayerTape};
 use super::lora::{Adapter, Lora, LoraGrads};
 use super::packed::{NeededRows, Packed};
 use super::targets::Site;
+use crate::config::Gain;
 use uft_kernels::logprob::{self, Chunk, Head, LowRank};
 use uft_kernels::rope::Rope;
 use uft_kernels::{elementwise, embedding, rmsnorm};
@@ -48,15 +49,24 @@ impl Default for Options {
 }
 
 impl Options {
+    /// Everything but what is switched off.
+    pub fn new(without: &[Gain], recomputed_layers: usize) -> Self {
+        Self {
+            fused_log_probs: !without.contains(&Gain::FusedLogProbs),
+            skipped_gradients: !without.contains(&Gain::SkippedGradients),
+            recomputed_layers,
+        }
+    }
+
     /// The lowest layer that the way back has to reach.
-    pub(super) fn lowest_layer(&self, lora: &Lora) -> usize {
+    pub fn lowest_layer(&self, lora: &Lora) -> usize {
         match self.skipped_gradients {
             true => lora.lowest_layer(),
             false => 0,
         }
     }
 
-    pub(super) fn chunk(&self) -> Chunk {
+    pub fn chunk(&self) -> Chunk {
         match self.fused_log_probs {
             true => Chunk::FUSED,
             false => Chunk::WHOLE,
@@ -110,6 +120,11 @@ pub(super) struct Top {
 }
 
 impl Model {
+    /// Sets addresses aside for so many bytes of activations, so that they lie in one piece.
+    pub fn reserve(&self, bytes: usize) {
+        self.pool.reserve(bytes);
+    }
+
     /// The log-prob of every target, `[M]`, without what a way back would need. The same bits as
     /// [`Self::forward`] gives, and with adapters whose B is zero the same bits as without any.
     pub fn logps(&self, packed: &Packed, lora: Option<&Lora>) -> Vec<f32> {

@@ -9,8 +9,11 @@ use super::config::ModelConfig;
 use super::decoder::Options;
 use super::lora::Lora;
 use super::packed::{NeededRows, Packed};
+use super::shards::{Shards, Tensor};
 use super::targets::{Projection, Site};
+use crate::Result;
 use std::ops::Add;
+use std::path::Path;
 use uft_kernels::logprob::Chunk;
 
 /// What of a micro-batch decides its memory. Those of groups packed together add up.
@@ -51,10 +54,42 @@ impl Add for Size {
     }
 }
 
+/// Bytes of a model's weights.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Weights {
+    /// As [`super::Model`] holds them.
+    pub held: usize,
+    /// What reading them takes besides: their files' pages.
+    pub mapped: usize,
+}
+
+impl Weights {
+    /// From the headers of a directory's files.
+    ///
+    /// # Errors
+    /// If they cannot be read.
+    pub fn of(dir: &Path, config: &ModelConfig) -> Result<Self> {
+        let shards = Shards::open(dir)?;
+        // A copy of a tied head is compared with the embedding and not kept.
+        let kept = shards.names().filter(|name| !(config.tied && *name == "lm_head.weight"));
+        let tensors = kept.filter_map(|name| shards.tensor(name));
+        let held = tensors.map(|tensor| held(&tensor)).sum();
+        let bytes = shards.names().filter_map(|name| Some(shards.tensor(name)?.bytes.len()));
+        Ok(Self { held, mapped: bytes.sum() })
+    }
+}
+
+/// Bytes of a tensor as the model holds it: widened to `f32`.
+fn held(tensor: &Tensor) -> usize {
+    size_of::<f32>() * tensor.shape.iter().product::<usize>()
+}
+
 /// A decoder's passes without their arithmetic.
 pub struct Shadow<'a> {
     config: &'a ModelConfig,
     options: Options,
+    /// Whether the head's logits count.
+    with_chunk: bool,
     pool: Pool,
 }
 
@@ -62,8 +97,9 @@ pub struct Shadow<'a> {
 type Tape = Vec<Buffer>;
 
 impl<'a> Shadow<'a> {
-    pub fn new(config: &'a ModelConfig, options: Options) -> Self {
-        Self { config, options, pool: Pool::counting() }
+    /// `with_chunk` false leaves the head's logits out, to find out what they add.
+    pub fn new(config: &'a ModelConfig, options: Options, with_chunk: bool) -> Self {
+        Self { config, options, with_chunk, pool: Pool::counting() }
     }
 
     /// Bytes that a pass takes at most for activations: the largest of all passes so far.
@@ -71,17 +107,18 @@ impl<'a> Shadow<'a> {
         self.pool.high_water()
     }
 
-    /// Logits that are in memory at a time for M targets.
-    pub fn chunk_len(&self, targets: usize) -> usize {
+    /// The logits that are in memory at a time for M targets.
+    fn chunk(&self, targets: usize) -> Option<Buffer> {
         let Chunk { rows, columns } = self.options.chunk();
-        rows.min(targets).max(1) * columns.min(self.config.vocab)
+        let len = rows.min(targets).max(1) * columns.min(self.config.vocab);
+        self.with_chunk.then(|| self.pool.take(len))
     }
 
     /// [`super::Model::logps`].
     pub fn logps(&self, size: Size, lora: Option<&Lora>) {
         if size.targets > 0 {
             let _top = self.run(size, lora, drop);
-            let _chunk = self.pool.take(self.chunk_len(size.targets));
+            let _chunk = self.chunk(size.targets);
         }
     }
 
@@ -101,13 +138,13 @@ impl<'a> Shadow<'a> {
             _ => below -= 1,
         });
         let unit_grad = pool.take(size.targets * h);
-        let chunk = pool.take(self.chunk_len(size.targets));
+        let chunk = self.chunk(size.targets);
         let head = lora.index(Site::Head);
         let hidden = Some(hidden).filter(|_| head.is_some());
         drop(chunk);
 
         if let Some(_hidden) = hidden {
-            let _chunk = pool.take(self.chunk_len(size.targets));
+            let _chunk = self.chunk(size.targets);
         }
         if layers.is_empty() {
             return;

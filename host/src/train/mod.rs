@@ -3,6 +3,7 @@
 pub mod checkpoint;
 mod identity;
 pub mod logs;
+pub mod memory;
 pub mod metrics;
 mod micro;
 mod mismatched;
@@ -126,9 +127,9 @@ struct Running<'a> {
 impl Running<'_> {
     fn train(mut self, run: &mut Run, position: &mut Position, logs: &mut Logs) -> Result<()> {
         let settings = &self.stage.train;
-        let steps = self.stage.steps(run);
+        let steps = self.stage.steps(&run.sources);
         let warmup = schedule::warmup_steps(settings.warmup, steps);
-        let mut order = self.stage.order(run);
+        let mut order = self.stage.order(&run.sources);
         // Replaying the draws puts the order where it was.
         (0..position.step).for_each(|_| drop(order.batch(settings.batch)));
         let mut grads = LoraGrads::zeros(&run.lora);

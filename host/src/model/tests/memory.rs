@@ -33,13 +33,13 @@ fn every_pass_takes_what_its_shadow_says() {
                     model.options = options;
                     let what = format!("{name} {targets} {options:?}");
                     for lora in [None, Some(&lora)] {
-                        let shadow = Shadow::new(&model.config, options);
+                        let shadow = Shadow::new(&model.config, options, true);
                         shadow.logps(size, lora);
                         let planned = shadow.peak();
                         let took = measured(&mut model, |model| drop(model.logps(&packed, lora)));
                         assert_eq!(planned, took, "log-probs of {what}");
                     }
-                    let shadow = Shadow::new(&model.config, options);
+                    let shadow = Shadow::new(&model.config, options, true);
                     shadow.step(size, &lora);
                     let planned = shadow.peak();
                     let took =
@@ -65,7 +65,7 @@ fn recomputation_takes_less() {
     let (packed, lora) = (batch("llama"), adapter(&model, "all-linear"));
     let peak = |recomputed_layers| {
         let options = Options { recomputed_layers, ..Options::default() };
-        let shadow = Shadow::new(&model.config, options);
+        let shadow = Shadow::new(&model.config, options, true);
         shadow.step(Size::of(&packed), &lora);
         shadow.peak()
     };
