@@ -54,6 +54,19 @@ impl Group {
         self.prompt.len() + self.branches.iter().map(|b| b.tokens.len()).sum::<usize>()
     }
 
+    /// Rows that it takes where every branch has a prompt of its own.
+    pub fn rows_alone(&self) -> usize {
+        self.prompt.len() * self.branches.len()
+            + self.branches.iter().map(|b| b.tokens.len()).sum::<usize>()
+    }
+
+    /// Every branch as a group of its own.
+    pub fn alone(&self) -> impl Iterator<Item = Group> {
+        let group =
+            |branch: &Branch| Group { prompt: self.prompt.clone(), branches: vec![branch.clone()] };
+        self.branches.iter().map(group)
+    }
+
     /// Length of the longest sequence: prompt plus one branch.
     pub fn longest(&self) -> usize {
         self.prompt.len() + self.branches.iter().map(|b| b.tokens.len()).max().unwrap_or(0)

@@ -19,6 +19,7 @@ pub mod embedding;
 pub mod layout;
 pub mod logprob;
 pub mod matmul;
+pub mod memory;
 pub mod rmsnorm;
 pub mod rope;
 pub mod swiglu;

@@ -29,11 +29,23 @@ use crate::math::{dot, exp, exp_and_sum, max, sum_exp, vectorised};
 use crate::matmul::{Weight, nn, nt, nt_few, tn};
 use rayon::prelude::*;
 
-/// Rows per chunk: enough for a product at full speed however the vocabulary is cut.
-const CHUNK_ROWS: usize = 512;
-/// Entries of the vocabulary per chunk, so that at most 16 MiB of logits are alive. The same for few
-/// rows and many: where the sum over the vocabulary is cut must not depend on a row's company.
-const CHUNK_COLUMNS: usize = 8192;
+/// How much of the logits exists at a time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Chunk {
+    /// Most rows.
+    pub rows: usize,
+    /// Most entries of the vocabulary. The same for few rows and many: where the sum over the vocabulary
+    /// is cut must not depend on a row's company.
+    pub columns: usize,
+}
+
+impl Chunk {
+    /// At most 16 MiB of logits, with enough rows for a product at full speed however the vocabulary is
+    /// cut.
+    pub const FUSED: Self = Self { rows: 512, columns: 8192 };
+    /// All logits at once: what the fused head is measured against.
+    pub const WHOLE: Self = Self { rows: usize::MAX, columns: usize::MAX };
+}
 
 /// The output layer.
 #[derive(Clone, Copy, Debug)]
@@ -46,6 +58,7 @@ pub struct Head<'a> {
     pub hidden: usize,
     /// What is added to W, if anything.
     pub adapter: Option<LowRank<'a>>,
+    pub chunk: Chunk,
 }
 
 /// A low-rank addition `scale B A` to a weight `[V, H]`.
@@ -62,13 +75,14 @@ pub struct LowRank<'a> {
 }
 
 /// `logp[t] = log_softmax(logits_t)[targets[t]]` for `hidden`: `[N, H]`, `targets`, `logp`: `[N]`.
-/// Overwrites `logp`.
-pub fn forward(hidden: &[f32], targets: &[u32], head: &Head, logp: &mut [f32]) {
+/// Overwrites `logp`. `chunk` is room for [`Head::chunk_len`] logits, with anything in it.
+pub fn forward(hidden: &[f32], targets: &[u32], head: &Head, chunk: &mut [f32], logp: &mut [f32]) {
     head.assert_shapes(hidden, targets, logp);
-    let rows = hidden.chunks(CHUNK_ROWS * head.hidden).zip(targets.chunks(CHUNK_ROWS));
-    for ((hidden, targets), logp) in rows.zip(logp.chunks_mut(CHUNK_ROWS)) {
+    let most = head.chunk_rows(targets.len());
+    let rows = hidden.chunks(most * head.hidden).zip(targets.chunks(most));
+    for ((hidden, targets), logp) in rows.zip(logp.chunks_mut(most)) {
         let mut softmax = Softmax::new(targets);
-        head.visit_logits(hidden, targets.len(), |first, columns, logits| {
+        head.visit_logits(hidden, targets.len(), chunk, |first, columns, logits| {
             softmax.take(first, columns, logits);
         });
         softmax.finish(logp);
@@ -80,6 +94,7 @@ pub fn forward_with_gradient(
     hidden: &[f32],
     targets: &[u32],
     head: &Head,
+    chunk: &mut [f32],
     logp: &mut [f32],
     unit_grad: &mut [f32],
 ) {
@@ -93,14 +108,15 @@ pub fn forward_with_gradient(
     );
     let width = head.hidden;
     let rank = head.adapter.map_or(0, |adapter| adapter.rank);
-    let rows = hidden.chunks(CHUNK_ROWS * width).zip(targets.chunks(CHUNK_ROWS));
-    let results = logp.chunks_mut(CHUNK_ROWS).zip(unit_grad.chunks_mut(CHUNK_ROWS * width));
+    let most = head.chunk_rows(targets.len());
+    let rows = hidden.chunks(most * width).zip(targets.chunks(most));
+    let results = logp.chunks_mut(most).zip(unit_grad.chunks_mut(most * width));
     for ((hidden, targets), (logp, unit_grad)) in rows.zip(results) {
         let n = targets.len();
         let mut softmax = Softmax::new(targets);
         // Σ e^(logit - top) B[v], `[n, r]`, beside the same sum over W[v] in `unit_grad`.
         let mut low = vec![0.0; n * rank];
-        head.visit_logits(hidden, n, |first, columns, logits| {
+        head.visit_logits(hidden, n, chunk, |first, columns, logits| {
             softmax.take_weights(first, columns, logits);
             let beta = if first == 0 { 0.0 } else { 1.0 };
             if first > 0 {
@@ -142,6 +158,7 @@ pub fn adapter_backward(
     hidden: &[f32],
     targets: &[u32],
     head: &Head,
+    chunk: &mut [f32],
     logp: &[f32],
     dlogp: &[f32],
     da: &mut [f32],
@@ -153,8 +170,9 @@ pub fn adapter_backward(
     assert_eq!(dlogp.len(), targets.len(), "logprob: dlogp must be [{}]", targets.len());
     assert_eq!(da.len(), adapter.a.len(), "logprob: da must be [{rank}, {width}]");
     assert_eq!(db.len(), adapter.b.len(), "logprob: db must be [{}, {rank}]", head.vocab);
-    let rows = hidden.chunks(CHUNK_ROWS * width).zip(targets.chunks(CHUNK_ROWS));
-    let losses = logp.chunks(CHUNK_ROWS).zip(dlogp.chunks(CHUNK_ROWS));
+    let most = head.chunk_rows(targets.len());
+    let rows = hidden.chunks(most * width).zip(targets.chunks(most));
+    let losses = logp.chunks(most).zip(dlogp.chunks(most));
     for ((hidden, targets), (logp, dlogp)) in rows.zip(losses) {
         let n = targets.len();
         let low = adapter.project(hidden, n, width);
@@ -170,7 +188,7 @@ pub fn adapter_backward(
             .collect();
         // dlogp_t e_t: `[n, r]`.
         let mut pulled = vec![0.0; n * rank];
-        head.visit_logits(hidden, n, |first, columns, logits| {
+        head.visit_logits(hidden, n, chunk, |first, columns, logits| {
             let tokens = logits.par_chunks_mut(columns).zip(targets).zip(&lse).zip(dlogp);
             tokens.for_each(|(((logits, target), lse), dlogp)| {
                 let target = (*target as usize).wrapping_sub(first);
@@ -186,17 +204,30 @@ pub fn adapter_backward(
 }
 
 impl<'a> Head<'a> {
-    /// Computes the logits of `n` rows for one range of the vocabulary after the other and hands each
-    /// to `visit` as (first entry, number of entries, `[n, entries]`).
+    /// Logits that exist at a time for `n` rows.
+    pub fn chunk_len(&self, n: usize) -> usize {
+        self.chunk_rows(n) * self.chunk_columns()
+    }
+
+    fn chunk_rows(&self, n: usize) -> usize {
+        self.chunk.rows.min(n).max(1)
+    }
+
+    fn chunk_columns(&self) -> usize {
+        self.chunk.columns.min(self.vocab)
+    }
+
+    /// Computes the logits of `n` rows in `chunk` for one range of the vocabulary after the other and
+    /// hands each to `visit` as (first entry, number of entries, `[n, entries]`).
     fn visit_logits(
         &self,
         hidden: &[f32],
         n: usize,
+        chunk: &mut [f32],
         mut visit: impl FnMut(usize, usize, &mut [f32]),
     ) {
-        let most = CHUNK_COLUMNS.min(self.vocab);
+        let most = self.chunk_columns();
         let low = self.adapter.map(|adapter| adapter.project(hidden, n, self.hidden));
-        let mut chunk = vec![0.0; n * most];
         for first in (0..self.vocab).step_by(most) {
             let columns = most.min(self.vocab - first);
             let logits = &mut chunk[..n * columns];

@@ -42,12 +42,18 @@ pub fn run(args: &CheckArgs) -> Result<()> {
     );
     for stage in run.stages() {
         let label = stage.name.as_ref().map_or(String::new(), |name| format!("stage `{name}`: "));
-        let _ = writeln!(out, "{label}{} steps of {} groups", stage.steps(&run), stage.train.batch);
+        let _ = writeln!(
+            out,
+            "{label}{} steps of {} groups",
+            stage.steps(&run.sources),
+            stage.train.batch
+        );
     }
     for source in run.untrained() {
         let _ =
             writeln!(out, "source `{}`: no [[stage]] trains it, it is only evaluated", source.name);
     }
+    let _ = writeln!(out, "{}", run.memory.table());
     print(&out)?;
     for stage in run.stages() {
         let label = stage.name.as_ref().map_or(String::new(), |name| format!("stage `{name}`, "));
@@ -84,15 +90,16 @@ fn rows(source: &crate::data::Source) -> String {
 fn first_step(run: &mut Run, stage: &Stage) -> Result<String> {
     let identical = run.identical(stage.train.reference);
     let reference = run.reference(stage.train.reference);
-    let items = stage.order(run).batch(stage.train.batch);
+    let items = stage.order(&run.sources).batch(stage.train.batch);
     let mut grads = LoraGrads::zeros(&run.lora);
     let pass = Pass {
         model: &run.model,
         policy: &run.lora,
         reference: reference.as_ref(),
         micro_tokens: stage.train.micro_tokens,
+        without: &stage.train.without,
         mixing: stage.train.mixing,
-        at: At { number: 0, steps: stage.steps(run), training: false },
+        at: At { number: 0, steps: stage.steps(&run.sources), training: false },
         identical,
     };
     let outcome = pass.run(

@@ -25,15 +25,16 @@ pub fn run(args: &GradArgs) -> Result<()> {
     let mut run = Run::prepare(args.run.load()?)?;
     let stage = run.stages().swap_remove(0);
     let reference = run.reference(stage.train.reference);
-    let items = stage.order(&run).batch(stage.train.batch);
+    let items = stage.order(&run.sources).batch(stage.train.batch);
     let mut grads = LoraGrads::zeros(&run.lora);
     let pass = Pass {
         model: &run.model,
         policy: &run.lora,
         reference: reference.as_ref(),
         micro_tokens: stage.train.micro_tokens,
+        without: &stage.train.without,
         mixing: stage.train.mixing,
-        at: At { number: 0, steps: stage.steps(&run), training: true },
+        at: At { number: 0, steps: stage.steps(&run.sources), training: true },
         identical: run.identical(stage.train.reference),
     };
     let outcome = pass.run(

@@ -31,6 +31,7 @@ pub fn run(args: &TrainArgs) -> Result<()> {
         log::warn!("{}: no [[stage]] trains it, it is only evaluated", source.name);
     }
     log::info!("adapter: {} parameters to train", run.lora.parameters());
+    log::info!("{}", run.memory.table());
     let report = train::train(&mut run, args.resume)?;
     print(&format!("{}\n", report.render()))
 }

@@ -59,7 +59,17 @@ fn explain(error: &toml::de::Error, text: &str) -> Error {
             let known: Vec<&str> = expected.split('`').skip(1).step_by(2).collect();
             format!("unknown key `{unknown}`{}", nearest(unknown, &known))
         }
-        None => message,
+        None => match message.strip_prefix("unknown variant `").and_then(|m| m.split_once('`')) {
+            // The message lists the right words.
+            Some((unknown, expected)) => {
+                let known: Vec<&str> = expected.split('`').skip(1).step_by(2).collect();
+                match nearest(unknown, &known) {
+                    suggestion if suggestion.contains("did you mean") => message + &suggestion,
+                    _ => message,
+                }
+            }
+            None => message,
+        },
     };
     let Some(span) = error.span() else { return Error::config(message) };
     let before = &text[..span.start.min(text.len())];

@@ -3,8 +3,8 @@
 
 use super::section::section;
 use super::values::{
-    BadRows, Device, EndOfTurn, LongRows, Mixing, NonFinite, PluginRef, Reference, Schedule,
-    Targets,
+    BadRows, Device, EndOfTurn, Gain, LongRows, Mixing, NonFinite, PluginRef, Recompute, Reference,
+    Schedule, Targets,
 };
 use std::collections::BTreeMap;
 
@@ -102,6 +102,11 @@ section! {
         /// Most tokens in one forward and backward pass. Memory grows with it; the gradient does not
         /// depend on it.
         micro_tokens: usize = 4096,
+        /// Layers whose activations are computed again on the way back instead of being kept: "auto" (as few
+        /// as make the run fit into memory), "none" or "all". No number depends on it.
+        recompute: Recompute = Recompute::Auto,
+        /// Most memory to use, in GiB; 0 is what the machine has. A run that needs more is refused.
+        memory: f64 = 0.0,
         /// Peak learning rate.
         lr: f64 = 1e-4,
         /// "cosine", "linear" (both down to 0) or "constant", after the warm-up.
@@ -145,6 +150,11 @@ section! {
         /// A loss or gradient that is not finite: "stop" saves a checkpoint and ends the run, "skip" leaves
         /// the step's update out.
         non_finite: NonFinite = NonFinite::Stop,
+        /// Switches gains off, to measure them: "packing" (several groups in a micro-batch), "shared-prompts"
+        /// (a prompt computed once for all of its responses), "fused-log-probs" (log-probs without all
+        /// logits in memory), "skipped-gradients" (what no adapter needs left out), "reference-cache"
+        /// (reference log-probs kept for later epochs). Numbers change in their last bits.
+        without: Vec<Gain> = vec![],
     }
 }
 

@@ -55,6 +55,9 @@ fn an_unknown_key_names_line_and_nearest_key() {
 fn a_wrong_word_lists_the_right_ones() {
     let message = refused(&WHOLE.replace("\"constant\"", "\"cosin\""), &[]);
     assert!(message.contains("line 16") && message.contains("cosine"), "{message}");
+    let message = refused(WHOLE, &["train.without=[\"shared-prompt\"]"]);
+    assert!(message.contains("did you mean `shared-prompts`?"), "{message}");
+    assert!(message.contains("`fused-log-probs`"), "{message}");
 }
 
 #[test]

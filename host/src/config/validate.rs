@@ -75,6 +75,10 @@ fn train(train: &TrainSection) -> Result<()> {
     require(train.batch > 0, "[train] batch must be at least 1")?;
     require(train.micro_tokens > 0, "[train] micro_tokens must be at least 1")?;
     require(train.max_length > 1, "[train] max_length must be at least 2")?;
+    require(
+        train.memory.is_finite() && train.memory >= 0.0,
+        "[train] memory must not be negative; 0 is what the machine has",
+    )?;
     require(train.lr.is_finite() && train.lr >= 0.0, "[train] lr must not be negative")?;
     require(
         train.warmup.is_finite() && train.warmup >= 0.0,

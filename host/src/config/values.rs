@@ -55,6 +55,27 @@ words! {
     NonFinite { Stop, Skip }
 }
 
+words! {
+    /// Which layers are computed again on the way back instead of being kept.
+    Recompute { Auto, None, All }
+}
+
+words! {
+    /// A gain that can be switched off, to measure it.
+    Gain {
+        /// Several groups in one micro-batch.
+        Packing,
+        /// A prompt computed once for all of its responses.
+        SharedPrompts,
+        /// Log-probs without all logits in memory.
+        FusedLogProbs,
+        /// Gradients that no adapter needs left out.
+        SkippedGradients,
+        /// Reference log-probs kept for later epochs.
+        ReferenceCache,
+    }
+}
+
 /// Which linear layers get an adapter.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(

@@ -1,49 +1,102 @@
-//! Reusable memory for activations: after the first step of a run nothing is allocated or zeroed any
-//! more, as long as batches don't grow.
+//! Memory for activations: an arena that buffers are taken from and given back to.
+//!
+//! Where a buffer lies depends on nothing but the buffers taken and given back before, so a pool that
+//! only counts ([`Pool::counting`]) finds out beforehand how much memory a pass will take, to the byte.
+//! After the first pass over the largest batch nothing is allocated or zeroed any more, and smaller
+//! batches lie in the same memory.
 
-use std::ops::{Deref, DerefMut};
-use std::sync::{Arc, Mutex};
+use memmap2::{MmapMut, MmapOptions};
+use std::ops::{Deref, DerefMut, Range};
+use std::sync::{Arc, Mutex, MutexGuard};
 
-/// Buffers that nobody uses at the moment.
-#[derive(Clone, Debug, Default)]
+/// Elements per unit of the arena: a cache line of them.
+const UNIT: usize = 16;
+/// Units of the smallest segment, 64 MiB: addresses only, memory comes with the first write.
+const SEGMENT: usize = 1 << 20;
+
+/// Memory for buffers. A clone is the same pool.
+#[derive(Clone, Debug)]
 pub struct Pool {
-    /// Sorted by length.
-    free: Arc<Mutex<Vec<Vec<f32>>>>,
+    arena: Arc<Mutex<Arena>>,
 }
 
 /// Memory of a [`Pool`], which takes it back on drop.
 #[derive(Debug)]
 pub struct Buffer {
-    /// At least `len` elements.
-    data: Vec<f32>,
+    /// Null in a pool that only counts.
+    start: *mut f32,
     len: usize,
+    segment: usize,
+    units: Range<usize>,
     pool: Pool,
 }
 
+// SAFETY: a buffer's range of the arena is its own until it is dropped, and the arena lives as long as
+// the buffer, which holds its pool.
+unsafe impl Send for Buffer {}
+// SAFETY: as above; shared access is to `&[f32]` only.
+unsafe impl Sync for Buffer {}
+
+#[derive(Debug, Default)]
+struct Arena {
+    segments: Vec<Segment>,
+}
+
+/// One stretch of memory. Places are counted in units.
+#[derive(Debug)]
+struct Segment {
+    /// None in a pool that only counts.
+    memory: Option<MmapMut>,
+    len: usize,
+    /// Everything from here on is free.
+    top: usize,
+    /// The highest that `top` ever was: memory beyond it was never touched.
+    high: usize,
+    /// Free ranges below `top`, rising; neither neighbours of each other nor of `top`.
+    holes: Vec<Range<usize>>,
+}
+
+impl Default for Pool {
+    fn default() -> Self {
+        Self { arena: Arc::default() }
+    }
+}
+
 impl Pool {
+    /// A pool whose buffers hold no memory, to find out how much a pass would take.
+    pub fn counting() -> Self {
+        let pool = Self::default();
+        pool.arena().segments.push(Segment::new(None, usize::MAX));
+        pool
+    }
+
+    /// Sets aside addresses for `bytes`, so that up to there everything lies in one piece, as it does in
+    /// a pool that only counts. Without effect once anything was taken.
+    pub fn reserve(&self, bytes: usize) {
+        let mut arena = self.arena();
+        if arena.segments.is_empty() {
+            arena.grow(bytes.div_ceil(size_of::<f32>() * UNIT).max(1));
+        }
+    }
+
+    /// Most memory that was ever in use, in bytes.
+    pub fn high_water(&self) -> usize {
+        let units: usize = self.arena().segments.iter().map(|segment| segment.high).sum();
+        units * UNIT * size_of::<f32>()
+    }
+
     /// `len` elements with anything in them: every op overwrites its outputs.
     ///
-    /// The smallest free buffer that is large enough, unless it would be wasted on so few elements.
-    /// Otherwise a new one, which replaces a free one that is a little too small, so that growing
-    /// batches don't leave a trail of buffers behind.
+    /// # Panics
+    /// If the system has no more memory.
     pub fn take(&self, len: usize) -> Buffer {
-        let mut free = self.free.lock().expect("no panic while the lock is held");
-        let fitting = free.partition_point(|buffer| buffer.len() < len);
-        let reused = match free.get(fitting) {
-            Some(buffer) if buffer.len() <= 2 * len => Some(free.remove(fitting)),
-            _ => {
-                if fitting > 0 && free[fitting - 1].len() >= len / 2 {
-                    free.remove(fitting - 1);
-                }
-                None
-            }
-        };
-        drop(free);
-        let mut data = reused.unwrap_or_else(|| vec![0.0; len]);
-        if cfg!(debug_assertions) {
-            data.fill(f32::NAN);
+        let units = len.div_ceil(UNIT).max(1);
+        let (segment, range, start) = self.arena().take(units);
+        let mut buffer = Buffer { start, len, segment, units: range, pool: self.clone() };
+        if cfg!(debug_assertions) && !start.is_null() {
+            buffer.fill(f32::NAN);
         }
-        Buffer { data, len, pool: self.clone() }
+        buffer
     }
 
     /// As [`Self::take`], filled with zeros.
@@ -59,14 +112,95 @@ impl Pool {
         buffer.copy_from_slice(from);
         buffer
     }
+
+    fn arena(&self) -> MutexGuard<'_, Arena> {
+        self.arena.lock().expect("no panic while the lock is held")
+    }
+}
+
+impl Arena {
+    /// The smallest hole that is large enough, otherwise fresh memory.
+    fn take(&mut self, units: usize) -> (usize, Range<usize>, *mut f32) {
+        let holes = self.segments.iter().enumerate().flat_map(|(segment, s)| {
+            s.holes.iter().enumerate().map(move |(hole, range)| (range.len(), segment, hole))
+        });
+        let smallest = holes.filter(|(len, ..)| *len >= units).min();
+        let (segment, range) = match smallest {
+            Some((_, segment, hole)) => (segment, self.segments[segment].take_hole(hole, units)),
+            None => {
+                let room = self.segments.iter().position(|s| s.len - s.top >= units);
+                let segment = room.unwrap_or_else(|| self.grow(units));
+                (segment, self.segments[segment].take_top(units))
+            }
+        };
+        let memory = self.segments[segment].memory.as_mut();
+        let start = memory.map_or(std::ptr::null_mut(), |memory| {
+            memory[range.start * UNIT * size_of::<f32>()..].as_mut_ptr().cast()
+        });
+        (segment, range, start)
+    }
+
+    /// Adds a segment with room for `units`, as large as all others together.
+    fn grow(&mut self, units: usize) -> usize {
+        let all: usize = self.segments.iter().map(|segment| segment.len).sum();
+        let len = units.max(all).max(SEGMENT);
+        self.segments.push(Segment::new(Some(map(len * UNIT * size_of::<f32>())), len));
+        self.segments.len() - 1
+    }
+}
+
+impl Segment {
+    fn new(memory: Option<MmapMut>, len: usize) -> Self {
+        Self { memory, len, top: 0, high: 0, holes: Vec::new() }
+    }
+
+    fn take_hole(&mut self, hole: usize, units: usize) -> Range<usize> {
+        let Range { start, end } = self.holes[hole];
+        match start + units == end {
+            true => drop(self.holes.remove(hole)),
+            false => self.holes[hole].start += units,
+        }
+        start..start + units
+    }
+
+    fn take_top(&mut self, units: usize) -> Range<usize> {
+        let start = self.top;
+        self.top += units;
+        self.high = self.high.max(self.top);
+        start..self.top
+    }
+
+    /// Takes a range back and joins it with what is free on both sides.
+    fn give(&mut self, mut range: Range<usize>) {
+        let mut at = self.holes.partition_point(|hole| hole.end <= range.start);
+        if self.holes.get(at).is_some_and(|after| after.start == range.end) {
+            range.end = self.holes.remove(at).end;
+        }
+        if at > 0 && self.holes[at - 1].end == range.start {
+            at -= 1;
+            range.start = self.holes.remove(at).start;
+        }
+        match range.end == self.top {
+            true => self.top = range.start,
+            false => self.holes.insert(at, range),
+        }
+    }
+}
+
+fn map(bytes: usize) -> MmapMut {
+    let memory = MmapOptions::new().len(bytes).no_reserve_swap().map_anon();
+    let memory =
+        memory.unwrap_or_else(|e| panic!("{} MiB of memory cannot be had: {e}", bytes >> 20));
+    // A system without large pages does as well, only a little slower.
+    #[cfg(target_os = "linux")]
+    let _ = memory.advise(memmap2::Advice::HugePage);
+    memory
 }
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        let data = std::mem::take(&mut self.data);
-        if let Ok(mut free) = self.pool.free.lock() {
-            let at = free.partition_point(|buffer| buffer.len() < data.len());
-            free.insert(at, data);
+        if let Ok(mut arena) = self.pool.arena.lock() {
+            arena.segments[self.segment].give(self.units.clone());
         }
     }
 }
@@ -75,13 +209,18 @@ impl Deref for Buffer {
     type Target = [f32];
 
     fn deref(&self) -> &[f32] {
-        &self.data[..self.len]
+        assert!(!self.start.is_null(), "a buffer of a pool that only counts");
+        // SAFETY: the range holds `len` initialised elements (fresh memory is zero) and is this
+        // buffer's own.
+        unsafe { std::slice::from_raw_parts(self.start, self.len) }
     }
 }
 
 impl DerefMut for Buffer {
     fn deref_mut(&mut self) -> &mut [f32] {
-        &mut self.data[..self.len]
+        assert!(!self.start.is_null(), "a buffer of a pool that only counts");
+        // SAFETY: as above, and the borrow is exclusive.
+        unsafe { std::slice::from_raw_parts_mut(self.start, self.len) }
     }
 }
 
@@ -89,32 +228,57 @@ impl DerefMut for Buffer {
 mod tests {
     use super::*;
 
-    fn free(pool: &Pool) -> Vec<usize> {
-        pool.free.lock().unwrap().iter().map(Vec::len).collect()
+    /// High-water mark in units.
+    fn high(pool: &Pool) -> usize {
+        pool.high_water() / (UNIT * size_of::<f32>())
     }
 
     #[test]
-    fn memory_comes_back_and_is_used_again() {
+    fn buffers_are_apart_and_hold_what_is_written() {
         let pool = Pool::default();
-        let (a, b) = (pool.take(100), pool.zeros(10));
+        let (mut a, b) = (pool.take(100), pool.zeros(10));
+        a.fill(1.0);
+        let c = pool.copy(&[2.0; 60]);
         assert_eq!((a.len(), b.len()), (100, 10));
-        assert!(b.iter().all(|x| *x == 0.0));
-        drop((a, b));
-        assert_eq!(free(&pool), [10, 100]);
-        let smaller = pool.copy(&[1.0; 60]);
-        assert_eq!(free(&pool), [10], "60 of 100 elements are in use");
-        assert_eq!(*smaller, [1.0; 60]);
-        drop(smaller);
-        assert_eq!(free(&pool), [10, 100]);
+        assert!(a.iter().all(|x| *x == 1.0) && *b == [0.0; 10] && *c == [2.0; 60]);
+        assert_eq!(high(&pool), 7 + 1 + 4);
+        drop((a, b, c));
+        assert!(pool.arena().segments.iter().all(|s| s.top == 0 && s.holes.is_empty()));
     }
 
     #[test]
-    fn growing_requests_replace_what_became_too_small() {
+    fn what_is_given_back_is_used_again() {
+        for pool in [Pool::default(), Pool::counting()] {
+            let units = |n| pool.take(n * UNIT);
+            let (a, b, c, _last) = (units(5), units(3), units(4), units(1));
+            drop(b);
+            drop(units(2));
+            let smaller = units(3);
+            assert_eq!(smaller.units, 5..8, "the hole that fits");
+            drop((a, smaller));
+            assert_eq!(units(8).units, 0..8, "neighbours are joined");
+            assert_eq!(units(9).units, 13..22, "no hole is large enough");
+            drop(c);
+            assert_eq!(units(12).units, 0..12);
+            assert_eq!(high(&pool), 22);
+        }
+    }
+
+    #[test]
+    fn a_pool_grows_by_segments() {
         let pool = Pool::default();
-        drop(pool.take(100));
-        drop(pool.take(150));
-        assert_eq!(free(&pool), [150]);
-        drop(pool.take(7));
-        assert_eq!(free(&pool), [7, 150], "a large buffer is not wasted on a small request");
+        pool.reserve(1);
+        let large = pool.take((SEGMENT + 1) * UNIT);
+        assert_eq!((large.segment, large.len()), (1, (SEGMENT + 1) * UNIT));
+        let small = pool.take(1);
+        assert_eq!(small.segment, 0);
+        let lens: Vec<usize> = pool.arena().segments.iter().map(|s| s.len).collect();
+        assert_eq!(lens, [SEGMENT, SEGMENT + 1]);
+    }
+
+    #[test]
+    #[should_panic(expected = "only counts")]
+    fn counting_holds_no_memory() {
+        let _ = Pool::counting().take(1)[0];
     }
 }

@@ -10,7 +10,8 @@ use super::linear::Product;
 use super::lora::{Adapter, Lora, LoraGrads};
 use super::packed::{NeededRows, Packed};
 use super::targets::Site;
-use uft_kernels::logprob::{self, Head, LowRank};
+use crate::config::Gain;
+use uft_kernels::logprob::{self, Chunk, Head, LowRank};
 use uft_kernels::rope::Rope;
 use uft_kernels::{elementwise, embedding, rmsnorm};
 
@@ -27,6 +28,52 @@ pub struct Model {
     pub(super) layers: Vec<Layer>,
     pub(super) rope: Rope,
     pub(super) pool: Pool,
+    pub options: Options,
+}
+
+/// How a decoder computes. Every choice gives the same numbers but for their last bits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Options {
+    /// The head takes the logits in chunks; without, all of them are in memory at once.
+    pub fused_log_probs: bool,
+    /// Gradients that nothing reads are left out: below the lowest adapter, and at the top of the model
+    /// in rows without targets, which are not even computed on the way forward.
+    pub skipped_gradients: bool,
+    /// Of the layers that the way back reaches, so many of the lowest keep only their input and are
+    /// computed again on the way back, bit for bit.
+    pub recomputed_layers: usize,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { fused_log_probs: true, skipped_gradients: true, recomputed_layers: 0 }
+    }
+}
+
+impl Options {
+    /// Everything but what is switched off.
+    pub fn new(without: &[Gain], recomputed_layers: usize) -> Self {
+        Self {
+            fused_log_probs: !without.contains(&Gain::FusedLogProbs),
+            skipped_gradients: !without.contains(&Gain::SkippedGradients),
+            recomputed_layers,
+        }
+    }
+
+    /// The lowest layer that the way back has to reach.
+    pub fn lowest_layer(&self, lora: &Lora) -> usize {
+        match self.skipped_gradients {
+            true => lora.lowest_layer(),
+            false => 0,
+        }
+    }
+
+    pub fn chunk(&self) -> Chunk {
+        match self.fused_log_probs {
+            true => Chunk::FUSED,
+            false => Chunk::WHOLE,
+        }
+    }
 }
 
 /// A forward pass, kept for [`Model::backward`].
@@ -35,7 +82,7 @@ pub struct Tape<'p> {
     packed: &'p Packed,
     needed: NeededRows,
     /// From the lowest layer with an adapter upwards.
-    layers: Vec<LayerTape>,
+    layers: Vec<Kept>,
     /// `[N, H]`: what the final norm got.
     last: Buffer,
     /// `[N]`.
@@ -46,6 +93,14 @@ pub struct Tape<'p> {
     unit_grad: Buffer,
     /// `[M]`.
     logps: Vec<f32>,
+}
+
+/// What a forward pass leaves of one block.
+#[derive(Debug)]
+enum Kept {
+    Tape(LayerTape),
+    /// `[T, H]`: the block is computed again on the way back.
+    Input(Buffer),
 }
 
 impl Tape<'_> {
@@ -67,13 +122,21 @@ pub(super) struct Top {
 }
 
 impl Model {
+    /// Sets addresses aside for so many bytes of activations, so that they lie in one piece.
+    pub fn reserve(&self, bytes: usize) {
+        self.pool.reserve(bytes);
+    }
+
     /// The log-prob of every target, `[M]`, without what a way back would need. The same bits as
     /// [`Self::forward`] gives, and with adapters whose B is zero the same bits as without any.
     pub fn logps(&self, packed: &Packed, lora: Option<&Lora>) -> Vec<f32> {
         let mut logps = vec![0.0; packed.targets.rows.len()];
         if !logps.is_empty() {
             let top = self.run(packed, lora, |_| ());
-            logprob::forward(&top.hidden, &packed.targets.tokens, &self.head(lora), &mut logps);
+            let head = self.head(lora);
+            let mut chunk = self.pool.take(head.chunk_len(logps.len()));
+            let targets = &packed.targets.tokens;
+            logprob::forward(&top.hidden, targets, &head, &mut chunk, &mut logps);
         }
         logps
     }
@@ -82,18 +145,29 @@ impl Model {
     pub fn forward<'p>(&self, packed: &'p Packed, lora: &Lora) -> Tape<'p> {
         let targets = &packed.targets;
         assert!(!targets.rows.is_empty(), "a batch without trained tokens");
-        let lowest = lora.lowest_layer();
+        let lowest = self.options.lowest_layer(lora);
         let mut layers = Vec::with_capacity(self.layers.len() - lowest);
         let mut below = lowest;
         let top = self.run(packed, Some(lora), |tape| match below {
-            0 => layers.push(tape),
+            0 if layers.len() < self.options.recomputed_layers => {
+                layers.push(Kept::Input(tape.into_input()));
+            }
+            0 => layers.push(Kept::Tape(tape)),
             _ => below -= 1,
         });
         let Top { needed, last, inv_rms, hidden } = top;
         let mut logps = vec![0.0; targets.rows.len()];
         let mut unit_grad = self.pool.take(hidden.len());
         let head = self.head(Some(lora));
-        logprob::forward_with_gradient(&hidden, &targets.tokens, &head, &mut logps, &mut unit_grad);
+        let mut chunk = self.pool.take(head.chunk_len(logps.len()));
+        logprob::forward_with_gradient(
+            &hidden,
+            &targets.tokens,
+            &head,
+            &mut chunk,
+            &mut logps,
+            &mut unit_grad,
+        );
         let hidden = Some(hidden).filter(|_| head.adapter.is_some());
         Tape { packed, needed, layers, last, inv_rms, hidden, unit_grad, logps }
     }
@@ -106,7 +180,10 @@ impl Model {
         mut keep: impl FnMut(LayerTape),
     ) -> Top {
         let (h, pool) = (self.config.hidden, &self.pool);
-        let needed = NeededRows::of(&packed.targets);
+        let needed = match self.options.skipped_gradients {
+            true => NeededRows::of(&packed.targets),
+            false => NeededRows::all(packed),
+        };
         let pruned = (needed.rows.len() < packed.rows()).then_some(needed.rows.as_slice());
         let mut x = pool.take(packed.rows() * h);
         embedding::gather(&self.embedding, &packed.tokens, &mut x);
@@ -125,39 +202,48 @@ impl Model {
 
     /// Adds the gradient of a loss to `grads`, from `dlogp`: `[M]`, its gradient to the log-probs.
     /// `lora` must be as it was in [`Self::forward`].
-    pub fn backward(&self, tape: &Tape, dlogp: &[f32], lora: &Lora, grads: &mut LoraGrads) {
-        let targets = &tape.packed.targets;
+    pub fn backward(&self, tape: Tape, dlogp: &[f32], lora: &Lora, grads: &mut LoraGrads) {
+        let Tape { packed, needed, mut layers, last, inv_rms, hidden, unit_grad, logps } = tape;
+        let targets = &packed.targets;
         assert_eq!(dlogp.len(), targets.rows.len(), "dlogp must have one entry per target");
         let (h, pool) = (self.config.hidden, &self.pool);
-        if let (Some(hidden), Some(at)) = (&tape.hidden, lora.index(Site::Head)) {
+        if let (Some(hidden), Some(at)) = (hidden, lora.index(Site::Head)) {
             let (head, grad) = (self.head(Some(lora)), &mut grads.adapters[at]);
             let (da, db) = (&mut grad.a, &mut grad.b);
-            logprob::adapter_backward(hidden, &targets.tokens, &head, &tape.logps, dlogp, da, db);
+            let mut chunk = pool.take(head.chunk_len(dlogp.len()));
+            let tokens = &targets.tokens;
+            logprob::adapter_backward(&hidden, tokens, &head, &mut chunk, &logps, dlogp, da, db);
         }
-        if tape.layers.is_empty() {
+        if layers.is_empty() {
             return;
         }
-        let mut dhidden = pool.take(tape.unit_grad.len());
-        elementwise::scale_rows(&tape.unit_grad, dlogp, &mut dhidden);
-        let mut dnormed = pool.zeros(tape.last.len());
-        for (d, row) in dhidden.chunks_exact(h).zip(&tape.needed.of_target) {
+        let mut dhidden = pool.take(unit_grad.len());
+        elementwise::scale_rows(&unit_grad, dlogp, &mut dhidden);
+        drop(unit_grad);
+        let mut dnormed = pool.zeros(last.len());
+        for (d, row) in dhidden.chunks_exact(h).zip(&needed.of_target) {
             elementwise::add(&mut dnormed[*row as usize * h..][..h], d);
         }
         drop(dhidden);
-        let mut d = pool.zeros(tape.last.len());
-        rmsnorm::backward(&dnormed, &tape.last, &self.norm, &tape.inv_rms, &mut d);
-        drop(dnormed);
+        let mut d = pool.zeros(last.len());
+        rmsnorm::backward(&dnormed, &last, &self.norm, &inv_rms, &mut d);
+        drop((dnormed, last, inv_rms));
 
-        let lowest = self.layers.len() - tape.layers.len();
-        let pruned =
-            (tape.needed.rows.len() < tape.packed.rows()).then_some(tape.needed.rows.as_slice());
-        for (layer, layer_tape) in self.layers[lowest..].iter().zip(&tape.layers).rev() {
+        let lowest = self.layers.len() - layers.len();
+        let pruned = (needed.rows.len() < packed.rows()).then_some(needed.rows.as_slice());
+        // A block's tape is given back as soon as the way back has passed it.
+        while let Some(kept) = layers.pop() {
+            let layer = &self.layers[lowest + layers.len()];
             let needed = pruned.filter(|_| layer.index + 1 == self.layers.len());
-            let input_needed = layer.index > lowest;
+            let input_needed = layer.index > lowest || !self.options.skipped_gradients;
+            let tape = match kept {
+                Kept::Tape(tape) => tape,
+                Kept::Input(x) => layer.again(x, &packed.layout, needed, lora, self.context()),
+            };
             let below = layer.backward(
                 d,
-                layer_tape,
-                &tape.packed.layout,
+                &tape,
+                &packed.layout,
                 needed,
                 input_needed,
                 lora,
@@ -192,6 +278,7 @@ impl Model {
                 rank: *rank,
                 scale: *scale,
             }),
+            chunk: self.options.chunk(),
         }
     }
 }

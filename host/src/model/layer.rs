@@ -11,7 +11,8 @@
 //! In the last block only the N rows that targets read go on after the attention; elsewhere N = T.
 //!
 //! The tape keeps the results of large products and of attention. Normed inputs and the activation
-//! are computed again on the way back: a pass over memory each, against a third less to keep.
+//! are computed again on the way back: a pass over memory each, against a third less to keep. Where memory
+//! is short, only the block's input is kept, and [`Layer::again`] makes the tape anew.
 
 use super::buffers::{Buffer, Pool};
 use super::config::ModelConfig;
@@ -66,6 +67,11 @@ impl LayerTape {
     pub fn keys_and_values(&self) -> [&[f32]; 2] {
         [&self.inputs.k, &self.inputs.v]
     }
+
+    /// The block's input alone, `[T, H]`.
+    pub fn into_input(self) -> Buffer {
+        self.x
+    }
 }
 
 /// Queries, keys and values, ready for attention.
@@ -108,20 +114,53 @@ impl Layer {
         lora: Option<&Lora>,
         with: Context,
     ) -> (Buffer, LayerTape) {
+        let mut tape = self.before_down(x, layout, needed, lora, with);
+        let y = self.last_product(&mut tape.outputs, lora, with);
+        (y, tape)
+    }
+
+    /// The tape of [`Self::forward`] once more, bit for bit, without the block's output.
+    pub fn again(
+        &self,
+        x: Buffer,
+        layout: &Layout,
+        needed: Option<&[u32]>,
+        lora: &Lora,
+        with: Context,
+    ) -> LayerTape {
+        let mut tape = self.before_down(x, layout, needed, Some(lora), with);
+        if let Some(adapter) = self.adapter(Down, Some(lora)) {
+            let Outputs { gate, up, u, .. } = &mut tape.outputs;
+            let mut act = with.pool.take(gate.len());
+            swiglu::forward(gate, up, &mut act);
+            u[3] = Some(self.down.project(&act, adapter, with));
+        }
+        tape
+    }
+
+    /// Everything but the last product; the tape lacks what that one keeps.
+    fn before_down(
+        &self,
+        x: Buffer,
+        layout: &Layout,
+        needed: Option<&[u32]>,
+        lora: Option<&Lora>,
+        with: Context,
+    ) -> LayerTape {
         let (heads, pool) = (&with.config.heads, with.pool);
         let inputs = self.attention_inputs(&x, &layout.positions, lora, with);
         let mut attended = pool.take(inputs.q.len());
         let mut lse = pool.take(layout.rows() * heads.heads);
         let AttentionInputs { q, k, v, .. } = &inputs;
         attention::forward(q, k, v, layout, heads, self.window(with), &mut attended, &mut lse);
-        let (y, outputs) = match needed {
+        let outputs = match needed {
             None => self.outputs(&x, &attended, lora, with),
             Some(rows) => {
                 let attended = gather(&attended, rows, with.config.query_width(), pool);
                 self.outputs(&gather(&x, rows, with.config.hidden, pool), &attended, lora, with)
             }
         };
-        (y, LayerTape { x, inputs, attended, lse, outputs })
+        LayerTape { x, inputs, attended, lse, outputs }
     }
 
     /// Everything before the attention. `x`: `[T, H]`, `positions`: `[T]`.
@@ -157,14 +196,8 @@ impl Layer {
         AttentionInputs { inv_rms, q, k, v, head_norms, u }
     }
 
-    /// Everything after the attention. `x`: `[N, H]`, `attended`: `[N, Q]`; returns `[N, H]`.
-    fn outputs(
-        &self,
-        x: &[f32],
-        attended: &[f32],
-        lora: Option<&Lora>,
-        with: Context,
-    ) -> (Buffer, Outputs) {
+    /// What follows the attention, up to the last product. `x`: `[N, H]`, `attended`: `[N, Q]`.
+    fn outputs(&self, x: &[f32], attended: &[f32], lora: Option<&Lora>, with: Context) -> Outputs {
         let (config, pool) = (with.config, with.pool);
         let rows = x.len() / config.hidden;
         let mut mid = pool.copy(x);
@@ -175,12 +208,17 @@ impl Layer {
         let mut up = pool.take(rows * config.intermediate);
         let u_gate = self.gate.forward(&h, self.adapter(Gate, lora), &mut gate, 0.0, with);
         let u_up = self.up.forward(&h, self.adapter(Up, lora), &mut up, 0.0, with);
-        drop(h);
-        let mut act = pool.take(gate.len());
-        swiglu::forward(&gate, &up, &mut act);
-        let mut y = pool.copy(&mid);
-        let u_down = self.down.forward(&act, self.adapter(Down, lora), &mut y, 1.0, with);
-        (y, Outputs { mid, inv_rms, gate, up, u: [u_o, u_gate, u_up, u_down] })
+        Outputs { mid, inv_rms, gate, up, u: [u_o, u_gate, u_up, None] }
+    }
+
+    /// y: `[N, H]`.
+    fn last_product(&self, outputs: &mut Outputs, lora: Option<&Lora>, with: Context) -> Buffer {
+        let Outputs { mid, gate, up, u, .. } = outputs;
+        let mut act = with.pool.take(gate.len());
+        swiglu::forward(gate, up, &mut act);
+        let mut y = with.pool.copy(mid);
+        u[3] = self.down.forward(&act, self.adapter(Down, lora), &mut y, 1.0, with);
+        y
     }
 
     /// The block for one new token of a text: `x`: `[H]` at position `n`, with the keys and values
@@ -200,7 +238,8 @@ impl Layer {
         let mut attended = with.pool.take(inputs.q.len());
         let (heads, window) = (&with.config.heads, self.window(with));
         attention::decode(&inputs.q, k_cache, v_cache, n + 1, heads, window, &mut attended);
-        self.outputs(&x, &attended, lora, with).0
+        let mut outputs = self.outputs(&x, &attended, lora, with);
+        self.last_product(&mut outputs, lora, with)
     }
 
     /// Turns `d`, the gradient to the block's output `[N, H]`, into that to its input `[T, H]`,

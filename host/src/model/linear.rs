@@ -24,6 +24,26 @@ pub enum Product {
     Token,
 }
 
+impl Product {
+    /// As [`uft_kernels::matmul::nt`].
+    fn nt<'w>(
+        self,
+        x: &[f32],
+        w: impl Into<Weight<'w>>,
+        y: &mut [f32],
+        m: usize,
+        k: usize,
+        n: usize,
+        alpha: f32,
+        beta: f32,
+    ) {
+        match self {
+            Self::Batch => nt(x, w, y, m, k, n, alpha, beta),
+            Self::Token => nt_few(x, w, y, m, k, n, alpha, beta),
+        }
+    }
+}
+
 /// A frozen linear layer.
 #[derive(Debug)]
 pub struct Linear {
@@ -46,28 +66,32 @@ impl Linear {
         beta: f32,
         with: Context,
     ) -> Option<Buffer> {
-        let nt = |x: &[f32], w: Weight, y: &mut [f32], m, k, n, alpha, beta| match with.product {
-            Product::Batch => nt(x, w, y, m, k, n, alpha, beta),
-            Product::Token => nt_few(x, w, y, m, k, n, alpha, beta),
-        };
+        let product = with.product;
         let (m, k, n) = (x.len() / self.inputs, self.inputs, self.outputs);
         match &self.bias {
-            None => nt(x, (&self.weight).into(), y, m, k, n, 1.0, beta),
+            None => product.nt(x, &self.weight, y, m, k, n, 1.0, beta),
             Some(bias) => {
                 for y in y.chunks_exact_mut(n) {
                     y.iter_mut().zip(bias).for_each(|(y, b)| {
                         *y = if beta == 0.0 { *b } else { *y + b };
                     });
                 }
-                nt(x, (&self.weight).into(), y, m, k, n, 1.0, 1.0);
+                product.nt(x, &self.weight, y, m, k, n, 1.0, 1.0);
             }
         }
         adapter.map(|adapter| {
-            let mut u = with.pool.take(m * adapter.rank);
-            nt(x, (&adapter.a).into(), &mut u, m, k, adapter.rank, 1.0, 0.0);
-            nt(&u, (&adapter.b).into(), y, m, adapter.rank, n, adapter.scale, 1.0);
+            let u = self.project(x, adapter, with);
+            product.nt(&u, &adapter.b, y, m, adapter.rank, n, adapter.scale, 1.0);
             u
         })
+    }
+
+    /// u alone, as [`Self::forward`] returns it.
+    pub fn project(&self, x: &[f32], adapter: &Adapter, with: Context) -> Buffer {
+        let m = x.len() / self.inputs;
+        let mut u = with.pool.take(m * adapter.rank);
+        with.product.nt(x, &adapter.a, &mut u, m, self.inputs, adapter.rank, 1.0, 0.0);
+        u
     }
 
     /// Adds the adapter's gradients to its `grad` and, where `dx` is given with a beta of 0 or 1,

@@ -8,6 +8,7 @@ pub mod config;
 pub mod files;
 pub mod generate;
 pub mod lora;
+pub mod memory;
 pub mod merge;
 pub mod packed;
 pub mod peft;
@@ -24,7 +25,7 @@ mod shards;
 mod weights;
 
 pub use config::{Family, ModelConfig};
-pub use decoder::{Model, Tape};
+pub use decoder::{Model, Options, Tape};
 pub use generate::{Generator, SampleOptions};
 pub use lora::{Adapter, Lora, LoraConfig, LoraGrads};
 pub use packed::Packed;

@@ -59,6 +59,13 @@ impl Packed {
         Self { tokens, layout, targets }
     }
 
+    /// As [`Self::new`] with a copy of the prompt for every branch: the same targets in the same order, in
+    /// more rows.
+    pub fn with_prompt_copies(groups: &[&Group]) -> Self {
+        let alone: Vec<Group> = groups.iter().flat_map(|group| group.alone()).collect();
+        Self::new(&alone.iter().collect::<Vec<_>>())
+    }
+
     /// One text without branches, nothing trained: a prompt to be continued.
     pub fn prompt(tokens: &[u32]) -> Self {
         let layout = Layout::new(&[(tokens.len(), Vec::new())]);
@@ -94,6 +101,11 @@ impl NeededRows {
         let index = |row: &u32| rows.binary_search(row).expect("every row was collected") as u32;
         let of_target = targets.rows.iter().map(index).collect();
         Self { rows, of_target }
+    }
+
+    /// Every row, whether targets read it or not.
+    pub fn all(packed: &Packed) -> Self {
+        Self { rows: (0..packed.rows() as u32).collect(), of_target: packed.targets.rows.clone() }
     }
 }
 
@@ -132,6 +144,15 @@ mod tests {
         let needed = NeededRows::of(&packed.targets);
         assert_eq!(needed.rows, [1, 2, 4, 5, 6, 7]);
         assert_eq!(needed.of_target, [0, 1, 3, 0, 2, 0, 4, 5]);
+        let all = NeededRows::all(&packed);
+        assert_eq!((all.rows.len(), &all.of_target), (8, &packed.targets.rows));
+
+        // Rows 0 1 2 | 3 4 5 6 7 | 8 9 | 10 11 and 12 13.
+        let copies = Packed::with_prompt_copies(&[&first, &second]);
+        assert_eq!(copies.tokens, [1, 2, 10, 1, 2, 20, 21, 22, 1, 2, 1, 2, 50, 51]);
+        assert_eq!(copies.targets.tokens, packed.targets.tokens);
+        assert_eq!(copies.targets.rows, [1, 2, 7, 4, 6, 9, 12, 13]);
+        assert_eq!(first.rows_alone() + second.rows_alone(), 2 * 4 + 3 + 5 + 1 + 2 + 3);
     }
 
     #[test]

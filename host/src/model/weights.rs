@@ -2,7 +2,7 @@
 
 use super::buffers::Pool;
 use super::config::ModelConfig;
-use super::decoder::Model;
+use super::decoder::{Model, Options};
 use super::frozen::Frozen;
 use super::layer::Layer;
 use super::linear::Linear;
@@ -54,6 +54,7 @@ impl<'a> Reader<'a> {
             norm: self.read("model.norm.weight", &[hidden])?,
             rope: config.rope.rotation(config.heads.head_dim),
             pool: Pool::default(),
+            options: Options::default(),
             layers,
             config,
         })

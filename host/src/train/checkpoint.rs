@@ -253,7 +253,7 @@ fn trainer_state(run: &Run, position: &Position, logs: &Logs) -> Result<Value> {
     let output = Path::new(&run.config.train.output);
     let best = best(output, logs, Some(position.steps))?;
     let stages = run.stages();
-    let max_steps: u64 = stages.iter().map(|s| s.steps(run)).sum();
+    let max_steps: u64 = stages.iter().map(|s| s.steps(&run.sources)).sum();
     let train = &stages[position.stage.min(stages.len() - 1)].train;
     let history = logs.history()?;
     let epoch =

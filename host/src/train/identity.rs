@@ -5,7 +5,12 @@ use crate::data::Example;
 use crate::{Error, Result};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::Read;
 use std::path::Path;
+
+/// Bytes of a file that are hashed at a time.
+const PIECE: usize = 1 << 20;
 
 /// Hashes (BLAKE3) and settings that decide every number of a run.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -93,9 +98,16 @@ impl Identity {
 
 fn file(path: &Path) -> Result<String> {
     let mut hasher = blake3::Hasher::new();
-    hasher
-        .update_mmap_rayon(path)
-        .map_err(|e| Error::other(format!("{}: cannot be read: {e}", path.display())))?;
+    let fail = |e: std::io::Error| Error::other(format!("{}: cannot be read: {e}", path.display()));
+    // Piece by piece: a mapped file would count as this process's memory, all of it at once.
+    let mut file = File::open(path).map_err(fail)?;
+    let mut piece = vec![0; PIECE];
+    loop {
+        match file.read(&mut piece).map_err(fail)? {
+            0 => break,
+            bytes => drop(hasher.update_rayon(&piece[..bytes])),
+        }
+    }
     Ok(hasher.finalize().to_hex().to_string())
 }
 
@@ -127,9 +139,12 @@ fn examples(examples: &[Example]) -> String {
 /// Every configuration key that has a part in the numbers, as `section.key` = its TOML.
 fn settings(run: &Run) -> BTreeMap<String, String> {
     // Places may move: what stands there is compared by hash, or is only written.
-    const PLACES: [&str; 8] = [
+    // What decides how much memory is used changes no bit.
+    const PLACES: [&str; 10] = [
         "train.output",
         "train.reference_cache",
+        "train.recompute",
+        "train.memory",
         "train.save_every",
         "train.save_total_limit",
         "train.threads",

@@ -9,7 +9,6 @@ use super::signals;
 use crate::Result;
 use crate::data::Source;
 use crate::group::{Branch, Group, Segment};
-use crate::model::Packed;
 use uft_core::Feedback;
 
 /// One group per response of the source in the pass: its prompt, and a completion of the group before.
@@ -64,9 +63,9 @@ fn responses(group: &Group) -> Vec<(Vec<u32>, Vec<u32>)> {
 pub fn log_ratios(pass: &Pass<'_>, groups: &[Group]) -> Result<Vec<f64>> {
     let loads: Vec<usize> = groups.iter().map(Group::rows).collect();
     let mut ratios = vec![0.0; groups.len()];
-    for batch in micro::split(&loads, pass.micro_tokens) {
+    for batch in micro::split(&loads, pass.micro_tokens, pass.without) {
         signals::check()?;
-        let packed = Packed::new(&batch.iter().map(|&g| &groups[g]).collect::<Vec<_>>());
+        let packed = pass.pack(&batch.iter().map(|&g| &groups[g]).collect::<Vec<_>>());
         let policy = pass.model.logps(&packed, Some(pass.policy));
         let reference = pass.model.logps(&packed, pass.reference);
         let mut start = 0;

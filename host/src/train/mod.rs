@@ -3,6 +3,7 @@
 pub mod checkpoint;
 mod identity;
 pub mod logs;
+pub mod memory;
 pub mod metrics;
 mod micro;
 mod mismatched;
@@ -18,7 +19,7 @@ pub mod signals;
 
 use crate::config::NonFinite;
 use crate::config::schema::TrainSection;
-use crate::data::{Item, Source};
+use crate::data::Item;
 use crate::model::{Lora, LoraGrads, peft};
 use crate::{Error, ErrorKind, Result};
 use checkpoint::Position;
@@ -57,6 +58,7 @@ pub fn train(run: &mut Run, resume: bool) -> Result<Report> {
     let cache = Cache::of(&run.config, &identity)?;
     // Of the base model, which is most stages' reference.
     let mut base = cache.open(None)?;
+    base.verify(&run.model, None, &run.sources)?;
     let before = snapshot(run, &stages[0], &mut base)?;
     let mut restored = match &checkpoint {
         Some(dir) => Some(checkpoint::restore(dir, run, |run, position| {
@@ -78,12 +80,14 @@ pub fn train(run: &mut Run, resume: bool) -> Result<Report> {
             }
         };
         let mut other = match &reference {
-            Some(adapter) => Some(cache.open(Some(adapter))?),
+            Some(adapter) => {
+                let mut known = cache.open(Some(adapter))?;
+                known.verify(&run.model, Some(adapter), &run.sources)?;
+                Some(known)
+            }
             None => None,
         };
         let known = other.as_mut().unwrap_or(&mut base);
-        let sources: Vec<&Source> = stage.sources.iter().map(|&s| &run.sources[s]).collect();
-        known.verify(&run.model, reference.as_ref(), &sources)?;
         let running = Running { stage, optimizer, reference, known, identity: &identity };
         running.train(run, &mut position, &mut logs)?;
         if let Some(name) = &stage.name {
@@ -139,9 +143,9 @@ struct Running<'a> {
 impl Running<'_> {
     fn train(mut self, run: &mut Run, position: &mut Position, logs: &mut Logs) -> Result<()> {
         let settings = &self.stage.train;
-        let steps = self.stage.steps(run);
+        let steps = self.stage.steps(&run.sources);
         let warmup = schedule::warmup_steps(settings.warmup, steps);
-        let mut order = self.stage.order(run);
+        let mut order = self.stage.order(&run.sources);
         // Replaying the draws puts the order where it was.
         (0..position.step).for_each(|_| drop(order.batch(settings.batch)));
         let mut grads = LoraGrads::zeros(&run.lora);
@@ -227,6 +231,7 @@ impl Running<'_> {
             policy: &run.lora,
             reference: self.reference.as_ref(),
             micro_tokens: settings.micro_tokens,
+            without: &settings.without,
             mixing: settings.mixing,
             at: At { number: position.step, steps, training: true },
             identical: position.step == 0 && run.identical(settings.reference),
@@ -363,6 +368,7 @@ fn evaluate(
         policy: &run.lora,
         reference,
         micro_tokens: stage.train.micro_tokens,
+        without: &stage.train.without,
         mixing: stage.train.mixing,
         at: At { number, steps, training: false },
         identical: false,

@@ -7,7 +7,7 @@ use super::mismatched;
 use super::plan::{At, Plan, Planned, Rows};
 use super::reference::ReferenceLogps;
 use super::signals;
-use crate::config::Mixing;
+use crate::config::{Gain, Mixing};
 use crate::data::{Item, Source};
 use crate::group::Group;
 use crate::model::{Lora, LoraGrads, Model, Packed};
@@ -24,6 +24,8 @@ pub struct Pass<'a> {
     /// The reference's adapter; none is the base model.
     pub reference: Option<&'a Lora>,
     pub micro_tokens: usize,
+    /// What is switched off.
+    pub without: &'a [Gain],
     pub mixing: Mixing,
     pub at: At,
     /// Policy and reference are the same function, so every log-ratio must be exactly 0; anything
@@ -56,7 +58,7 @@ impl Pass<'_> {
         known: &mut ReferenceLogps,
         mut grads: Option<&mut LoraGrads>,
     ) -> Result<Outcome> {
-        let mut plan = Plan::new(sources, rows, items, self.micro_tokens);
+        let mut plan = Plan::new(sources, rows, items, self.micro_tokens, self.without);
         self.reference_logps(sources, rows, &mut plan, known)?;
         let statistics = self.statistics(sources, rows, &plan)?;
         for source in plan.sources() {
@@ -71,7 +73,7 @@ impl Pass<'_> {
         };
         for batch in &plan.micro_batches {
             signals::check()?;
-            let packed = Packed::new(&groups(sources, rows, &plan, batch));
+            let packed = self.pack(&groups(sources, rows, &plan, batch));
             let (tape, logps) = match &grads {
                 Some(_) => {
                     let tape = self.model.forward(&packed, self.policy);
@@ -83,10 +85,18 @@ impl Pass<'_> {
             let dlogps =
                 self.objectives(sources, rows, &plan, batch, &logps, &statistics, &mut outcome)?;
             if let (Some(tape), Some(grads)) = (tape, grads.as_deref_mut()) {
-                self.model.backward(&tape, &dlogps, self.policy, grads);
+                self.model.backward(tape, &dlogps, self.policy, grads);
             }
         }
         Ok(outcome)
+    }
+
+    /// Lays groups out as a micro-batch.
+    pub(super) fn pack(&self, groups: &[&Group]) -> Packed {
+        match self.without.contains(&Gain::SharedPrompts) {
+            true => Packed::with_prompt_copies(groups),
+            false => Packed::new(groups),
+        }
     }
 
     /// Gives the plan its reference log-probs: known ones, and what is lacking computed.
@@ -107,11 +117,16 @@ impl Pass<'_> {
                 }
             }
         }
-        let loads: Vec<usize> = lacking.iter().map(|&g| plan.groups[g].rows).collect();
-        for members in micro::split(&loads, self.micro_tokens) {
+        let copies = self.without.contains(&Gain::SharedPrompts);
+        let load = |&g: &usize| match copies {
+            true => group_of(&plan.groups[g]).rows_alone(),
+            false => plan.groups[g].rows,
+        };
+        let loads: Vec<usize> = lacking.iter().map(load).collect();
+        for members in micro::split(&loads, self.micro_tokens, self.without) {
             signals::check()?;
             let batch: Vec<usize> = members.into_iter().map(|member| lacking[member]).collect();
-            let packed = Packed::new(&groups(sources, rows, plan, &batch));
+            let packed = self.pack(&groups(sources, rows, plan, &batch));
             let logps = self.model.logps(&packed, self.reference);
             finite(&logps, "reference", sources, rows, plan, &batch)?;
             let mut rest = logps.as_slice();
@@ -228,9 +243,8 @@ impl Pass<'_> {
             .collect();
         for batch in batches {
             signals::check()?;
-            let logps = self
-                .model
-                .logps(&Packed::new(&groups(sources, rows, plan, batch)), Some(self.policy));
+            let packed = self.pack(&groups(sources, rows, plan, batch));
+            let logps = self.model.logps(&packed, Some(self.policy));
             finite(&logps, "policy", sources, rows, plan, batch)?;
             for (index, members, tokens) in stretches(plan, batch) {
                 let ref_logps = collect_ref_logps(&sources[index], plan, members);

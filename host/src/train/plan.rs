@@ -1,6 +1,7 @@
 //! The plan of a pass: every segment numbered, every total known before the first log-prob.
 
 use super::micro;
+use crate::config::Gain;
 use crate::data::{Example, Item, Source};
 use uft_core::batch::{Segment, Step, pairs};
 use uft_core::{Kind, Needs};
@@ -35,7 +36,7 @@ pub struct Totals {
 #[derive(Clone, Debug)]
 pub struct Planned {
     pub item: Item,
-    /// Rows in a packed batch.
+    /// Rows in a packed batch where prompts are shared.
     pub rows: usize,
     /// Its segments; `start` counts from the group's first trained token.
     pub segments: Vec<Segment>,
@@ -55,7 +56,13 @@ pub struct Plan {
 }
 
 impl Plan {
-    pub fn new(sources: &[Source], rows: Rows, items: &[Item], micro_tokens: usize) -> Self {
+    pub fn new(
+        sources: &[Source],
+        rows: Rows,
+        items: &[Item],
+        micro_tokens: usize,
+        without: &[Gain],
+    ) -> Self {
         let mut totals = vec![Totals::default(); sources.len()];
         let mut groups = Vec::with_capacity(items.len());
         for (index, &item) in items.iter().enumerate() {
@@ -89,8 +96,13 @@ impl Plan {
                 ref_logps: None,
             });
         }
-        let loads: Vec<usize> = groups.iter().map(|g| g.rows).collect();
-        let mut micro_batches = micro::split(&loads, micro_tokens);
+        let copies = without.contains(&Gain::SharedPrompts);
+        let load = |g: &Planned| match copies {
+            true => sources[g.item.source].rows(rows)[g.item.row].group.rows_alone(),
+            false => g.rows,
+        };
+        let loads: Vec<usize> = groups.iter().map(load).collect();
+        let mut micro_batches = micro::split(&loads, micro_tokens, without);
         for batch in &mut micro_batches {
             batch.sort_by_key(|&g| groups[g].item.source);
         }
@@ -108,7 +120,7 @@ impl Plan {
         if source.objective.needs(Needs::PAIRS) { totals.pairs } else { totals.segments }
     }
 
-    /// Rows of all micro-batches.
+    /// Rows of all groups, each prompt once.
     pub fn rows(&self) -> u64 {
         self.groups.iter().map(|g| g.rows as u64).sum()
     }

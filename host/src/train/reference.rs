@@ -16,6 +16,7 @@
 //! killed) is cut off by the next run that opens the file.
 
 use super::identity::Identity;
+use crate::config::Gain;
 use crate::config::schema::Config;
 use crate::data::Source;
 use crate::group::Group;
@@ -34,11 +35,17 @@ const SAMPLE: usize = 3;
 
 type Key = [u8; 16];
 
-/// Where the files of a run's references are.
+/// Where a run keeps what it knows of its references.
 pub struct Cache {
-    /// None where nothing can be kept between runs.
-    dir: Option<PathBuf>,
+    place: Place,
     model: blake3::Hasher,
+}
+
+enum Place {
+    Nowhere,
+    /// For this run only.
+    Memory,
+    Directory(PathBuf),
 }
 
 impl Cache {
@@ -55,31 +62,7 @@ impl Cache {
         for (name, hash) in &identity.model {
             model.update(name.as_bytes()).update(b" ").update(hash.as_bytes()).update(b"\n");
         }
-        let make = |dir: &Path| {
-            std::fs::create_dir_all(dir)
-                .map_err(|e| Error::other(format!("{}: cannot be made: {e}", dir.display())))
-        };
-        let dir = match (&config.train.reference_cache, user_cache()) {
-            (Some(dir), _) => {
-                let dir = PathBuf::from(dir);
-                make(&dir).map_err(|e| e.at("[train] reference_cache"))?;
-                Some(dir)
-            }
-            (None, Some(dir)) => match make(&dir) {
-                Ok(()) => Some(dir),
-                Err(why) => {
-                    log::warn!("reference log-probs are kept for this run only: {why}");
-                    None
-                }
-            },
-            (None, None) => {
-                log::warn!(
-                    "reference log-probs are kept for this run only: neither XDG_CACHE_HOME nor HOME is set"
-                );
-                None
-            }
-        };
-        Ok(Self { dir, model })
+        Ok(Self { place: Place::of(config)?, model })
     }
 
     /// What is known of a reference: the base model, or the base model with an adapter.
@@ -87,7 +70,11 @@ impl Cache {
     /// # Errors
     /// If its file cannot be read or written.
     pub fn open(&self, adapter: Option<&Lora>) -> Result<ReferenceLogps> {
-        let Some(dir) = &self.dir else { return Ok(ReferenceLogps::in_memory()) };
+        let dir = match &self.place {
+            Place::Nowhere => return Ok(ReferenceLogps::nowhere()),
+            Place::Memory => return Ok(ReferenceLogps::in_memory()),
+            Place::Directory(dir) => dir,
+        };
         let mut hasher = self.model.clone();
         // An adapter that adds nothing gives the base model's bits.
         let adds = |lora: &&Lora| lora.adapters.iter().any(|a| a.b.iter().any(|b| *b != 0.0));
@@ -108,6 +95,38 @@ impl Cache {
             ))
         })?;
         Ok(ReferenceLogps(Kept::File(store)))
+    }
+}
+
+impl Place {
+    fn of(config: &Config) -> Result<Self> {
+        let without = &config.train.without;
+        if without.contains(&Gain::ReferenceCache) {
+            return Ok(Self::Nowhere);
+        }
+        if !without.is_empty() {
+            // Without a gain, the last bits may be others.
+            return Ok(Self::Memory);
+        }
+        let make = |dir: &Path| {
+            std::fs::create_dir_all(dir)
+                .map_err(|e| Error::other(format!("{}: cannot be made: {e}", dir.display())))
+        };
+        if let Some(dir) = &config.train.reference_cache {
+            let dir = PathBuf::from(dir);
+            make(&dir).map_err(|e| e.at("[train] reference_cache"))?;
+            return Ok(Self::Directory(dir));
+        }
+        let dir = user_cache()
+            .ok_or_else(|| Error::other("neither XDG_CACHE_HOME nor HOME is set"))
+            .and_then(|dir| make(&dir).map(|()| dir));
+        Ok(match dir {
+            Ok(dir) => Self::Directory(dir),
+            Err(why) => {
+                log::warn!("reference log-probs are kept for this run only: {why}");
+                Self::Memory
+            }
+        })
     }
 }
 
@@ -175,7 +194,7 @@ impl ReferenceLogps {
         &mut self,
         model: &Model,
         adapter: Option<&Lora>,
-        sources: &[&Source],
+        sources: &[Source],
     ) -> Result<()> {
         let Kept::File(store) = &mut self.0 else { return Ok(()) };
         let rows = sources.iter().filter(|s| s.needs_reference()).flat_map(|s| &s.train);

@@ -1,11 +1,13 @@
 //! From a configuration to everything that a run computes with.
 
+use super::memory::{MemoryPlan, Planner};
 use super::plan::Rows;
-use crate::config::schema::{Config, TrainSection};
+use crate::config::schema::{Config, StageSection, TrainSection};
 use crate::config::{Device, Reference, Targets as ConfigTargets};
 use crate::data::{Item, Order, Source};
+use crate::model::memory::Weights;
 use crate::model::targets::{Patterns, Targets};
-use crate::model::{Lora, LoraConfig, Model, ModelConfig, peft};
+use crate::model::{Lora, LoraConfig, Model, ModelConfig, Options, peft};
 use crate::plugins::Registry;
 use crate::text::Text;
 use crate::{Error, Result};
@@ -21,6 +23,8 @@ pub struct Run {
     pub lora: Lora,
     /// The plugin libraries.
     pub libraries: Vec<PathBuf>,
+    /// What it is going to hold in memory.
+    pub memory: MemoryPlan,
 }
 
 /// One stage: its settings, and which sources are in it.
@@ -51,26 +55,24 @@ impl Run {
             Some(adapter) => peft::load(Path::new(adapter), &model_config)?,
             None => Lora::init(&lora_config(&config)?, &model_config, config.train.seed)?,
         };
-        let model = Model::load(&dir)?;
+        let memory = MemoryPlan::new(&Planner {
+            config: &config,
+            model: &model_config,
+            weights: Weights::of(&dir, &model_config)?,
+            lora: &lora,
+            sources: &sources,
+            stages: &stages(&config, &sources),
+        })?;
+        let mut model = Model::load(&dir)?;
+        model.options = Options::new(&config.train.without, memory.recomputed_layers);
+        model.reserve(memory.activations);
         let libraries = registry.paths().map(Path::to_owned).collect();
-        Ok(Self { config, text, sources, model, lora, libraries })
+        Ok(Self { config, text, sources, model, lora, libraries, memory })
     }
 
     /// The stages in order; one over all sources if the configuration has none.
     pub fn stages(&self) -> Vec<Stage> {
-        let train = &self.config.train;
-        if self.config.stage.is_empty() {
-            let sources = (0..self.sources.len()).collect();
-            return vec![Stage { name: None, train: train.clone(), sources }];
-        }
-        let of = |stage: &crate::config::schema::StageSection| Stage {
-            name: Some(stage.name.clone()),
-            train: train.for_stage(stage),
-            sources: (0..self.sources.len())
-                .filter(|&s| stage.data.contains(&self.sources[s].name))
-                .collect(),
-        };
-        self.config.stage.iter().map(of).collect()
+        stages(&self.config, &self.sources)
     }
 
     /// The sources that no stage trains; they are only evaluated.
@@ -106,21 +108,35 @@ impl Run {
     }
 }
 
+fn stages(config: &Config, sources: &[Source]) -> Vec<Stage> {
+    let train = &config.train;
+    if config.stage.is_empty() {
+        let sources = (0..sources.len()).collect();
+        return vec![Stage { name: None, train: train.clone(), sources }];
+    }
+    let of = |stage: &StageSection| Stage {
+        name: Some(stage.name.clone()),
+        train: train.for_stage(stage),
+        sources: (0..sources.len()).filter(|&s| stage.data.contains(&sources[s].name)).collect(),
+    };
+    config.stage.iter().map(of).collect()
+}
+
 impl Stage {
-    /// The stream of training rows.
-    pub fn order(&self, run: &Run) -> Order {
+    /// The stream of training rows; `sources` are all of the run, here and below.
+    pub fn order(&self, sources: &[Source]) -> Order {
         let entry = |&s: &usize| {
-            let rows = run.sources[s].train.len();
-            (s, rows, run.sources[s].ratio.unwrap_or(rows as f64))
+            let rows = sources[s].train.len();
+            (s, rows, sources[s].ratio.unwrap_or(rows as f64))
         };
         let entries: Vec<_> = self.sources.iter().map(entry).collect();
         Order::new(&entries, self.train.shuffle, self.train.seed)
     }
 
     /// Optimizer steps: as set, or as many as the epochs need. An epoch draws as many rows as there are.
-    pub fn steps(&self, run: &Run) -> u64 {
+    pub fn steps(&self, sources: &[Source]) -> u64 {
         self.train.steps.unwrap_or_else(|| {
-            let rows: usize = self.sources.iter().map(|&s| run.sources[s].train.len()).sum();
+            let rows: usize = self.sources.iter().map(|&s| sources[s].train.len()).sum();
             ((rows as f64 * self.train.epochs) / self.train.batch as f64).ceil().max(1.0) as u64
         })
     }

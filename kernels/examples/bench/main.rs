@@ -13,7 +13,7 @@ use std::hint::black_box;
 use std::time::Instant;
 use uft_kernels::attention::{self, Heads};
 use uft_kernels::layout::Layout;
-use uft_kernels::logprob::{self, Head};
+use uft_kernels::logprob::{self, Chunk, Head};
 use uft_kernels::rope::Rope;
 use uft_kernels::{adamw, embedding, matmul, rmsnorm, swiglu};
 
@@ -212,18 +212,25 @@ fn attentions(bench: &mut Bench) {
     }
 }
 
+fn head(weight: &[f32], vocab: usize) -> Head<'_> {
+    let weight = weight.into();
+    Head { weight, vocab, hidden: HIDDEN, adapter: None, chunk: Chunk::FUSED }
+}
+
 fn heads(bench: &mut Bench) {
     for (n, vocab) in [(2000, VOCAB), (500, 152_000)] {
         let (hidden, weight) = (numbers(n * HIDDEN), numbers(vocab * HIDDEN));
         let targets: Vec<u32> = (0..n as u32).map(|t| t * 7 % vocab as u32).collect();
         let (mut logp, mut unit) = (vec![0.0; n], vec![0.0; n * HIDDEN]);
+        let mut chunk = vec![0.0; head(&weight, vocab).chunk_len(n)];
+        let mut other_chunk = chunk.clone();
         let shared = std::rc::Rc::new((hidden, weight, targets));
         let given = shared.clone();
         let product = 2 * n * vocab * HIDDEN;
         bench.add(&format!("logprob forward {n} of {vocab}"), product, vocab * HIDDEN, move || {
             let (hidden, weight, targets) = &*shared;
-            let head = Head { weight: weight.into(), vocab, hidden: HIDDEN, adapter: None };
-            logprob::forward(hidden, targets, &head, &mut logp);
+            let head = head(weight, vocab);
+            logprob::forward(hidden, targets, &head, &mut chunk, &mut logp);
             black_box(&logp);
         });
         let mut logp = vec![0.0; n];
@@ -233,8 +240,9 @@ fn heads(bench: &mut Bench) {
             vocab * HIDDEN,
             move || {
                 let (hidden, weight, targets) = &*given;
-                let head = Head { weight: weight.into(), vocab, hidden: HIDDEN, adapter: None };
-                logprob::forward_with_gradient(hidden, targets, &head, &mut logp, &mut unit);
+                let head = head(weight, vocab);
+                let chunk = &mut other_chunk;
+                logprob::forward_with_gradient(hidden, targets, &head, chunk, &mut logp, &mut unit);
                 black_box(&unit);
             },
         );

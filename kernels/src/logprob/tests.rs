@@ -11,6 +11,7 @@ struct Case {
     vocab: usize,
     width: usize,
     rank: usize,
+    chunk: Chunk,
 }
 
 const SCALE: f32 = 0.5;
@@ -29,6 +30,7 @@ impl Case {
             vocab,
             width,
             rank,
+            chunk: Chunk::FUSED,
         }
     }
 
@@ -43,7 +45,13 @@ impl Case {
                 rank: self.rank,
                 scale: SCALE,
             }),
+            chunk: self.chunk,
         }
+    }
+
+    /// Room for the logits of `n` rows.
+    fn room(&self, n: usize) -> Vec<f32> {
+        poison(self.head().chunk_len(n))
     }
 
     fn reference<R: Real>(&self) -> Reference<R> {
@@ -114,14 +122,15 @@ struct Reference<R> {
 
 fn check(case: &Case) {
     let (n, head) = (case.targets.len(), case.head());
+    let chunk = &mut case.room(n);
     let (plain, exact) = (case.reference::<f32>(), case.reference::<f64>());
 
     let mut logp = poison(n);
-    forward(&case.hidden, &case.targets, &head, &mut logp);
+    forward(&case.hidden, &case.targets, &head, chunk, &mut logp);
     assert_accurate("logp", &logp, &plain.logp, &exact.logp);
 
     let (mut again, mut unit_grad) = (poison(n), poison(n * case.width));
-    forward_with_gradient(&case.hidden, &case.targets, &head, &mut again, &mut unit_grad);
+    forward_with_gradient(&case.hidden, &case.targets, &head, chunk, &mut again, &mut unit_grad);
     assert_eq!(again, logp, "with and without the gradient, the same bits");
     assert_accurate("unit_grad", &unit_grad, &plain.unit_grad, &exact.unit_grad);
 
@@ -132,11 +141,11 @@ fn check(case: &Case) {
     if case.rank > 0 {
         let (mut da, mut db) = (vec![0.0; case.a.len()], vec![0.0; case.b.len()]);
         let Case { hidden, targets, dlogp, .. } = case;
-        adapter_backward(hidden, targets, &head, &logp, dlogp, &mut da, &mut db);
+        adapter_backward(hidden, targets, &head, chunk, &logp, dlogp, &mut da, &mut db);
         assert_accurate("da", &da, &plain.da, &exact.da);
         assert_accurate("db", &db, &plain.db, &exact.db);
         let (first_da, first_db) = (da.clone(), db.clone());
-        adapter_backward(hidden, targets, &head, &logp, dlogp, &mut da, &mut db);
+        adapter_backward(hidden, targets, &head, chunk, &logp, dlogp, &mut da, &mut db);
         let doubled =
             |x: &[f32], y: &[f32]| x.iter().zip(y).all(|(x, y)| (x - 2.0 * y).abs() < 1e-4);
         assert!(doubled(&da, &first_da) && doubled(&db, &first_db), "gradients accumulate");
@@ -155,20 +164,31 @@ fn agrees_with_f64() {
 #[test]
 fn agrees_with_f64_over_many_chunks() {
     // Two ranges of rows; in the first, three of the vocabulary.
-    check(&Case::new(CHUNK_ROWS + 3, 2 * CHUNK_COLUMNS + 100, 3, 2));
+    let Chunk { rows, columns } = Chunk::FUSED;
+    check(&Case::new(rows + 3, 2 * columns + 100, 3, 2));
+    check(&Case { chunk: Chunk { rows: 7, columns: 16 }, ..Case::new(20, 50, 5, 2) });
+}
+
+#[test]
+fn agrees_with_f64_in_one_piece() {
+    let case = Case { chunk: Chunk::WHOLE, ..Case::new(600, 9000, 3, 2) };
+    assert_eq!(case.room(600).len(), 600 * 9000);
+    check(&case);
 }
 
 /// The sum over the vocabulary is cut at the same entries however many rows there are.
 #[test]
 fn company_changes_no_bit_of_a_row() {
-    let case = Case::new(CHUNK_ROWS, CHUNK_COLUMNS + 100, 70, 0);
+    let Chunk { rows, columns } = Chunk::FUSED;
+    let case = Case::new(rows, columns + 100, 70, 0);
     let run = |n: usize| {
         let (mut logp, mut unit_grad) = (poison(n), poison(n * case.width));
         let hidden = &case.hidden[..n * case.width];
-        forward_with_gradient(hidden, &case.targets[..n], &case.head(), &mut logp, &mut unit_grad);
+        let (targets, head, chunk) = (&case.targets[..n], case.head(), &mut case.room(n));
+        forward_with_gradient(hidden, targets, &head, chunk, &mut logp, &mut unit_grad);
         (logp, unit_grad)
     };
-    let (logp, unit_grad) = run(CHUNK_ROWS);
+    let (logp, unit_grad) = run(rows);
     let few = run(16);
     assert_eq!((few.0.as_slice(), few.1.as_slice()), (&logp[..16], &unit_grad[..16 * 70]));
 }
@@ -193,9 +213,11 @@ fn the_reference_gradient_is_the_slope() {
 #[test]
 fn a_certain_token_has_no_gradient() {
     let weight = [60.0, 0.0, -60.0];
-    let head = Head { weight: weight.as_slice().into(), vocab: 3, hidden: 1, adapter: None };
+    let weight = weight.as_slice().into();
+    let head = Head { weight, vocab: 3, hidden: 1, adapter: None, chunk: Chunk::FUSED };
     let (mut logp, mut unit_grad) = (poison(2), poison(2));
-    forward_with_gradient(&[1.0, 1.0], &[0, 2], &head, &mut logp, &mut unit_grad);
+    let chunk = &mut poison(6);
+    forward_with_gradient(&[1.0, 1.0], &[0, 2], &head, chunk, &mut logp, &mut unit_grad);
     assert_eq!((logp[0], unit_grad[0]), (0.0, 0.0));
     assert_eq!((logp[1], unit_grad[1]), (-120.0, -120.0));
 }
@@ -205,7 +227,8 @@ fn the_same_call_twice_gives_the_same_bits() {
     let case = Case::new(70, 900, 33, 4);
     let run = || {
         let (mut logp, mut unit_grad) = (poison(70), poison(70 * 33));
-        forward_with_gradient(&case.hidden, &case.targets, &case.head(), &mut logp, &mut unit_grad);
+        let (Case { hidden, targets, .. }, chunk) = (&case, &mut case.room(70));
+        forward_with_gradient(hidden, targets, &case.head(), chunk, &mut logp, &mut unit_grad);
         (logp, unit_grad)
     };
     let first = run();
@@ -215,12 +238,12 @@ fn the_same_call_twice_gives_the_same_bits() {
 #[test]
 fn no_rows_is_fine() {
     let case = Case::new(0, 5, 3, 0);
-    forward_with_gradient(&[], &[], &case.head(), &mut [], &mut []);
+    forward_with_gradient(&[], &[], &case.head(), &mut case.room(0), &mut [], &mut []);
 }
 
 #[test]
 #[should_panic(expected = "logprob: target 5 in a vocabulary of 5")]
 fn a_target_outside_the_vocabulary_is_named() {
     let case = Case::new(1, 5, 3, 0);
-    forward(&case.hidden, &[5], &case.head(), &mut [0.0]);
+    forward(&case.hidden, &[5], &case.head(), &mut case.room(1), &mut [0.0]);
 }

@@ -40,7 +40,7 @@ fn gradients_are_those_of_transformers_and_peft() {
             let tape = model.forward(&packed, &lora);
             let count = tape.logps().len();
             let mut got = LoraGrads::zeros(&lora);
-            model.backward(&tape, &vec![-1.0 / count as f32; count], &lora, &mut got);
+            model.backward(tape, &vec![-1.0 / count as f32; count], &lora, &mut got);
             let mut worst = 0f64;
             for tensor in lora.grad_tensors(&got) {
                 let expected = grads.tensor(&format!("{objective}/{}", tensor.name)).unwrap();

@@ -3,7 +3,7 @@
 use super::*;
 
 /// A batch with shared prompts, rows that nothing reads, and two segments in one branch.
-fn batch(name: &str) -> Packed {
+pub(super) fn batch(name: &str) -> Packed {
     let responses = expected(name, "responses.json");
     let rows = responses["pairs"].as_array().unwrap();
     let mut groups: Vec<Group> = rows[..3].iter().map(shared_group).collect();
@@ -16,7 +16,7 @@ fn batch(name: &str) -> Packed {
 }
 
 /// A fresh adapter with a B that isn't zero.
-fn adapter(model: &Model, targets: &str) -> Lora {
+pub(super) fn adapter(model: &Model, targets: &str) -> Lora {
     let config = LoraConfig {
         rank: 3,
         alpha: 4.0,
@@ -122,11 +122,9 @@ fn gradients_accumulate() {
     let packed = batch("llama");
     let lora = adapter(&model, "all-linear");
     let dlogp = uneven(packed.targets.rows.len());
-    let tape = model.forward(&packed, &lora);
-    let mut once = LoraGrads::zeros(&lora);
-    model.backward(&tape, &dlogp, &lora, &mut once);
+    let mut once = gradient(&model, &packed, &lora, &dlogp);
     let mut twice = once.clone();
-    model.backward(&tape, &dlogp, &lora, &mut twice);
+    model.backward(model.forward(&packed, &lora), &dlogp, &lora, &mut twice);
     for (once, twice) in lora.grad_tensors(&once).zip(lora.grad_tensors(&twice)) {
         let doubled: Vec<f32> = once.data.iter().map(|g| 2.0 * g).collect();
         assert!(relative(twice.data, &doubled) < 1e-6, "{}", once.name);

@@ -1,0 +1,330 @@
+//! How much memory a pass takes for activations, found out without doing it: the same buffers are taken
+//! and given back in the same order as in [`super::decoder`] and [`super::layer`], from a pool that only
+//! counts. What changes there changes here; a test compares the two to the byte.
+//!
+//! T rows, N needed rows, M targets, and widths as in [`super::layer`].
+
+use super::buffers::{Buffer, Pool};
+use super::config::ModelConfig;
+use super::decoder::Options;
+use super::lora::Lora;
+use super::packed::{NeededRows, Packed};
+use super::shards::{Shards, Tensor};
+use super::targets::{Projection, Site};
+use crate::Result;
+use std::ops::Add;
+use std::path::Path;
+use uft_kernels::logprob::Chunk;
+
+/// What of a micro-batch decides its memory. Those of groups packed together add up.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Size {
+    /// T.
+    pub rows: usize,
+    /// N: rows that targets read.
+    pub needed: usize,
+    /// M.
+    pub targets: usize,
+    /// Rows of the longest group.
+    pub longest: usize,
+}
+
+impl Size {
+    pub fn of(packed: &Packed) -> Self {
+        let longest = packed.layout.groups.iter().map(|group| group.rows().len()).max();
+        Self {
+            rows: packed.rows(),
+            needed: NeededRows::of(&packed.targets).rows.len(),
+            targets: packed.targets.rows.len(),
+            longest: longest.unwrap_or(0),
+        }
+    }
+}
+
+impl Add for Size {
+    type Output = Self;
+
+    fn add(self, other: Self) -> Self {
+        Self {
+            rows: self.rows + other.rows,
+            needed: self.needed + other.needed,
+            targets: self.targets + other.targets,
+            longest: self.longest.max(other.longest),
+        }
+    }
+}
+
+/// Bytes of a model's weights.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Weights {
+    /// As [`super::Model`] holds them.
+    pub held: usize,
+    /// What reading them takes besides: their files' pages.
+    pub mapped: usize,
+}
+
+impl Weights {
+    /// From the headers of a directory's files.
+    ///
+    /// # Errors
+    /// If they cannot be read.
+    pub fn of(dir: &Path, config: &ModelConfig) -> Result<Self> {
+        let shards = Shards::open(dir)?;
+        // A copy of a tied head is compared with the embedding and not kept.
+        let kept = shards.names().filter(|name| !(config.tied && *name == "lm_head.weight"));
+        let tensors = kept.filter_map(|name| shards.tensor(name));
+        let held = tensors.map(|tensor| held(&tensor)).sum();
+        let bytes = shards.names().filter_map(|name| Some(shards.tensor(name)?.bytes.len()));
+        Ok(Self { held, mapped: bytes.sum() })
+    }
+}
+
+/// Bytes of a tensor as the model holds it: widened to `f32`.
+fn held(tensor: &Tensor) -> usize {
+    size_of::<f32>() * tensor.shape.iter().product::<usize>()
+}
+
+/// A decoder's passes without their arithmetic.
+pub struct Shadow<'a> {
+    config: &'a ModelConfig,
+    options: Options,
+    /// Whether the head's logits count.
+    with_chunk: bool,
+    pool: Pool,
+}
+
+/// One block's tape: buffers that are given back together.
+type Tape = Vec<Buffer>;
+
+impl<'a> Shadow<'a> {
+    /// `with_chunk` false leaves the head's logits out, to find out what they add.
+    pub fn new(config: &'a ModelConfig, options: Options, with_chunk: bool) -> Self {
+        Self { config, options, with_chunk, pool: Pool::counting() }
+    }
+
+    /// Bytes that a pass takes at most for activations: the largest of all passes so far.
+    pub fn peak(&self) -> usize {
+        self.pool.high_water()
+    }
+
+    /// The logits that are in memory at a time for M targets.
+    fn chunk(&self, targets: usize) -> Option<Buffer> {
+        let Chunk { rows, columns } = self.options.chunk();
+        let len = rows.min(targets).max(1) * columns.min(self.config.vocab);
+        self.with_chunk.then(|| self.pool.take(len))
+    }
+
+    /// [`super::Model::logps`].
+    pub fn logps(&self, size: Size, lora: Option<&Lora>) {
+        if size.targets > 0 {
+            let _top = self.run(size, lora, drop);
+            let _chunk = self.chunk(size.targets);
+        }
+    }
+
+    /// [`super::Model::forward`] and [`super::Model::backward`].
+    pub fn step(&self, size: Size, lora: &Lora) {
+        let (size, pool, h) = (self.widened(size), &self.pool, self.config.hidden);
+        let lowest = self.options.lowest_layer(lora);
+        let (mut layers, mut below) = (Vec::new(), lowest);
+        let [last, inv_rms, hidden] = self.run(size, Some(lora), |mut tape: Tape| match below {
+            0 => {
+                if layers.len() < self.options.recomputed_layers {
+                    // Its first buffer is the block's input.
+                    tape.truncate(1);
+                }
+                layers.push(tape);
+            }
+            _ => below -= 1,
+        });
+        let unit_grad = pool.take(size.targets * h);
+        let chunk = self.chunk(size.targets);
+        let head = lora.index(Site::Head);
+        let hidden = Some(hidden).filter(|_| head.is_some());
+        drop(chunk);
+
+        if let Some(_hidden) = hidden {
+            let _chunk = self.chunk(size.targets);
+        }
+        if layers.is_empty() {
+            return;
+        }
+        let dhidden = pool.take(size.targets * h);
+        drop(unit_grad);
+        let dnormed = pool.take(size.needed * h);
+        drop(dhidden);
+        let mut d = pool.take(size.needed * h);
+        drop((dnormed, last, inv_rms));
+        while let Some(mut kept) = layers.pop() {
+            let layer = Block::new(self, size, lowest + layers.len(), Some(lora));
+            let _tape = match layers.len() < self.options.recomputed_layers {
+                true => layer.again(kept.swap_remove(0)),
+                false => kept,
+            };
+            match layer.backward(d, layer.index > lowest || !self.options.skipped_gradients) {
+                Some(below) => d = below,
+                None => break,
+            }
+        }
+    }
+
+    /// [`super::Model::run`]: last, inv_rms and hidden of the top.
+    fn run(&self, size: Size, lora: Option<&Lora>, mut keep: impl FnMut(Tape)) -> [Buffer; 3] {
+        let (size, pool, h) = (self.widened(size), &self.pool, self.config.hidden);
+        let mut x = pool.take(size.rows * h);
+        for index in 0..self.config.layers {
+            let (y, tape) = Block::new(self, size, index, lora).forward(x);
+            keep(tape);
+            x = y;
+        }
+        let (_normed, inv_rms) = (pool.take(size.needed * h), pool.take(size.needed));
+        let hidden = pool.take(size.targets * h);
+        [x, inv_rms, hidden]
+    }
+
+    /// Where no gradient is skipped, all rows are needed.
+    fn widened(&self, size: Size) -> Size {
+        match self.options.skipped_gradients {
+            true => size,
+            false => Size { needed: size.rows, ..size },
+        }
+    }
+}
+
+/// One block of a pass.
+struct Block<'a> {
+    index: usize,
+    config: &'a ModelConfig,
+    pool: &'a Pool,
+    lora: Option<&'a Lora>,
+    /// T.
+    rows: usize,
+    /// N, if the block goes on with fewer rows after the attention.
+    pruned: Option<usize>,
+}
+
+use Projection::{Down, Gate, K, O, Q, Up, V};
+
+impl<'a> Block<'a> {
+    fn new(shadow: &'a Shadow, size: Size, index: usize, lora: Option<&'a Lora>) -> Self {
+        let last = index + 1 == shadow.config.layers;
+        let pruned = Some(size.needed).filter(|needed| last && *needed < size.rows);
+        let Shadow { config, pool, .. } = shadow;
+        Self { index, config, pool, lora, rows: size.rows, pruned }
+    }
+
+    fn rank(&self, projection: Projection) -> Option<usize> {
+        let adapter = self.lora?.get(Site::Layer(self.index, projection))?;
+        Some(adapter.rank)
+    }
+
+    fn any(&self, projections: &[Projection]) -> bool {
+        projections.iter().any(|projection| self.rank(*projection).is_some())
+    }
+
+    /// u of a projection with an adapter.
+    fn project(&self, projection: Projection, rows: usize) -> Option<Buffer> {
+        self.rank(projection).map(|rank| self.pool.take(rows * rank))
+    }
+
+    fn forward(&self, x: Buffer) -> (Buffer, Tape) {
+        let mut tape = self.before_down(x);
+        let after = self.pruned.unwrap_or(self.rows);
+        let _act = self.pool.take(after * self.config.intermediate);
+        let y = self.pool.take(after * self.config.hidden);
+        tape.extend(self.project(Down, after));
+        (y, tape)
+    }
+
+    fn again(&self, x: Buffer) -> Tape {
+        let mut tape = self.before_down(x);
+        let after = self.pruned.unwrap_or(self.rows);
+        if self.any(&[Down]) {
+            let _act = self.pool.take(after * self.config.intermediate);
+            tape.extend(self.project(Down, after));
+        }
+        tape
+    }
+
+    fn before_down(&self, x: Buffer) -> Tape {
+        let (config, pool, rows) = (self.config, self.pool, self.rows);
+        let (query, key) = (config.query_width(), config.key_width());
+        let mut tape = vec![x];
+        let h = pool.take(rows * config.hidden);
+        tape.push(pool.take(rows));
+        tape.extend([query, key, key].map(|width| pool.take(rows * width)));
+        tape.extend([Q, K, V].into_iter().flat_map(|p| self.project(p, rows)));
+        if config.qk_norm {
+            for width in [query, key] {
+                tape.push(pool.take(rows * width));
+                tape.push(pool.take(rows * width / config.heads.head_dim));
+            }
+        }
+        drop(h);
+        tape.push(pool.take(rows * query));
+        tape.push(pool.take(rows * config.heads.heads));
+        // Rows that go on.
+        let rows = self.pruned.unwrap_or(rows);
+        let _gathered = self.pruned.map(|n| [query, config.hidden].map(|w| pool.take(n * w)));
+        tape.push(pool.take(rows * config.hidden));
+        tape.extend(self.project(O, rows));
+        let _h = pool.take(rows * config.hidden);
+        tape.push(pool.take(rows));
+        tape.extend([(); 2].map(|()| pool.take(rows * config.intermediate)));
+        tape.extend([Gate, Up].into_iter().flat_map(|p| self.project(p, rows)));
+        tape
+    }
+
+    /// From the gradient to y to that to x, where that is needed.
+    fn backward(&self, d: Buffer, input_needed: bool) -> Option<Buffer> {
+        let (config, pool, rows) = (self.config, self.pool, self.rows);
+        let (query, key) = (config.query_width(), config.key_width());
+        let after = self.pruned.unwrap_or(rows);
+        let below_o = input_needed || self.any(&[Q, K, V]);
+        let below_mlp = below_o || self.any(&[O]);
+        if !self.mlp_backward(after, below_mlp) {
+            return None;
+        }
+        let mut d = d;
+        let _gathered = self.pruned.map(|n| pool.take(n * query));
+        let dattended = below_o.then(|| pool.take(after * query));
+        drop(self.project(O, after));
+        let mut dattended = dattended?;
+        if self.pruned.is_some() {
+            d = pool.take(rows * config.hidden);
+            dattended = pool.take(rows * query);
+        }
+        let [mut dq, mut dk, _dv] = [query, key, key].map(|width| pool.take(rows * width));
+        if config.qk_norm {
+            dq = pool.take(rows * query);
+            dk = pool.take(rows * key);
+        }
+        let _h = pool.take(rows * config.hidden);
+        drop(pool.take(rows));
+        let dh = input_needed.then(|| pool.take(rows * config.hidden));
+        for projection in [Q, K, V] {
+            drop(self.project(projection, rows));
+        }
+        drop((dq, dk, dattended));
+        dh.map(|_| d)
+    }
+
+    fn mlp_backward(&self, rows: usize, below_needed: bool) -> bool {
+        let (config, pool) = (self.config, self.pool);
+        let wide = || pool.take(rows * config.intermediate);
+        let below_act = below_needed || self.any(&[Gate, Up]);
+        let act = wide();
+        let dact = below_act.then(wide);
+        drop(self.project(Down, rows));
+        drop(act);
+        let Some(dact) = dact else { return false };
+        let (_dgate, _dup) = (wide(), wide());
+        drop(dact);
+        let _h = pool.take(rows * config.hidden);
+        drop(pool.take(rows));
+        let _dh = below_needed.then(|| pool.take(rows * config.hidden));
+        drop(self.project(Gate, rows));
+        drop(self.project(Up, rows));
+        below_needed
+    }
+}

@@ -1,0 +1,178 @@
+//! The largest micro-batches of a run, found by going through all of its steps without computing any.
+
+use super::super::plan::{Plan, Rows};
+use super::super::setup::Stage;
+use crate::config::Gain;
+use crate::data::{Example, Item, Source};
+use crate::group::Group;
+use crate::model::Packed;
+use crate::model::memory::Size;
+use rayon::prelude::*;
+use uft_core::Needs;
+
+/// Micro-batches, without those that are smaller than another in every way.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Largest {
+    /// Of the way forward and back.
+    pub steps: Vec<Size>,
+    /// Of log-probs alone: evaluation, mismatched completions.
+    pub forward: Vec<Size>,
+}
+
+/// The size of every group of the run, so that each is laid out once.
+pub struct Sizes {
+    /// By source: of the training rows and of the held-out rows.
+    groups: Vec<[Vec<Size>; 2]>,
+}
+
+impl Sizes {
+    pub fn of(sources: &[Source], without: &[Gain]) -> Self {
+        let size = |example: &Example| match without.contains(&Gain::SharedPrompts) {
+            true => Size::of(&Packed::with_prompt_copies(&[&example.group])),
+            false => Size::of(&Packed::new(&[&example.group])),
+        };
+        let all = |examples: &[Example]| examples.par_iter().map(size).collect();
+        let of = |source: &Source| [all(&source.train), all(&source.held_out)];
+        Self { groups: sources.iter().map(of).collect() }
+    }
+
+    fn get(&self, item: Item, rows: Rows) -> Size {
+        self.groups[item.source][usize::from(rows == Rows::HeldOut)][item.row]
+    }
+
+    /// Every group with its longest sequence.
+    pub fn alone<'a>(
+        &'a self,
+        sources: &'a [Source],
+    ) -> impl Iterator<Item = (usize, Size)> + Clone + 'a {
+        sources.iter().zip(&self.groups).flat_map(|(source, [train, held_out])| {
+            let examples = source.train.iter().chain(&source.held_out);
+            examples.zip(train.iter().chain(held_out)).map(|(e, s)| (e.group.longest(), *s))
+        })
+    }
+}
+
+impl Largest {
+    /// Goes through all stages of a run with micro-batches of at most `micro_tokens` rows.
+    pub fn of(sources: &[Source], stages: &[Stage], sizes: &Sizes, micro_tokens: usize) -> Self {
+        let mut largest = Self::default();
+        for stage in stages {
+            let without = &stage.train.without;
+            let mut order = stage.order(sources);
+            for _ in 0..stage.steps(sources) {
+                let items = order.batch(stage.train.batch);
+                for size in
+                    micro_batches(sources, Rows::Train, &items, sizes, micro_tokens, without)
+                {
+                    keep(&mut largest.steps, size);
+                }
+            }
+            for source in stage.sources.iter().map(|&s| &sources[s]) {
+                let batch = stage.train.batch;
+                let size = mismatched(source, &source.train, batch, micro_tokens, without);
+                keep(&mut largest.forward, size);
+            }
+        }
+        // All held-out rows are one step.
+        let Some(Stage { train, .. }) = stages.first() else { return largest };
+        let all = |source: usize| {
+            (0..sources[source].held_out.len()).map(move |row| Item { source, row })
+        };
+        let items: Vec<Item> = (0..sources.len()).flat_map(all).collect();
+        let without = &train.without;
+        for size in micro_batches(sources, Rows::HeldOut, &items, sizes, micro_tokens, without) {
+            keep(&mut largest.forward, size);
+        }
+        for source in sources {
+            let (rows, count) = (&source.held_out, source.held_out.len());
+            keep(&mut largest.forward, mismatched(source, rows, count, micro_tokens, without));
+        }
+        largest
+    }
+
+    /// Without those that are smaller than another in every way.
+    pub fn reduced(&self) -> Self {
+        let reduce = |sizes: &[Size]| {
+            let mut kept = Vec::new();
+            sizes.iter().for_each(|size| keep(&mut kept, *size));
+            kept
+        };
+        Self { steps: reduce(&self.steps), forward: reduce(&self.forward) }
+    }
+
+    /// The micro-batch with the most rows.
+    pub fn most_rows(&self) -> Size {
+        let all = self.steps.iter().chain(&self.forward);
+        all.copied().max_by_key(|size| size.rows).unwrap_or_default()
+    }
+
+    /// Rows of the longest group.
+    pub fn longest(&self) -> usize {
+        self.steps.iter().chain(&self.forward).map(|size| size.longest).max().unwrap_or(0)
+    }
+}
+
+fn micro_batches(
+    sources: &[Source],
+    rows: Rows,
+    items: &[Item],
+    sizes: &Sizes,
+    micro_tokens: usize,
+    without: &[Gain],
+) -> Vec<Size> {
+    let plan = Plan::new(sources, rows, items, micro_tokens, without);
+    let size = |g: &usize| sizes.get(plan.groups[*g].item, rows);
+    let sum = |batch: &Vec<usize>| batch.iter().map(size).fold(Size::default(), |a, b| a + b);
+    plan.micro_batches.iter().map(sum).collect()
+}
+
+/// At most what mismatched completions take: every prompt with the longest completion of another.
+fn mismatched(
+    source: &Source,
+    examples: &[Example],
+    batch: usize,
+    micro_tokens: usize,
+    without: &[Gain],
+) -> Size {
+    if !source.objective.needs(Needs::MISMATCHED) || examples.is_empty() {
+        return Size::default();
+    }
+    let most = |length: fn(&Group) -> usize| examples.iter().map(|e| length(&e.group)).max();
+    // The prompt of a later segment reaches almost to the end of its branch.
+    let prompt = most(Group::longest).unwrap_or(0);
+    let completion = most(|group| group.segments().map(|s| s.tokens()).max().unwrap_or(0));
+    let completion = completion.unwrap_or(0);
+    let responses = most(|group| group.segments().count()).unwrap_or(0);
+    let longest = prompt + completion;
+    let rows = match without.contains(&Gain::Packing) {
+        true => longest,
+        false => longest.max(micro_tokens.min(batch * responses * longest)),
+    };
+    Size { rows, needed: rows, targets: rows, longest }
+}
+
+/// Adds a size, unless another is as large in every way, and drops those that it outgrows.
+fn keep(sizes: &mut Vec<Size>, new: Size) {
+    let within = |a: &Size, b: &Size| {
+        a.rows <= b.rows && a.needed <= b.needed && a.targets <= b.targets && a.longest <= b.longest
+    };
+    if new.rows > 0 && !sizes.iter().any(|size| within(&new, size)) {
+        sizes.retain(|size| !within(size, &new));
+        sizes.push(new);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_largest_are_kept() {
+        let size = |rows, targets| Size { rows, needed: targets, targets, longest: 1 };
+        let mut kept = Vec::new();
+        for new in [size(5, 5), size(4, 4), size(3, 9), size(5, 5), size(6, 5), Size::default()] {
+            keep(&mut kept, new);
+        }
+        assert_eq!(kept, [size(3, 9), size(6, 5)]);
+    }
+}

@@ -1,0 +1,348 @@
+//! The plan of a run's memory, made before the weights are loaded: what will be held, and for what. The
+//! largest micro-batches are found by going through the run ([`Largest`]), their activations by going
+//! through a pass without arithmetic ([`Shadow`]); what is in memory already is measured.
+
+mod largest;
+
+use super::setup::Stage;
+use crate::config::schema::Config;
+use crate::config::{Gain, Recompute, Reference};
+use crate::data::{Example, Source};
+use crate::machine;
+use crate::model::memory::{Shadow, Weights};
+use crate::model::{Lora, ModelConfig, Options};
+use crate::{Error, ErrorKind, Result};
+use comfy_table::{CellAlignment, Table, presets};
+use largest::{Largest, Sizes};
+use std::cell::Cell;
+use uft_kernels::memory as kernels;
+
+/// Of the machine's memory, so much is filled before layers are computed again to save some: a plan is
+/// good to a tenth.
+const COMFORTABLE: f64 = 0.9;
+
+/// What a run is going to hold.
+pub struct MemoryPlan {
+    /// Name, bytes, and what is to be said about it.
+    parts: Vec<(&'static str, usize, String)>,
+    /// Most that is held while files are read, before the first pass.
+    start: usize,
+    /// What the process may have, in bytes; unknown outside of Linux.
+    pub machine: Option<usize>,
+    /// For [`Options::recomputed_layers`].
+    pub recomputed_layers: usize,
+    /// Bytes to set aside for activations.
+    pub activations: usize,
+}
+
+/// All that a plan is made from.
+pub struct Planner<'a> {
+    pub config: &'a Config,
+    pub model: &'a ModelConfig,
+    pub weights: Weights,
+    pub lora: &'a Lora,
+    pub sources: &'a [Source],
+    pub stages: &'a [Stage],
+}
+
+/// One choice of what a plan is free in, with the bytes that follow from it.
+struct Choice {
+    recomputed_layers: usize,
+    /// Of a pass, the chunk of logits included.
+    activations: usize,
+    /// By how much the chunk raises them.
+    chunk: usize,
+    kernels: usize,
+}
+
+impl MemoryPlan {
+    /// # Errors
+    /// [`ErrorKind::Memory`] if the run does not fit into the machine's memory, with what would.
+    pub fn new(planner: &Planner) -> Result<Self> {
+        let train = &planner.config.train;
+        let resident = machine::resident();
+        let limit = (train.memory > 0.0).then_some((train.memory * f64::from(1 << 30)) as usize);
+        let machine =
+            machine::available().map(|bytes| bytes as usize).into_iter().chain(limit).min();
+        let sizes = Sizes::of(planner.sources, &train.without);
+        let largest = Largest::of(planner.sources, planner.stages, &sizes, train.micro_tokens);
+
+        let mut parts = planner.fixed(resident.now as usize);
+        let fixed: usize = parts.iter().map(|(_, bytes, _)| bytes).sum();
+        let fits = |choice: &Choice, share: f64| {
+            machine.is_none_or(|machine| (fixed + choice.total()) as f64 <= share * machine as f64)
+        };
+        let choice = planner.choose(&largest, |choice| fits(choice, COMFORTABLE));
+        let refused = !fits(&choice, 1.0);
+
+        let Choice { recomputed_layers, activations, chunk, kernels } = choice;
+        let reached = planner.reached_layers();
+        let recomputed = match recomputed_layers.min(reached) {
+            0 => "no layer computed again".to_owned(),
+            n => format!("{n} of {reached} layers computed again on the way back"),
+        };
+        let most = largest.most_rows();
+        let pass = format!(
+            "largest micro-batch: {} rows, {} targets; {recomputed}",
+            most.rows, most.targets
+        );
+        parts.push(("activations", activations - chunk, pass));
+        parts.push(("log-prob chunk", chunk, "what it adds to them".into()));
+        parts.push(("kernels", kernels, "what products and attention take for themselves".into()));
+        let loading = planner.weights.held + planner.weights.mapped + resident.now as usize;
+        let plan = Self {
+            parts,
+            start: loading.max(resident.peak as usize),
+            machine,
+            recomputed_layers,
+            activations,
+        };
+        if !refused {
+            return Ok(plan);
+        }
+        log::info!("{}", plan.table());
+        let would_fit = planner.would_fit(&sizes, |choice| fits(choice, 1.0));
+        Err(Error::new(
+            ErrorKind::Memory,
+            format!(
+                "the run needs {} of memory and {} are available: {would_fit}",
+                mebibytes(plan.total()),
+                mebibytes(machine.unwrap_or_default())
+            ),
+        ))
+    }
+
+    /// Most that the process will hold, in bytes.
+    pub fn total(&self) -> usize {
+        let parts: usize = self.parts.iter().map(|(_, bytes, _)| bytes).sum();
+        parts.max(self.start)
+    }
+
+    /// The plan for people.
+    pub fn table(&self) -> Table {
+        let mut table = Table::new();
+        table.load_style(presets::UTF8_FULL_CONDENSED);
+        table.set_header(["memory", "MiB", ""]);
+        let mut row = |name: &str, bytes: usize, note: &str| {
+            table.add_row([name, &format!("{:.1}", in_mebibytes(bytes)), note]);
+        };
+        for (name, bytes, note) in self.parts.iter().filter(|(_, bytes, _)| *bytes > 0) {
+            row(name, *bytes, note);
+        }
+        let parts: usize = self.parts.iter().map(|(_, bytes, _)| bytes).sum();
+        if self.start > parts {
+            row("reading files", self.start - parts, "before the first pass");
+        }
+        let machine = self.machine.map_or("the machine's memory is not known".into(), |machine| {
+            format!("of {} available", mebibytes(machine))
+        });
+        row("total", self.total(), &machine);
+        if let Some(column) = table.column_mut(1) {
+            column.set_cell_alignment(CellAlignment::Right);
+        }
+        table
+    }
+}
+
+impl Choice {
+    fn total(&self) -> usize {
+        self.activations + self.kernels
+    }
+}
+
+impl Planner<'_> {
+    /// What is held whatever the micro-batches are. `resident` is what the process holds now.
+    fn fixed(&self, resident: usize) -> Vec<(&'static str, usize, String)> {
+        let train = &self.config.train;
+        let matrices = size_of::<f32>() * self.lora.parameters();
+        let previous = self.stages.iter().any(|s| s.train.reference == Reference::Previous);
+        // The adapter itself is in memory already.
+        let (copies, what) = match previous {
+            false => (3, "adapter, gradients, two moments"),
+            true => (4, "adapter, gradients, two moments, the reference's adapter"),
+        };
+        // A file is put together in memory before it is written.
+        let (saved, what_is_saved) = match train.save_every {
+            0 => (1, "the adapter"),
+            _ => (2, "the optimizer's moments"),
+        };
+        let data: usize = self.examples().map(|(_, example)| held(example)).sum();
+        let reference: usize = match train.without.contains(&Gain::ReferenceCache) {
+            true => 0,
+            false => {
+                let needing = self.examples().filter(|(source, _)| source.needs_reference());
+                needing.map(|(_, e)| size_of::<f32>() * trained(e)).sum()
+            }
+        };
+        let program = resident.saturating_sub(data + matrices);
+        vec![
+            ("weights", self.weights.held, "as the model holds them".into()),
+            ("adapter and optimizer", (1 + copies) * matrices, what.into()),
+            ("writing files", saved * matrices, what_is_saved.into()),
+            ("data", data + reference, "tokens, segments, reference log-probs".into()),
+            ("program and tokenizer", program, "measured".into()),
+        ]
+    }
+
+    fn examples(&self) -> impl Iterator<Item = (&Source, &Example)> {
+        self.sources.iter().flat_map(|source| {
+            let examples = source.train.iter().chain(&source.held_out);
+            examples.map(move |example| (source, example))
+        })
+    }
+
+    fn options(&self, recomputed_layers: usize) -> Options {
+        Options::new(&self.config.train.without, recomputed_layers)
+    }
+
+    /// Layers that the way back reaches.
+    fn reached_layers(&self) -> usize {
+        self.model.layers - self.options(0).lowest_layer(self.lora)
+    }
+
+    /// As few recomputed layers as fit, or as the configuration says.
+    fn choose(&self, largest: &Largest, fits: impl Fn(&Choice) -> bool) -> Choice {
+        let reached = self.reached_layers();
+        match self.config.train.recompute {
+            Recompute::None => self.choice(largest, 0),
+            Recompute::All => self.choice(largest, reached),
+            Recompute::Auto => {
+                let mut choices = (0..reached).map(|layers| self.choice(largest, layers));
+                choices.find(fits).unwrap_or_else(|| self.choice(largest, reached))
+            }
+        }
+    }
+
+    fn choice(&self, largest: &Largest, recomputed_layers: usize) -> Choice {
+        let options = self.options(recomputed_layers);
+        let previous = self.stages.iter().any(|s| s.train.reference == Reference::Previous);
+        let peak = |with_chunk: bool| {
+            let shadow = Shadow::new(self.model, options, with_chunk);
+            for size in &largest.steps {
+                shadow.step(*size, self.lora);
+            }
+            for size in largest.steps.iter().chain(&largest.forward) {
+                shadow.logps(*size, Some(self.lora));
+                shadow.logps(*size, Some(self.lora).filter(|_| previous));
+            }
+            shadow.peak()
+        };
+        let (activations, without_chunk) = (peak(true), peak(false));
+        let chunk = activations - without_chunk;
+        Choice { recomputed_layers, activations, chunk, kernels: self.kernels(largest, &options) }
+    }
+
+    fn kernels(&self, largest: &Largest, options: &Options) -> usize {
+        let ModelConfig { hidden, intermediate, heads, .. } = self.model;
+        let Largest { steps, forward } = largest;
+        let all = || steps.iter().chain(forward);
+        let rows = all().map(|size| size.rows).max().unwrap_or(0);
+        let targets = all().map(|size| size.targets).max().unwrap_or(0);
+        let chunk = options.chunk();
+        let columns = chunk.columns.min(self.model.vocab);
+        let products = [
+            kernels::product(rows, *hidden, *intermediate),
+            kernels::product(rows, *intermediate, *hidden),
+            kernels::product(chunk.rows.min(targets), *hidden, columns),
+        ];
+        let largest_product = products.into_iter().max().unwrap_or(0);
+        let positions = self.examples().map(|(_, e)| e.group.longest()).max().unwrap_or(1);
+        largest_product.max(kernels::attention(heads, largest.longest()))
+            + kernels::rotation(heads, positions)
+    }
+
+    /// What to change so that the run fits, in words.
+    fn would_fit(&self, sizes: &Sizes, fits: impl Fn(&Choice) -> bool) -> String {
+        let train = &self.config.train;
+        let all = self.reached_layers();
+        let with = |micro_tokens: usize| {
+            let largest = Largest::of(self.sources, self.stages, sizes, micro_tokens);
+            fits(&self.choice(&largest, all))
+        };
+        let recompute = match train.recompute {
+            Recompute::None => " with recompute = \"all\"",
+            _ => "",
+        };
+        if train.recompute == Recompute::None && with(train.micro_tokens) {
+            return "recompute = \"auto\" or \"all\" in [train] would fit".into();
+        }
+        if with(1) {
+            let micro_tokens = last_that(1..train.micro_tokens, with);
+            return format!("[train] micro_tokens = {micro_tokens}{recompute} would fit");
+        }
+        // Groups alone are too long.
+        let longest = self.examples().map(|(_, e)| e.group.longest()).max().unwrap_or(0);
+        let rows = Cell::new(0);
+        let up_to = |length: usize| {
+            let shorter = sizes.alone(self.sources).filter(|(longest, _)| *longest <= length);
+            let steps: Vec<_> = shorter.map(|(_, size)| size).collect();
+            let largest = Largest { steps, forward: vec![] };
+            let fit = fits(&self.choice(&largest.reduced(), all));
+            if fit {
+                rows.set(largest.most_rows().rows);
+            }
+            fit
+        };
+        if up_to(2) {
+            let max_length = last_that(2..longest, up_to);
+            return format!(
+                "[train] max_length = {max_length} with micro_tokens = {}{recompute} would fit; longer rows are left \
+                 out, or cut with [text] long_rows = \"cut-prompt\"",
+                rows.get().max(1)
+            );
+        }
+        "the weights and the adapter alone are too large; take a smaller model or rank, or a larger machine".into()
+    }
+}
+
+/// The last of a range for which something holds that holds for its first, and for none after one for which it
+/// does not.
+fn last_that(range: std::ops::Range<usize>, holds: impl Fn(usize) -> bool) -> usize {
+    let (mut good, mut bad) = (range.start, range.end);
+    while bad > good + 1 {
+        let middle = good + (bad - good) / 2;
+        match holds(middle) {
+            true => good = middle,
+            false => bad = middle,
+        }
+    }
+    good
+}
+
+/// Bytes of a row's tokens and segments.
+fn held(example: &Example) -> usize {
+    let group = &example.group;
+    let branches = group.branches.iter().map(|branch| {
+        let ranges: usize = branch.segments.iter().map(|s| size_of_val(s.trained.as_slice())).sum();
+        size_of_val(branch.tokens.as_slice()) + size_of_val(branch.segments.as_slice()) + ranges
+    });
+    size_of::<Example>()
+        + size_of_val(group.prompt.as_slice())
+        + size_of_val(group.branches.as_slice())
+        + branches.sum::<usize>()
+}
+
+/// Trained tokens of a row.
+fn trained(example: &Example) -> usize {
+    example.group.segments().map(|segment| segment.tokens()).sum()
+}
+
+fn in_mebibytes(bytes: usize) -> f64 {
+    bytes as f64 / f64::from(1 << 20)
+}
+
+fn mebibytes(bytes: usize) -> String {
+    format!("{:.1} MiB", in_mebibytes(bytes))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_that_holds_is_found() {
+        for last in 1..20 {
+            assert_eq!(last_that(1..20, |n| n <= last), last);
+        }
+    }
+}
