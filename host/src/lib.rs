@@ -7,6 +7,7 @@ pub mod error;
 pub mod group;
 pub mod model;
 pub mod plugins;
+pub mod signals;
 pub mod text;
 pub mod train;
 

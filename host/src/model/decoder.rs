@@ -8,6 +8,7 @@ use super::layer::{Context, Layer, LayerTape};
 use super::lora::{Adapter, Lora, LoraGrads};
 use super::packed::{NeededRows, Packed};
 use super::targets::Site;
+use crate::{Result, signals};
 use uft_kernels::logprob::{self, Head, LowRank};
 use uft_kernels::rope::Rope;
 use uft_kernels::{elementwise, embedding, rmsnorm};
@@ -67,17 +68,23 @@ pub(super) struct Top {
 impl Model {
     /// The log-prob of every target, `[M]`, without what a way back would need. The same bits as
     /// [`Self::forward`] gives, and with adapters whose B is zero the same bits as without any.
-    pub fn logps(&self, packed: &Packed, lora: Option<&Lora>) -> Vec<f32> {
+    ///
+    /// # Errors
+    /// If a signal arrives (see [`signals`]), which is asked for between layers, here and in the rest.
+    pub fn logps(&self, packed: &Packed, lora: Option<&Lora>) -> Result<Vec<f32>> {
         let mut logps = vec![0.0; packed.targets.rows.len()];
         if !logps.is_empty() {
-            let top = self.run(packed, lora, |_| ());
+            let top = self.run(packed, lora, |_| ())?;
             logprob::forward(&top.hidden, &packed.targets.tokens, &self.head(lora), &mut logps);
         }
-        logps
+        Ok(logps)
     }
 
     /// The log-prob of every target, with what [`Self::backward`] needs. The batch must have targets.
-    pub fn forward<'p>(&self, packed: &'p Packed, lora: &Lora) -> Tape<'p> {
+    ///
+    /// # Errors
+    /// As [`Self::logps`].
+    pub fn forward<'p>(&self, packed: &'p Packed, lora: &Lora) -> Result<Tape<'p>> {
         let targets = &packed.targets;
         assert!(!targets.rows.is_empty(), "a batch without trained tokens");
         let lowest = lora.lowest_layer();
@@ -86,14 +93,14 @@ impl Model {
         let top = self.run(packed, Some(lora), |tape| match below {
             0 => layers.push(tape),
             _ => below -= 1,
-        });
+        })?;
         let Top { needed, last, inv_rms, hidden } = top;
         let mut logps = vec![0.0; targets.rows.len()];
         let mut unit_grad = self.pool.take(hidden.len());
         let head = self.head(Some(lora));
         logprob::forward_with_gradient(&hidden, &targets.tokens, &head, &mut logps, &mut unit_grad);
         let hidden = Some(hidden).filter(|_| head.adapter.is_some());
-        Tape { packed, needed, layers, last, inv_rms, hidden, unit_grad, logps }
+        Ok(Tape { packed, needed, layers, last, inv_rms, hidden, unit_grad, logps })
     }
 
     /// Embedding, blocks and final norm; every block's tape goes to `keep`, lowest first.
@@ -102,13 +109,14 @@ impl Model {
         packed: &Packed,
         lora: Option<&Lora>,
         mut keep: impl FnMut(LayerTape),
-    ) -> Top {
+    ) -> Result<Top> {
         let (h, pool) = (self.config.hidden, &self.pool);
         let needed = NeededRows::of(&packed.targets);
         let pruned = (needed.rows.len() < packed.rows()).then_some(needed.rows.as_slice());
         let mut x = pool.take(packed.rows() * h);
         embedding::gather(&self.embedding, &packed.tokens, &mut x);
         for layer in &self.layers {
+            signals::check()?;
             let needed = pruned.filter(|_| layer.index + 1 == self.layers.len());
             let (y, tape) = layer.forward(x, &packed.layout, needed, lora, self.context());
             keep(tape);
@@ -118,12 +126,21 @@ impl Model {
         rmsnorm::forward(&x, &self.norm, self.config.norm_eps, &mut normed, &mut inv_rms);
         let mut hidden = pool.take(needed.of_target.len() * h);
         embedding::gather(&normed, &needed.of_target, &mut hidden);
-        Top { needed, last: x, inv_rms, hidden }
+        Ok(Top { needed, last: x, inv_rms, hidden })
     }
 
     /// Adds the gradient of a loss to `grads`, from `dlogp`: `[M]`, its gradient to the log-probs.
     /// `lora` must be as it was in [`Self::forward`].
-    pub fn backward(&self, tape: &Tape, dlogp: &[f32], lora: &Lora, grads: &mut LoraGrads) {
+    ///
+    /// # Errors
+    /// As [`Self::logps`]; `grads` then holds a part of the gradient and is of no use.
+    pub fn backward(
+        &self,
+        tape: &Tape,
+        dlogp: &[f32],
+        lora: &Lora,
+        grads: &mut LoraGrads,
+    ) -> Result<()> {
         let targets = &tape.packed.targets;
         assert_eq!(dlogp.len(), targets.rows.len(), "dlogp must have one entry per target");
         let (h, pool) = (self.config.hidden, &self.pool);
@@ -133,7 +150,7 @@ impl Model {
             logprob::adapter_backward(hidden, &targets.tokens, &head, &tape.logps, dlogp, da, db);
         }
         if tape.layers.is_empty() {
-            return;
+            return Ok(());
         }
         let mut dhidden = pool.take(tape.unit_grad.len());
         elementwise::scale_rows(&tape.unit_grad, dlogp, &mut dhidden);
@@ -150,6 +167,7 @@ impl Model {
         let pruned =
             (tape.needed.rows.len() < tape.packed.rows()).then_some(tape.needed.rows.as_slice());
         for (layer, layer_tape) in self.layers[lowest..].iter().zip(&tape.layers).rev() {
+            signals::check()?;
             let needed = pruned.filter(|_| layer.index + 1 == self.layers.len());
             let input_needed = layer.index > lowest;
             let below = layer.backward(
@@ -167,6 +185,7 @@ impl Model {
                 None => break,
             }
         }
+        Ok(())
     }
 
     pub(super) fn context(&self) -> Context<'_> {

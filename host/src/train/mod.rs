@@ -13,13 +13,12 @@ mod progress;
 pub mod report;
 pub mod schedule;
 pub mod setup;
-pub mod signals;
 
 use crate::config::NonFinite;
 use crate::config::schema::TrainSection;
 use crate::data::Item;
 use crate::model::{Lora, LoraGrads, peft};
-use crate::{Error, ErrorKind, Result};
+use crate::{Error, ErrorKind, Result, signals};
 use checkpoint::Position;
 use identity::Identity;
 use logs::Logs;

@@ -4,7 +4,6 @@
 use super::metrics::Metrics;
 use super::mismatched;
 use super::plan::{At, Plan, Planned, Rows};
-use super::signals;
 use crate::config::Mixing;
 use crate::data::{Item, Source};
 use crate::group::Group;
@@ -45,7 +44,7 @@ impl Pass<'_> {
     /// Goes over `items`; with `grads`, adds the gradient of the loss to it.
     ///
     /// # Errors
-    /// If an objective fails or anything is not finite.
+    /// If an objective fails, anything is not finite, or a signal arrives; `grads` is then of no use.
     pub fn run(
         &self,
         sources: &mut [Source],
@@ -67,20 +66,19 @@ impl Pass<'_> {
             ..Outcome::default()
         };
         for batch in &plan.micro_batches {
-            signals::check()?;
             let packed = Packed::new(&groups(sources, rows, &plan, batch));
             let (tape, logps) = match &grads {
                 Some(_) => {
-                    let tape = self.model.forward(&packed, self.policy);
+                    let tape = self.model.forward(&packed, self.policy)?;
                     let logps = tape.logps().to_vec();
                     (Some(tape), logps)
                 }
-                None => (None, self.model.logps(&packed, Some(self.policy))),
+                None => (None, self.model.logps(&packed, Some(self.policy))?),
             };
             let dlogps =
                 self.objectives(sources, rows, &plan, batch, &logps, &statistics, &mut outcome)?;
             if let (Some(tape), Some(grads)) = (tape, grads.as_deref_mut()) {
-                self.model.backward(&tape, &dlogps, self.policy, grads);
+                self.model.backward(&tape, &dlogps, self.policy, grads)?;
             }
         }
         // Not before: what an interrupted pass leaves must be what was there before it.
@@ -97,13 +95,12 @@ impl Pass<'_> {
             sources[group.item.source].needs_reference() && group.ref_logps.is_none()
         };
         for index in 0..plan.micro_batches.len() {
-            signals::check()?;
             let batch = &plan.micro_batches[index];
             if !batch.iter().any(|&g| lacks(&plan.groups[g])) {
                 continue;
             }
             let packed = Packed::new(&groups(sources, rows, plan, batch));
-            let logps = self.model.logps(&packed, self.reference);
+            let logps = self.model.logps(&packed, self.reference)?;
             finite(&logps, "reference", sources, rows, plan, batch)?;
             let mut rest = logps.as_slice();
             for &g in batch {
@@ -215,10 +212,8 @@ impl Pass<'_> {
             .filter(|batch| stretches(plan, batch).any(|s| wanted(&s)))
             .collect();
         for batch in batches {
-            signals::check()?;
-            let logps = self
-                .model
-                .logps(&Packed::new(&groups(sources, rows, plan, batch)), Some(self.policy));
+            let packed = Packed::new(&groups(sources, rows, plan, batch));
+            let logps = self.model.logps(&packed, Some(self.policy))?;
             finite(&logps, "policy", sources, rows, plan, batch)?;
             for (index, members, tokens) in stretches(plan, batch) {
                 let ref_logps = collect_ref_logps(&sources[index], plan, members);
