@@ -19,7 +19,7 @@ use crate::config::schema::TrainSection;
 use crate::data::Item;
 use crate::model::{Lora, LoraGrads, peft};
 use crate::{Error, ErrorKind, Result, signals};
-use checkpoint::Position;
+use checkpoint::{Position, Restored};
 use identity::Identity;
 use logs::Logs;
 use metrics::number;
@@ -38,7 +38,8 @@ use uft_core::Needs;
 /// the newest whole checkpoint.
 ///
 /// # Errors
-/// If anything fails or a signal arrives; a run that was training then leaves a checkpoint.
+/// If anything fails or a signal arrives; a run that was training then leaves a checkpoint if it was a
+/// signal or a number that is not finite, and in any case those that it had.
 pub fn train(run: &mut Run, resume: bool) -> Result<Report> {
     let output = PathBuf::from(&run.config.train.output);
     let checkpoint = find_checkpoint(&output, resume)?;
@@ -48,21 +49,41 @@ pub fn train(run: &mut Run, resume: bool) -> Result<Report> {
         checkpoint::expect(dir, &identity)?;
     }
     let mut logs = Logs::open(&output, checkpoint.as_deref())?;
+    checkpoint::clean(&output);
     let stages = run.stages();
 
-    signals::install()?;
     let before = snapshot(run, &stages[0])?;
-    let mut restored = match &checkpoint {
+    let restored = match &checkpoint {
         Some(dir) => Some(checkpoint::restore(dir, run, |run, position| {
             Optimizer::new(&stages[position.stage].train, &run.lora)
         })?),
         None => None,
     };
-    let mut position = restored.as_ref().map_or(Position::default(), |r| r.position);
     if let Some(dir) = &checkpoint {
         log::info!("resumed from {}", dir.display());
     }
+    signals::save_first();
+    let position = run_stages(run, &stages, restored, &identity, &mut logs)
+        .map_err(|why| where_to_go_on(why, &output))?;
+    let after = snapshot(run, stages.last().expect("a run has a stage")).map_err(|mut why| {
+        let adapter = output.display();
+        why.message = format!("{}; training is over, its adapter is in {adapter}", why.message);
+        why
+    })?;
+    let Position { steps, tokens, seconds, .. } = position;
+    Ok(Report { before, after, steps, tokens, seconds, output })
+}
 
+/// Trains stage after stage from where `restored` stands, and writes the adapters.
+fn run_stages(
+    run: &mut Run,
+    stages: &[Stage],
+    mut restored: Option<Restored>,
+    identity: &Identity,
+    logs: &mut Logs,
+) -> Result<Position> {
+    let output = PathBuf::from(&run.config.train.output);
+    let mut position = restored.as_ref().map_or(Position::default(), |r| r.position);
     for (index, stage) in stages.iter().enumerate().skip(position.stage) {
         let (optimizer, reference) = match restored.take() {
             Some(restored) => (restored.optimizer, restored.reference),
@@ -73,25 +94,34 @@ pub fn train(run: &mut Run, resume: bool) -> Result<Report> {
                 (Optimizer::new(&stage.train, &run.lora), run.reference(stage.train.reference))
             }
         };
-        let running = Running { stage, optimizer, reference, identity: &identity };
-        running.train(run, &mut position, &mut logs)?;
+        let running = Running { stage, optimizer, reference, identity };
+        running.train(run, &mut position, logs)?;
         if let Some(name) = &stage.name {
             peft::save(&output.join(format!("stage-{name}")), &run.lora, &run.config.model.path)?;
         }
     }
     peft::save(&output, &run.lora, &run.config.model.path)?;
-    let after = snapshot(run, stages.last().expect("a run has a stage")).map_err(|mut why| {
-        let adapter = output.display();
-        why.message = format!("{}; training is over, its adapter is in {adapter}", why.message);
-        why
-    })?;
-    let Position { steps, tokens, seconds, .. } = position;
-    Ok(Report { before, after, steps, tokens, seconds, output })
+    Ok(position)
+}
+
+/// Says of a fault in the middle of a run what there is to go on from. What ended by a signal or a
+/// number that is not finite says so itself.
+fn where_to_go_on(mut why: Error, output: &Path) -> Error {
+    if !Running::leaves_a_checkpoint(&why)
+        && let Ok((Some(newest), _)) = checkpoint::newest(output)
+    {
+        let newest = newest.display();
+        why.message = format!(
+            "{}; the newest whole checkpoint is {newest}, --resume goes on from it",
+            why.message
+        );
+    }
+    why
 }
 
 /// The checkpoint to go on from; without `resume`, makes sure that there is none to be overwritten.
 fn find_checkpoint(output: &Path, resume: bool) -> Result<Option<PathBuf>> {
-    let there = checkpoint::all(output);
+    let there = checkpoint::all(output)?;
     if !resume {
         let Some((_, newest)) = there.last() else { return Ok(None) };
         return Err(Error::config(format!(
@@ -100,7 +130,7 @@ fn find_checkpoint(output: &Path, resume: bool) -> Result<Option<PathBuf>> {
             newest.display()
         )));
     }
-    let (newest, broken) = checkpoint::newest(output);
+    let (newest, broken) = checkpoint::newest(output)?;
     broken.iter().for_each(|why| log::warn!("passed over {why}"));
     match newest {
         None if !there.is_empty() => {
@@ -133,7 +163,14 @@ impl Running<'_> {
         let mut grads = LoraGrads::zeros(&run.lora);
         let mut progress = Progress::new(self.stage.name.as_deref(), position.step, steps);
 
-        while position.step < steps {
+        loop {
+            // First, because an interrupted run may have done a step and not what was due after it.
+            if let Err(why) = self.between_steps(run, position, steps, logs, &progress) {
+                return Err(self.leave(run, position, logs, why));
+            }
+            if position.step >= steps {
+                break;
+            }
             let items = order.batch(settings.batch);
             let lr = schedule::learning_rate(
                 settings.schedule,
@@ -144,7 +181,8 @@ impl Running<'_> {
             );
             let started = Instant::now();
             grads.clear();
-            let (outcome, norm) = match self.step(run, position, steps, &items, &mut grads) {
+            let step = |run: &mut Run| self.step(run, position, steps, &items, &mut grads);
+            let (outcome, norm) = match self.whole(run, step) {
                 Ok(done) => done,
                 Err(why)
                     if why.kind == ErrorKind::NonFinite
@@ -165,41 +203,13 @@ impl Running<'_> {
             position.seconds += seconds;
             logs.step(self.line(run, position, &outcome, norm, lr, seconds))?;
             progress.step(&outcome);
-            if let Err(why) = self.between_steps(run, position, steps, logs, &progress) {
-                return Err(self.leave(run, position, logs, why));
-            }
         }
         progress.finish();
         Ok(())
     }
 
-    /// Loss, gradient and its norm of one optimizer step. A step that fails leaves the objectives'
-    /// state as it was: it is not part of the run.
+    /// Loss, gradient and its norm of one optimizer step.
     fn step(
-        &self,
-        run: &mut Run,
-        position: &Position,
-        steps: u64,
-        items: &[Item],
-        grads: &mut LoraGrads,
-    ) -> Result<(Outcome, f64)> {
-        let mut before = Vec::new();
-        for &source in &self.stage.sources {
-            let objective = &run.sources[source].objective;
-            if objective.needs(Needs::STATE) {
-                before.push((source, objective.save_state()?));
-            }
-        }
-        let done = self.pass(run, position, steps, items, grads);
-        if done.is_err() {
-            for (source, state) in before {
-                run.sources[source].objective.load_state(&state)?;
-            }
-        }
-        done
-    }
-
-    fn pass(
         &self,
         run: &mut Run,
         position: &Position,
@@ -232,7 +242,27 @@ impl Running<'_> {
         )))
     }
 
-    /// Evaluation and checkpoint where one is due; the last step is always evaluated.
+    /// Work that is part of the run as a whole or not at all: if it fails, the objectives' state is as
+    /// it was before.
+    fn whole<T>(&self, run: &mut Run, work: impl FnOnce(&mut Run) -> Result<T>) -> Result<T> {
+        let mut before = Vec::new();
+        for &source in &self.stage.sources {
+            let objective = &run.sources[source].objective;
+            if objective.needs(Needs::STATE) {
+                before.push((source, objective.save_state()?));
+            }
+        }
+        let done = work(run);
+        if done.is_err() {
+            for (source, state) in before {
+                run.sources[source].objective.load_state(&state)?;
+            }
+        }
+        done
+    }
+
+    /// Evaluation and checkpoint where one is due; the last step is always evaluated. What was done
+    /// already is not done again.
     fn between_steps(
         &self,
         run: &mut Run,
@@ -241,10 +271,13 @@ impl Running<'_> {
         logs: &mut Logs,
         progress: &Progress,
     ) -> Result<()> {
-        let due = |every: u64| every > 0 && position.step.is_multiple_of(every);
-        if due(run.config.eval.every) || position.step == steps {
+        let due =
+            |every: u64| position.step > 0 && every > 0 && position.step.is_multiple_of(every);
+        let last = position.step == steps;
+        if (due(run.config.eval.every) || last) && !logs.has_evaluation(position.steps) {
+            let reference = self.reference.as_ref();
             let held_out =
-                evaluate(run, self.stage, self.reference.as_ref(), position.step, steps)?;
+                self.whole(run, |run| evaluate(run, self.stage, reference, position.step, steps))?;
             if held_out.trained > 0 {
                 logs.held_out(position.steps, &held_out)?;
                 progress
@@ -271,10 +304,7 @@ impl Running<'_> {
     /// Ends the stage early: a signal or numbers that are not finite leave a checkpoint of the last
     /// whole step.
     fn leave(&self, run: &Run, position: &Position, logs: &Logs, why: Error) -> Error {
-        if !matches!(
-            why.kind,
-            ErrorKind::Interrupted | ErrorKind::Terminated | ErrorKind::NonFinite
-        ) {
+        if !Self::leaves_a_checkpoint(&why) {
             return why;
         }
         let go_on = match why.kind {
@@ -291,10 +321,17 @@ impl Running<'_> {
                     path.display()
                 ),
             ),
-            Err(failed) => {
-                Error::new(why.kind, format!("{}; and no checkpoint: {failed}", why.message))
-            }
+            // Of the two this is what a script has to know: without it, a run that was asked to end
+            // would pass for one that can go on from where it was.
+            Err(failed) => Error::new(
+                failed.kind,
+                format!("{failed}; it was to be saved after: {}", why.message),
+            ),
         }
+    }
+
+    fn leaves_a_checkpoint(why: &Error) -> bool {
+        matches!(why.kind, ErrorKind::Interrupted | ErrorKind::Terminated | ErrorKind::NonFinite)
     }
 
     /// A step's line for metrics.jsonl.
