@@ -18,6 +18,8 @@ pub enum ErrorKind {
     Model,
     /// A loss, gradient or log-prob that is not a finite number.
     NonFinite,
+    /// Memory or threads that are not to be had.
+    OutOfMemory,
     /// Interrupted by SIGINT.
     Interrupted,
     /// Ended by SIGTERM.
@@ -26,13 +28,14 @@ pub enum ErrorKind {
 
 impl ErrorKind {
     /// The exit codes with their meaning, as documented in docs/command-line.md.
-    pub const ALL: [(ErrorKind, i32, &'static str); 8] = [
+    pub const ALL: [(ErrorKind, i32, &'static str); 9] = [
         (ErrorKind::Other, 1, "something else failed, such as writing a file"),
         (ErrorKind::Config, 2, "the configuration or the command line is wrong"),
         (ErrorKind::Data, 3, "a data file, the tokenizer or the chat template is wrong"),
         (ErrorKind::Plugin, 4, "a plugin cannot be loaded, or failed"),
         (ErrorKind::Model, 5, "a model or adapter directory cannot be used"),
         (ErrorKind::NonFinite, 6, "a loss, gradient or log-prob is not finite"),
+        (ErrorKind::OutOfMemory, 7, "out of memory"),
         (ErrorKind::Interrupted, 130, "interrupted (SIGINT); while training, with a checkpoint"),
         (ErrorKind::Terminated, 143, "ended (SIGTERM); while training, with a checkpoint"),
     ];

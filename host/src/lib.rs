@@ -1,5 +1,6 @@
 //! The `uft` host: everything around the arithmetic. See docs/architecture.md for the map.
 
+pub mod allocator;
 pub mod cli;
 pub mod config;
 pub mod data;

@@ -3,6 +3,7 @@
 
 use super::metrics::Metrics;
 use super::mismatched;
+use super::optimizer;
 use super::plan::{At, Plan, Planned, Rows};
 use crate::config::Mixing;
 use crate::data::{Item, Source};
@@ -79,6 +80,13 @@ impl Pass<'_> {
                 self.objectives(sources, rows, &plan, batch, &logps, &statistics, &mut outcome)?;
             if let (Some(tape), Some(grads)) = (tape, grads.as_deref_mut()) {
                 self.model.backward(&tape, &dlogps, self.policy, grads)?;
+                if !optimizer::norm(grads).is_finite() {
+                    let batch: Vec<Item> = batch.iter().map(|&g| plan.groups[g].item).collect();
+                    return Err(Error::non_finite(format!(
+                        "the gradient is not finite after {}; is the learning rate or a weight too high?",
+                        places(sources, rows, &batch)
+                    )));
+                }
             }
         }
         // Not before: what an interrupted pass leaves must be what was there before it.
@@ -287,6 +295,12 @@ fn collect_ref_logps(source: &Source, plan: &Plan, members: &[usize]) -> Vec<f32
     members.iter().flat_map(known).copied().collect()
 }
 
+/// The files and lines of some rows.
+fn places(sources: &[Source], rows: Rows, items: &[Item]) -> String {
+    let place = |i: &Item| sources[i.source].rows(rows)[i.row].origin.to_string();
+    items.iter().map(place).collect::<Vec<_>>().join(", ")
+}
+
 /// Stops with the rows whose log-probs are not finite.
 fn finite(
     logps: &[f32],
@@ -300,16 +314,16 @@ fn finite(
         return Ok(());
     }
     let mut start = 0;
-    let mut places = Vec::new();
+    let mut bad = Vec::new();
     for &g in batch {
         let group = &plan.groups[g];
         if logps[start..start + group.tokens].iter().any(|p| !p.is_finite()) {
-            places.push(sources[group.item.source].rows(rows)[group.item.row].origin.to_string());
+            bad.push(group.item);
         }
         start += group.tokens;
     }
     Err(Error::non_finite(format!(
         "log-probs of the {whose} are not finite in {}; is the model whole, is the learning rate too high?",
-        places.join(", ")
+        places(sources, rows, &bad)
     )))
 }
