@@ -18,8 +18,8 @@ pub enum ErrorKind {
     Model,
     /// A loss, gradient or log-prob that is not a finite number.
     NonFinite,
-    /// More memory than the machine has.
-    Memory,
+    /// Memory or threads that are not to be had, or a run that needs more than the machine has.
+    OutOfMemory,
     /// Interrupted by SIGINT.
     Interrupted,
     /// Ended by SIGTERM.
@@ -35,7 +35,11 @@ impl ErrorKind {
         (ErrorKind::Plugin, 4, "a plugin cannot be loaded, or failed"),
         (ErrorKind::Model, 5, "a model or adapter directory cannot be used"),
         (ErrorKind::NonFinite, 6, "a loss, gradient or log-prob is not finite"),
-        (ErrorKind::Memory, 7, "the run does not fit into the machine's memory"),
+        (
+            ErrorKind::OutOfMemory,
+            7,
+            "out of memory, or the run does not fit into the machine's memory",
+        ),
         (ErrorKind::Interrupted, 130, "interrupted (SIGINT); while training, with a checkpoint"),
         (ErrorKind::Terminated, 143, "ended (SIGTERM); while training, with a checkpoint"),
     ];

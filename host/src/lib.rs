@@ -1,5 +1,6 @@
 //! The `uft` host: everything around the arithmetic. See docs/architecture.md for the map.
 
+pub mod allocator;
 pub mod cli;
 pub mod config;
 pub mod data;
@@ -8,6 +9,7 @@ pub mod group;
 mod machine;
 pub mod model;
 pub mod plugins;
+pub mod signals;
 pub mod text;
 pub mod train;
 

@@ -1,5 +1,8 @@
 //! The `uft` binary.
 
+#[global_allocator]
+static ALLOCATOR: uft::allocator::OrExit = uft::allocator::OrExit;
+
 fn main() {
     uft::cli::main();
 }

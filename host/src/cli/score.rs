@@ -123,8 +123,11 @@ fn read(args: &ScoreArgs, adapter: &Adapter, text: &Text, vocab: usize) -> Resul
 /// Prints one line for every response of a batch.
 fn score(args: &ScoreArgs, model: &Model, lora: Option<&Lora>, batch: &[Scored]) -> Result<()> {
     let packed = Packed::new(&batch.iter().map(|s| &s.group).collect::<Vec<_>>());
-    let ref_logps = model.logps(&packed, None);
-    let logps = lora.map_or_else(|| ref_logps.clone(), |lora| model.logps(&packed, Some(lora)));
+    let ref_logps = model.logps(&packed, None)?;
+    let logps = match lora {
+        Some(_) => model.logps(&packed, lora)?,
+        None => ref_logps.clone(),
+    };
     let mut start = 0;
     let mut out = String::new();
     for Scored { row, first_response, group } in batch {

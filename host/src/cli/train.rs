@@ -1,8 +1,8 @@
 //! `uft train`.
 
 use super::{RunArgs, print};
-use crate::Result;
 use crate::train::{self, setup::Run};
+use crate::{Result, signals};
 use clap::Args;
 
 #[derive(Args)]
@@ -15,6 +15,7 @@ pub struct TrainArgs {
 }
 
 pub fn run(args: &TrainArgs) -> Result<()> {
+    signals::install()?;
     let mut run = Run::prepare(args.run.load()?)?;
     for source in &run.sources {
         let (rows, held_out) = (source.train.len(), source.held_out.len());

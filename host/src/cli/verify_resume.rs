@@ -38,7 +38,7 @@ fn compare(args: &VerifyArgs, stages: usize, dir: &Path) -> Result<String> {
     let (whole, resumed) = (dir.join("whole"), dir.join("resumed"));
     train(args, stages, &whole, false)?;
     // The checkpoint in the middle becomes all that the second run has.
-    let saved = checkpoint::all(&whole);
+    let saved = checkpoint::all(&whole)?;
     let (middle, from) = &saved[(saved.len() - 1) / 2];
     let to = resumed.join(from.file_name().unwrap_or_default());
     copy(from, &to).map_err(|e| Error::other(format!("{}: {e}", to.display())))?;

@@ -11,6 +11,7 @@ use super::lora::{Adapter, Lora, LoraGrads};
 use super::packed::{NeededRows, Packed};
 use super::targets::Site;
 use crate::config::Gain;
+use crate::{Result, signals};
 use uft_kernels::logprob::{self, Chunk, Head, LowRank};
 use uft_kernels::rope::Rope;
 use uft_kernels::{elementwise, embedding, rmsnorm};
@@ -129,20 +130,26 @@ impl Model {
 
     /// The log-prob of every target, `[M]`, without what a way back would need. The same bits as
     /// [`Self::forward`] gives, and with adapters whose B is zero the same bits as without any.
-    pub fn logps(&self, packed: &Packed, lora: Option<&Lora>) -> Vec<f32> {
+    ///
+    /// # Errors
+    /// If a signal arrives (see [`signals`]), which is asked for between layers, here and in the rest.
+    pub fn logps(&self, packed: &Packed, lora: Option<&Lora>) -> Result<Vec<f32>> {
         let mut logps = vec![0.0; packed.targets.rows.len()];
         if !logps.is_empty() {
-            let top = self.run(packed, lora, |_| ());
+            let top = self.run(packed, lora, |_| ())?;
             let head = self.head(lora);
             let mut chunk = self.pool.take(head.chunk_len(logps.len()));
             let targets = &packed.targets.tokens;
             logprob::forward(&top.hidden, targets, &head, &mut chunk, &mut logps);
         }
-        logps
+        Ok(logps)
     }
 
     /// The log-prob of every target, with what [`Self::backward`] needs. The batch must have targets.
-    pub fn forward<'p>(&self, packed: &'p Packed, lora: &Lora) -> Tape<'p> {
+    ///
+    /// # Errors
+    /// As [`Self::logps`].
+    pub fn forward<'p>(&self, packed: &'p Packed, lora: &Lora) -> Result<Tape<'p>> {
         let targets = &packed.targets;
         assert!(!targets.rows.is_empty(), "a batch without trained tokens");
         let lowest = self.options.lowest_layer(lora);
@@ -154,7 +161,7 @@ impl Model {
             }
             0 => layers.push(Kept::Tape(tape)),
             _ => below -= 1,
-        });
+        })?;
         let Top { needed, last, inv_rms, hidden } = top;
         let mut logps = vec![0.0; targets.rows.len()];
         let mut unit_grad = self.pool.take(hidden.len());
@@ -169,7 +176,7 @@ impl Model {
             &mut unit_grad,
         );
         let hidden = Some(hidden).filter(|_| head.adapter.is_some());
-        Tape { packed, needed, layers, last, inv_rms, hidden, unit_grad, logps }
+        Ok(Tape { packed, needed, layers, last, inv_rms, hidden, unit_grad, logps })
     }
 
     /// Embedding, blocks and final norm; every block's tape goes to `keep`, lowest first.
@@ -178,7 +185,7 @@ impl Model {
         packed: &Packed,
         lora: Option<&Lora>,
         mut keep: impl FnMut(LayerTape),
-    ) -> Top {
+    ) -> Result<Top> {
         let (h, pool) = (self.config.hidden, &self.pool);
         let needed = match self.options.skipped_gradients {
             true => NeededRows::of(&packed.targets),
@@ -188,6 +195,7 @@ impl Model {
         let mut x = pool.take(packed.rows() * h);
         embedding::gather(&self.embedding, &packed.tokens, &mut x);
         for layer in &self.layers {
+            signals::check()?;
             let needed = pruned.filter(|_| layer.index + 1 == self.layers.len());
             let (y, tape) = layer.forward(x, &packed.layout, needed, lora, self.context());
             keep(tape);
@@ -197,12 +205,21 @@ impl Model {
         rmsnorm::forward(&x, &self.norm, self.config.norm_eps, &mut normed, &mut inv_rms);
         let mut hidden = pool.take(needed.of_target.len() * h);
         embedding::gather(&normed[..], &needed.of_target, &mut hidden);
-        Top { needed, last: x, inv_rms, hidden }
+        Ok(Top { needed, last: x, inv_rms, hidden })
     }
 
     /// Adds the gradient of a loss to `grads`, from `dlogp`: `[M]`, its gradient to the log-probs.
     /// `lora` must be as it was in [`Self::forward`].
-    pub fn backward(&self, tape: Tape, dlogp: &[f32], lora: &Lora, grads: &mut LoraGrads) {
+    ///
+    /// # Errors
+    /// As [`Self::logps`]; `grads` then holds a part of the gradient and is of no use.
+    pub fn backward(
+        &self,
+        tape: Tape,
+        dlogp: &[f32],
+        lora: &Lora,
+        grads: &mut LoraGrads,
+    ) -> Result<()> {
         let Tape { packed, needed, mut layers, last, inv_rms, hidden, unit_grad, logps } = tape;
         let targets = &packed.targets;
         assert_eq!(dlogp.len(), targets.rows.len(), "dlogp must have one entry per target");
@@ -215,7 +232,7 @@ impl Model {
             logprob::adapter_backward(&hidden, tokens, &head, &mut chunk, &logps, dlogp, da, db);
         }
         if layers.is_empty() {
-            return;
+            return Ok(());
         }
         let mut dhidden = pool.take(unit_grad.len());
         elementwise::scale_rows(&unit_grad, dlogp, &mut dhidden);
@@ -233,6 +250,7 @@ impl Model {
         let pruned = (needed.rows.len() < packed.rows()).then_some(needed.rows.as_slice());
         // A block's tape is given back as soon as the way back has passed it.
         while let Some(kept) = layers.pop() {
+            signals::check()?;
             let layer = &self.layers[lowest + layers.len()];
             let needed = pruned.filter(|_| layer.index + 1 == self.layers.len());
             let input_needed = layer.index > lowest || !self.options.skipped_gradients;
@@ -255,6 +273,7 @@ impl Model {
                 None => break,
             }
         }
+        Ok(())
     }
 
     pub(super) fn context(&self) -> Context<'_> {

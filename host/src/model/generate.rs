@@ -5,7 +5,7 @@ use super::layer::Context;
 use super::linear::Product;
 use super::lora::Lora;
 use super::packed::{Packed, Targets};
-use crate::{Error, Result};
+use crate::{Error, Result, signals};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use uft_kernels::{embedding, logprob, rmsnorm};
@@ -51,7 +51,7 @@ impl<'m> Generator<'m> {
         let mut caches = Vec::with_capacity(model.config.layers);
         let top = model.run(&packed, lora, |tape| {
             caches.push(tape.keys_and_values().map(<[f32]>::to_vec));
-        });
+        })?;
         let mut generator = Self { model, lora, caches, logits: vec![0.0; model.config.vocab] };
         generator.read_logits(&top.hidden);
         Ok(generator)
@@ -85,6 +85,9 @@ impl<'m> Generator<'m> {
 
 impl Model {
     /// Continues a prompt until a token of `options.eos` or `options.max_tokens`.
+    ///
+    /// # Errors
+    /// If a token is not the model's, a logit not finite, or a signal arrives (see [`signals`]).
     pub fn generate(
         &self,
         prompt: &[u32],
@@ -94,6 +97,7 @@ impl Model {
         let mut generator = Generator::new(self, lora, prompt)?;
         let mut tokens = Vec::new();
         while tokens.len() < options.max_tokens {
+            signals::check()?;
             let token = options.choose(generator.logits(), tokens.len() as u64)?;
             tokens.push(token);
             if options.eos.contains(&token) {

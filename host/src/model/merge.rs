@@ -2,7 +2,7 @@
 //! adapters.
 
 use super::config::ModelConfig;
-use super::files::{write_atomically, write_bytes, write_error};
+use super::files::{create_dir, write_atomically, write_bytes, write_error};
 use super::json::{Keys, model_error};
 use super::lora::{Adapter, Lora};
 use super::peft;
@@ -14,7 +14,7 @@ use safetensors::tensor::Dtype;
 use serde_json::{Value, json};
 use std::collections::HashMap;
 use std::fs;
-use std::io::Write;
+use std::io::{self, Write};
 use std::path::Path;
 use uft_kernels::matmul::nn;
 
@@ -150,7 +150,7 @@ fn header_with_head(file: &TensorFile, embedding: &Tensor) -> Result<Vec<u8>> {
 }
 
 fn create_empty(dir: &Path) -> Result<()> {
-    fs::create_dir_all(dir).map_err(|e| write_error(dir, &e))?;
+    create_dir(dir)?;
     match fs::read_dir(dir).map_err(|e| write_error(dir, &e))?.next() {
         None => Ok(()),
         Some(_) => {
@@ -182,7 +182,10 @@ fn copy_other_files(from: &Path, to: &Path, merge: &Merge) -> Result<()> {
             })?;
             write_bytes(&target, text.as_bytes())?;
         } else {
-            fs::copy(&path, &target).map_err(|e| write_error(&target, &e))?;
+            let mut from = fs::File::open(&path).map_err(|e| model_error(&path, e.to_string()))?;
+            write_atomically(&target, |to| {
+                io::copy(&mut from, to).map(drop).map_err(|e| write_error(&target, &e))
+            })?;
         }
     }
     Ok(())

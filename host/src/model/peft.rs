@@ -2,7 +2,7 @@
 //! `adapter_model.safetensors`.
 
 use super::config::ModelConfig;
-use super::files::{write_bytes, write_tensors};
+use super::files;
 use super::json::{Keys, model_error};
 use super::lora::{Lora, LoraConfig};
 use super::shards::TensorFile;
@@ -19,15 +19,29 @@ const TENSORS: &str = "adapter_model.safetensors";
 const PEFT_VERSION: &str = "0.20.0";
 
 /// Writes an adapter directory that PEFT loads: tensors, a short model card, and last the
-/// configuration, without which PEFT does not take the directory for an adapter.
+/// configuration, without which PEFT does not take the directory for an adapter. An adapter that is
+/// there already stays until all of the new one is on the disk.
 ///
 /// `base` is the base model as the user names it.
+///
+/// # Errors
+/// If anything cannot be written; half of an adapter is then never taken for one.
 pub fn save(dir: &Path, lora: &Lora, base: &str) -> Result<()> {
     let config = config_json(&lora.config, base)?;
-    std::fs::create_dir_all(dir).map_err(|e| super::files::write_error(dir, &e))?;
-    write_tensors(&dir.join(TENSORS), lora.tensors())?;
-    write_bytes(&dir.join("README.md"), model_card(lora, base).as_bytes())?;
-    write_bytes(&dir.join(CONFIG), config.as_bytes())
+    files::create_dir(dir)?;
+    let tensors = files::prepare_tensors(&dir.join(TENSORS), lora.tensors())?;
+    let card = files::prepare_bytes(&dir.join("README.md"), model_card(lora, base).as_bytes())?;
+    let at = dir.join(CONFIG);
+    let config = files::prepare_bytes(&at, config.as_bytes())?;
+    if at.exists() {
+        // New tensors under an old configuration would be neither adapter.
+        std::fs::remove_file(&at).map_err(|e| files::write_error(&at, &e))?;
+        files::sync_dir(dir)?;
+    }
+    tensors.place()?;
+    card.place()?;
+    config.place()?;
+    files::sync_dir(dir)
 }
 
 /// The keys in the order of Python's `json.dumps(…, indent=2, sort_keys=True)`.

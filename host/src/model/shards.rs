@@ -1,7 +1,7 @@
 //! The safetensors files of a directory, memory-mapped: one file, or several with an index.
 
 use super::json::{Keys, model_error};
-use crate::{Error, Result};
+use crate::{Error, ErrorKind, Result};
 use half::{bf16, f16};
 use memmap2::Mmap;
 use rayon::prelude::*;
@@ -9,6 +9,7 @@ use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, Metadata};
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::io;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -42,7 +43,13 @@ impl TensorFile {
         let file = File::open(path).map_err(|e| model_error(path, e.to_string()))?;
         // SAFETY: the map is only read. A file that another process shortens meanwhile would raise
         // SIGBUS, the price that every reader of mapped weights pays.
-        let map = unsafe { Mmap::map(&file) }.map_err(|e| model_error(path, e.to_string()))?;
+        let map = unsafe { Mmap::map(&file) }.map_err(|e| match e.kind() {
+            io::ErrorKind::OutOfMemory => {
+                Error::new(ErrorKind::OutOfMemory, format!("cannot be mapped: {e}"))
+                    .at(path.display())
+            }
+            _ => model_error(path, e.to_string()),
+        })?;
         let (header, metadata) = SafeTensors::read_metadata(&map).map_err(|e| {
             model_error(path, format!("not a whole safetensors file ({e}); was it cut off?"))
         })?;

@@ -1,22 +1,25 @@
 //! Checkpoints: `checkpoint-N` in transformers' layout, whole or not there.
 //!
 //! Everything is written into a hidden folder and synced, the manifest with every file's size and
-//! hash last, and the folder is renamed into place. What a checkpoint does not hold is made again
+//! hash last, and the folder is renamed into place. One that goes is hidden first, too. What a checkpoint does not hold is made again
 //! from the configuration: random numbers are counter-based, and the order of rows is replayed.
 
 use super::identity::Identity;
 use super::logs::Logs;
 use super::optimizer::Optimizer;
 use super::setup::Run;
-use crate::model::files::{self, write_bytes};
+use crate::model::files::{self, write_bytes, write_error};
 use crate::model::{Lora, peft};
 use crate::{Error, Result};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, HashMap};
-use std::fs::{self, File};
+use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 
+/// Before the name of a checkpoint that is not whole yet, or no longer.
+const HIDDEN: &str = ".checkpoint-";
 const MANIFEST: &str = "manifest.json";
 const STATE: &str = "uft_state.json";
 const ADAPTER: &str = "adapter_model.safetensors";
@@ -74,15 +77,29 @@ pub fn save(
     if verify(&target).is_ok() {
         return Ok(target);
     }
-    let partial = output.join(format!(".checkpoint-{}.partial", position.steps));
-    let fail =
-        |e: std::io::Error| Error::other(format!("{}: cannot be written: {e}", target.display()));
-    remove(&partial)
-        .and_then(|()| remove(&target))
-        .and_then(|()| fs::create_dir_all(&partial))
-        .map_err(fail)?;
+    clean(output);
+    let partial = output.join(format!("{HIDDEN}{}.partial", position.steps));
+    let written = write(&partial, run, position, optimizer, reference, identity, logs);
+    if let Err(why) = written.and_then(|()| place(&partial, &target)) {
+        // Whoever has to make room first should not have to look for this. What stays is cleaned later.
+        let _ = fs::remove_dir_all(&partial);
+        return Err(why);
+    }
+    prune(output, run.config.train.save_total_limit, logs)?;
+    Ok(target)
+}
 
-    peft::save(&partial, &run.lora, &run.config.model.path)?;
+/// Writes a checkpoint's files, the manifest last.
+fn write(
+    partial: &Path,
+    run: &Run,
+    position: &Position,
+    optimizer: &Optimizer,
+    reference: Option<&Lora>,
+    identity: &Identity,
+    logs: &Logs,
+) -> Result<()> {
+    peft::save(partial, &run.lora, &run.config.model.path)?;
     files::write_tensors(&partial.join(OPTIMIZER), optimizer.tensors(&run.lora))?;
     if let Some(reference) = reference {
         files::write_tensors(&partial.join(REFERENCE), reference.tensors())?;
@@ -106,33 +123,53 @@ pub fn save(
     write_bytes(&partial.join(STATE), pretty(&json!(state)).as_bytes())?;
 
     let mut manifest = Manifest { files: BTreeMap::new() };
-    for entry in fs::read_dir(&partial).map_err(fail)?.flatten() {
-        let bytes = fs::read(entry.path()).map_err(fail)?;
+    let unread = |e: io::Error| Error::other(format!("{}: cannot be read: {e}", partial.display()));
+    for entry in fs::read_dir(partial).map_err(unread)? {
+        let entry = entry.map_err(unread)?;
+        let bytes = fs::read(entry.path()).map_err(unread)?;
         let name = entry.file_name().to_string_lossy().into_owned();
         manifest
             .files
             .insert(name, (bytes.len() as u64, blake3::hash(&bytes).to_hex().to_string()));
     }
-    write_bytes(&partial.join(MANIFEST), pretty(&json!(manifest)).as_bytes())?;
-    let sync = |dir: &Path| File::open(dir).and_then(|d| d.sync_all());
-    sync(&partial)
-        .and_then(|()| fs::rename(&partial, &target))
-        .and_then(|()| sync(output))
-        .map_err(fail)?;
-    prune(output, run.config.train.save_total_limit, logs)?;
-    Ok(target)
+    write_bytes(&partial.join(MANIFEST), pretty(&json!(manifest)).as_bytes())
+}
+
+/// Puts a written checkpoint in its place.
+fn place(partial: &Path, target: &Path) -> Result<()> {
+    let output = target.parent().unwrap_or(target);
+    if target.exists() {
+        // It is not whole, and goes only now that a whole one is there.
+        remove(target).map_err(|e| write_error(target, &e))?;
+    }
+    fs::rename(partial, target).map_err(|e| write_error(target, &e))?;
+    files::sync_dir(output)
+}
+
+/// Removes what an end in the middle of saving or removing a checkpoint left.
+pub fn clean(output: &Path) {
+    let entries = fs::read_dir(output).into_iter().flatten().flatten();
+    let hidden = entries.filter(|entry| entry.file_name().to_string_lossy().starts_with(HIDDEN));
+    for path in hidden.map(|entry| entry.path()) {
+        if let Err(e) = fs::remove_dir_all(&path) {
+            log::warn!("{}: cannot be removed: {e}", path.display());
+        }
+    }
 }
 
 /// The newest whole checkpoint in `output`, and what is wrong with newer ones.
-pub fn newest(output: &Path) -> (Option<PathBuf>, Vec<String>) {
+///
+/// # Errors
+/// As [`all`].
+pub fn newest(output: &Path) -> Result<(Option<PathBuf>, Vec<String>)> {
     let mut broken = Vec::new();
-    for (_, path) in all(output).into_iter().rev() {
+    for (_, path) in all(output)?.into_iter().rev() {
         match verify(&path) {
-            Ok(()) => return (Some(path), broken),
+            Ok(()) => return Ok((Some(path), broken)),
             Err(why) => broken.push(format!("{}: {why}", path.display())),
         }
     }
-    (None, broken)
+    Ok((None, broken))
 }
 
 /// What a checkpoint gives back besides what it puts into the run.
@@ -211,19 +248,31 @@ fn verify(dir: &Path) -> std::result::Result<(), String> {
     Ok(())
 }
 
-/// The checkpoints of a run by step, oldest first.
-pub fn all(output: &Path) -> Vec<(u64, PathBuf)> {
-    let entries = fs::read_dir(output).into_iter().flatten().flatten();
+/// The checkpoints of a run by step, oldest first; none if there is no `output`.
+///
+/// # Errors
+/// If `output` cannot be read: what it holds must not be taken for nothing.
+pub fn all(output: &Path) -> Result<Vec<(u64, PathBuf)>> {
     let step =
         |path: &Path| path.file_name()?.to_str()?.strip_prefix("checkpoint-")?.parse::<u64>().ok();
-    let mut found: Vec<_> = entries.filter_map(|e| Some((step(&e.path())?, e.path()))).collect();
+    let read = || -> io::Result<Vec<PathBuf>> {
+        fs::read_dir(output)?.map(|entry| Ok(entry?.path())).collect()
+    };
+    let paths = match read() {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Vec::new(),
+        read => {
+            read.map_err(|e| Error::other(format!("{}: cannot be read: {e}", output.display())))?
+        }
+    };
+    let mut found: Vec<_> = paths.into_iter().filter_map(|p| Some((step(&p)?, p))).collect();
     found.sort();
-    found
+    Ok(found)
 }
 
-/// Removes the oldest checkpoints over the limit; the newest and the best stay.
+/// Removes the oldest checkpoints over the limit; the newest and the best stay. One that cannot be
+/// removed is no reason to end a run: it is named, and tried again the next time.
 fn prune(output: &Path, limit: usize, logs: &Logs) -> Result<()> {
-    let mut kept = all(output);
+    let mut kept = all(output)?;
     let best = best(output, logs, None)?.map(|(step, _)| step);
     let both = best.is_some() && best != kept.last().map(|(step, _)| *step);
     while limit > 0 && kept.len() > limit.max(1 + usize::from(both)) {
@@ -232,15 +281,16 @@ fn prune(output: &Path, limit: usize, logs: &Logs) -> Result<()> {
             break;
         };
         let (_, path) = kept.remove(victim);
-        remove(&path)
-            .map_err(|e| Error::other(format!("{}: cannot be removed: {e}", path.display())))?;
+        if let Err(e) = remove(&path) {
+            log::warn!("{}: cannot be removed: {e}", path.display());
+        }
     }
     Ok(())
 }
 
 /// The saved step with the lowest held-out loss; `saving` is a step about to be saved.
 fn best(output: &Path, logs: &Logs, saving: Option<u64>) -> Result<Option<(u64, f64)>> {
-    let saved: Vec<u64> = all(output).into_iter().map(|(step, _)| step).chain(saving).collect();
+    let saved: Vec<u64> = all(output)?.into_iter().map(|(step, _)| step).chain(saving).collect();
     let history = logs.history()?;
     let evaluated = history
         .iter()
@@ -323,9 +373,10 @@ fn pretty(value: &Value) -> String {
     text
 }
 
-fn remove(dir: &Path) -> std::io::Result<()> {
-    match fs::remove_dir_all(dir) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(e),
-        _ => Ok(()),
-    }
+/// Takes a checkpoint away in one step: whenever the program ends, it is there whole or not at all.
+fn remove(dir: &Path) -> io::Result<()> {
+    let name = dir.file_name().unwrap_or_default().to_string_lossy();
+    let hidden = dir.with_file_name(format!(".{name}.removed"));
+    fs::rename(dir, &hidden)?;
+    fs::remove_dir_all(&hidden)
 }

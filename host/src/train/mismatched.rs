@@ -5,7 +5,6 @@
 use super::micro;
 use super::pass::Pass;
 use super::plan::{Plan, Rows};
-use super::signals;
 use crate::Result;
 use crate::data::Source;
 use crate::group::{Branch, Group, Segment};
@@ -64,10 +63,9 @@ pub fn log_ratios(pass: &Pass<'_>, groups: &[Group]) -> Result<Vec<f64>> {
     let loads: Vec<usize> = groups.iter().map(Group::rows).collect();
     let mut ratios = vec![0.0; groups.len()];
     for batch in micro::split(&loads, pass.micro_tokens, pass.without) {
-        signals::check()?;
         let packed = pass.pack(&batch.iter().map(|&g| &groups[g]).collect::<Vec<_>>());
-        let policy = pass.model.logps(&packed, Some(pass.policy));
-        let reference = pass.model.logps(&packed, pass.reference);
+        let policy = pass.model.logps(&packed, Some(pass.policy))?;
+        let reference = pass.model.logps(&packed, pass.reference)?;
         let mut start = 0;
         for g in batch {
             let tokens = groups[g].branches[0].tokens.len();

@@ -15,14 +15,13 @@ pub mod reference;
 pub mod report;
 pub mod schedule;
 pub mod setup;
-pub mod signals;
 
 use crate::config::NonFinite;
 use crate::config::schema::TrainSection;
 use crate::data::Item;
 use crate::model::{Lora, LoraGrads, peft};
-use crate::{Error, ErrorKind, Result};
-use checkpoint::Position;
+use crate::{Error, ErrorKind, Result, signals};
+use checkpoint::{Position, Restored};
 use identity::Identity;
 use logs::Logs;
 use metrics::number;
@@ -42,7 +41,8 @@ use uft_core::Needs;
 /// the newest whole checkpoint.
 ///
 /// # Errors
-/// If anything fails or a signal arrives; a run that was training then leaves a checkpoint.
+/// If anything fails or a signal arrives; a run that was training then leaves a checkpoint if it was a
+/// signal or a number that is not finite, and in any case those that it had.
 pub fn train(run: &mut Run, resume: bool) -> Result<Report> {
     let output = PathBuf::from(&run.config.train.output);
     let checkpoint = find_checkpoint(&output, resume)?;
@@ -52,25 +52,48 @@ pub fn train(run: &mut Run, resume: bool) -> Result<Report> {
         checkpoint::expect(dir, &identity)?;
     }
     let mut logs = Logs::open(&output, checkpoint.as_deref())?;
+    checkpoint::clean(&output);
     let stages = run.stages();
 
-    signals::install()?;
     let cache = Cache::of(&run.config, &identity)?;
     // Of the base model, which is most stages' reference.
     let mut base = cache.open(None)?;
     base.verify(&run.model, None, &run.sources)?;
     let before = snapshot(run, &stages[0], &mut base)?;
-    let mut restored = match &checkpoint {
+    let restored = match &checkpoint {
         Some(dir) => Some(checkpoint::restore(dir, run, |run, position| {
             Optimizer::new(&stages[position.stage].train, &run.lora)
         })?),
         None => None,
     };
-    let mut position = restored.as_ref().map_or(Position::default(), |r| r.position);
     if let Some(dir) = &checkpoint {
         log::info!("resumed from {}", dir.display());
     }
+    signals::save_first();
+    let position = run_stages(run, &stages, restored, &identity, &cache, &mut base, &mut logs)
+        .map_err(|why| where_to_go_on(why, &output))?;
+    let last = stages.last().expect("a run has a stage");
+    let after = snapshot(run, last, &mut base).map_err(|mut why| {
+        let adapter = output.display();
+        why.message = format!("{}; training is over, its adapter is in {adapter}", why.message);
+        why
+    })?;
+    let Position { steps, tokens, seconds, .. } = position;
+    Ok(Report { before, after, steps, tokens, seconds, output })
+}
 
+/// Trains stage after stage from where `restored` stands, and writes the adapters.
+fn run_stages(
+    run: &mut Run,
+    stages: &[Stage],
+    mut restored: Option<Restored>,
+    identity: &Identity,
+    cache: &Cache,
+    base: &mut ReferenceLogps,
+    logs: &mut Logs,
+) -> Result<Position> {
+    let output = PathBuf::from(&run.config.train.output);
+    let mut position = restored.as_ref().map_or(Position::default(), |r| r.position);
     for (index, stage) in stages.iter().enumerate().skip(position.stage) {
         let (optimizer, reference) = match restored.take() {
             Some(restored) => (restored.optimizer, restored.reference),
@@ -87,27 +110,35 @@ pub fn train(run: &mut Run, resume: bool) -> Result<Report> {
             }
             None => None,
         };
-        let known = other.as_mut().unwrap_or(&mut base);
-        let running = Running { stage, optimizer, reference, known, identity: &identity };
-        running.train(run, &mut position, &mut logs)?;
+        let known = other.as_mut().unwrap_or(base);
+        let running = Running { stage, optimizer, reference, known, identity };
+        running.train(run, &mut position, logs)?;
         if let Some(name) = &stage.name {
             peft::save(&output.join(format!("stage-{name}")), &run.lora, &run.config.model.path)?;
         }
     }
     peft::save(&output, &run.lora, &run.config.model.path)?;
-    let last = stages.last().expect("a run has a stage");
-    let after = snapshot(run, last, &mut base).map_err(|mut why| {
-        let adapter = output.display();
-        why.message = format!("{}; training is over, its adapter is in {adapter}", why.message);
-        why
-    })?;
-    let Position { steps, tokens, seconds, .. } = position;
-    Ok(Report { before, after, steps, tokens, seconds, output })
+    Ok(position)
+}
+
+/// Says of a fault in the middle of a run what there is to go on from. What ended by a signal or a
+/// number that is not finite says so itself.
+fn where_to_go_on(mut why: Error, output: &Path) -> Error {
+    if !Running::leaves_a_checkpoint(&why)
+        && let Ok((Some(newest), _)) = checkpoint::newest(output)
+    {
+        let newest = newest.display();
+        why.message = format!(
+            "{}; the newest whole checkpoint is {newest}, --resume goes on from it",
+            why.message
+        );
+    }
+    why
 }
 
 /// The checkpoint to go on from; without `resume`, makes sure that there is none to be overwritten.
 fn find_checkpoint(output: &Path, resume: bool) -> Result<Option<PathBuf>> {
-    let there = checkpoint::all(output);
+    let there = checkpoint::all(output)?;
     if !resume {
         let Some((_, newest)) = there.last() else { return Ok(None) };
         return Err(Error::config(format!(
@@ -116,7 +147,7 @@ fn find_checkpoint(output: &Path, resume: bool) -> Result<Option<PathBuf>> {
             newest.display()
         )));
     }
-    let (newest, broken) = checkpoint::newest(output);
+    let (newest, broken) = checkpoint::newest(output)?;
     broken.iter().for_each(|why| log::warn!("passed over {why}"));
     match newest {
         None if !there.is_empty() => {
@@ -151,7 +182,14 @@ impl Running<'_> {
         let mut grads = LoraGrads::zeros(&run.lora);
         let mut progress = Progress::new(self.stage.name.as_deref(), position.step, steps);
 
-        while position.step < steps {
+        loop {
+            // First, because an interrupted run may have done a step and not what was due after it.
+            if let Err(why) = self.between_steps(run, position, steps, logs, &progress) {
+                return Err(self.leave(run, position, logs, why));
+            }
+            if position.step >= steps {
+                break;
+            }
             let items = order.batch(settings.batch);
             let lr = schedule::learning_rate(
                 settings.schedule,
@@ -162,7 +200,10 @@ impl Running<'_> {
             );
             let started = Instant::now();
             grads.clear();
-            let (outcome, norm) = match self.step(run, position, steps, &items, &mut grads) {
+            let step = |running: &mut Self, run: &mut Run| {
+                running.step(run, position, steps, &items, &mut grads)
+            };
+            let (outcome, norm) = match self.whole(run, step) {
                 Ok(done) => done,
                 Err(why)
                     if why.kind == ErrorKind::NonFinite
@@ -183,41 +224,13 @@ impl Running<'_> {
             position.seconds += seconds;
             logs.step(self.line(run, position, &outcome, norm, lr, seconds))?;
             progress.step(&outcome);
-            if let Err(why) = self.between_steps(run, position, steps, logs, &progress) {
-                return Err(self.leave(run, position, logs, why));
-            }
         }
         progress.finish();
         Ok(())
     }
 
-    /// Loss, gradient and its norm of one optimizer step. A step that fails leaves the objectives'
-    /// state as it was: it is not part of the run.
+    /// Loss, gradient and its norm of one optimizer step.
     fn step(
-        &mut self,
-        run: &mut Run,
-        position: &Position,
-        steps: u64,
-        items: &[Item],
-        grads: &mut LoraGrads,
-    ) -> Result<(Outcome, f64)> {
-        let mut before = Vec::new();
-        for &source in &self.stage.sources {
-            let objective = &run.sources[source].objective;
-            if objective.needs(Needs::STATE) {
-                before.push((source, objective.save_state()?));
-            }
-        }
-        let done = self.pass(run, position, steps, items, grads);
-        if done.is_err() {
-            for (source, state) in before {
-                run.sources[source].objective.load_state(&state)?;
-            }
-        }
-        done
-    }
-
-    fn pass(
         &mut self,
         run: &mut Run,
         position: &Position,
@@ -252,7 +265,31 @@ impl Running<'_> {
         )))
     }
 
-    /// Evaluation and checkpoint where one is due; the last step is always evaluated.
+    /// Work that is part of the run as a whole or not at all: if it fails, the objectives' state is as
+    /// it was before.
+    fn whole<T>(
+        &mut self,
+        run: &mut Run,
+        work: impl FnOnce(&mut Self, &mut Run) -> Result<T>,
+    ) -> Result<T> {
+        let mut before = Vec::new();
+        for &source in &self.stage.sources {
+            let objective = &run.sources[source].objective;
+            if objective.needs(Needs::STATE) {
+                before.push((source, objective.save_state()?));
+            }
+        }
+        let done = work(self, run);
+        if done.is_err() {
+            for (source, state) in before {
+                run.sources[source].objective.load_state(&state)?;
+            }
+        }
+        done
+    }
+
+    /// Evaluation and checkpoint where one is due; the last step is always evaluated. What was done
+    /// already is not done again.
     fn between_steps(
         &mut self,
         run: &mut Run,
@@ -261,16 +298,14 @@ impl Running<'_> {
         logs: &mut Logs,
         progress: &Progress,
     ) -> Result<()> {
-        let due = |every: u64| every > 0 && position.step.is_multiple_of(every);
-        if due(run.config.eval.every) || position.step == steps {
-            let held_out = evaluate(
-                run,
-                self.stage,
-                self.reference.as_ref(),
-                self.known,
-                position.step,
-                steps,
-            )?;
+        let due =
+            |every: u64| position.step > 0 && every > 0 && position.step.is_multiple_of(every);
+        let last = position.step == steps;
+        if (due(run.config.eval.every) || last) && !logs.has_evaluation(position.steps) {
+            let held_out = self.whole(run, |running, run| {
+                let reference = running.reference.as_ref();
+                evaluate(run, running.stage, reference, running.known, position.step, steps)
+            })?;
             if held_out.trained > 0 {
                 logs.held_out(position.steps, &held_out)?;
                 progress
@@ -297,10 +332,7 @@ impl Running<'_> {
     /// Ends the stage early: a signal or numbers that are not finite leave a checkpoint of the last
     /// whole step.
     fn leave(&self, run: &Run, position: &Position, logs: &Logs, why: Error) -> Error {
-        if !matches!(
-            why.kind,
-            ErrorKind::Interrupted | ErrorKind::Terminated | ErrorKind::NonFinite
-        ) {
+        if !Self::leaves_a_checkpoint(&why) {
             return why;
         }
         let go_on = match why.kind {
@@ -317,10 +349,17 @@ impl Running<'_> {
                     path.display()
                 ),
             ),
-            Err(failed) => {
-                Error::new(why.kind, format!("{}; and no checkpoint: {failed}", why.message))
-            }
+            // Of the two this is what a script has to know: without it, a run that was asked to end
+            // would pass for one that can go on from where it was.
+            Err(failed) => Error::new(
+                failed.kind,
+                format!("{failed}; it was to be saved after: {}", why.message),
+            ),
         }
+    }
+
+    fn leaves_a_checkpoint(why: &Error) -> bool {
+        matches!(why.kind, ErrorKind::Interrupted | ErrorKind::Terminated | ErrorKind::NonFinite)
     }
 
     /// A step's line for metrics.jsonl.

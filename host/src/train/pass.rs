@@ -4,9 +4,9 @@
 use super::metrics::Metrics;
 use super::micro;
 use super::mismatched;
+use super::optimizer;
 use super::plan::{At, Plan, Planned, Rows};
 use super::reference::ReferenceLogps;
-use super::signals;
 use crate::config::{Gain, Mixing};
 use crate::data::{Item, Source};
 use crate::group::Group;
@@ -49,7 +49,7 @@ impl Pass<'_> {
     /// Goes over `items`, with reference log-probs from `known`, which gets those that it lacks; with `grads`, adds the gradient of the loss to it.
     ///
     /// # Errors
-    /// If an objective fails or anything is not finite.
+    /// If an objective fails, anything is not finite, or a signal arrives; `grads` is then of no use.
     pub fn run(
         &self,
         sources: &mut [Source],
@@ -72,20 +72,26 @@ impl Pass<'_> {
             ..Outcome::default()
         };
         for batch in &plan.micro_batches {
-            signals::check()?;
             let packed = self.pack(&groups(sources, rows, &plan, batch));
             let (tape, logps) = match &grads {
                 Some(_) => {
-                    let tape = self.model.forward(&packed, self.policy);
+                    let tape = self.model.forward(&packed, self.policy)?;
                     let logps = tape.logps().to_vec();
                     (Some(tape), logps)
                 }
-                None => (None, self.model.logps(&packed, Some(self.policy))),
+                None => (None, self.model.logps(&packed, Some(self.policy))?),
             };
             let dlogps =
                 self.objectives(sources, rows, &plan, batch, &logps, &statistics, &mut outcome)?;
             if let (Some(tape), Some(grads)) = (tape, grads.as_deref_mut()) {
-                self.model.backward(tape, &dlogps, self.policy, grads);
+                self.model.backward(tape, &dlogps, self.policy, grads)?;
+                if !optimizer::norm(grads).is_finite() {
+                    let batch: Vec<Item> = batch.iter().map(|&g| plan.groups[g].item).collect();
+                    return Err(Error::non_finite(format!(
+                        "the gradient is not finite after {}; is the learning rate or a weight too high?",
+                        places(sources, rows, &batch)
+                    )));
+                }
             }
         }
         Ok(outcome)
@@ -124,10 +130,9 @@ impl Pass<'_> {
         };
         let loads: Vec<usize> = lacking.iter().map(load).collect();
         for members in micro::split(&loads, self.micro_tokens, self.without) {
-            signals::check()?;
             let batch: Vec<usize> = members.into_iter().map(|member| lacking[member]).collect();
             let packed = self.pack(&groups(sources, rows, plan, &batch));
-            let logps = self.model.logps(&packed, self.reference);
+            let logps = self.model.logps(&packed, self.reference)?;
             finite(&logps, "reference", sources, rows, plan, &batch)?;
             let mut rest = logps.as_slice();
             let mut computed = Vec::with_capacity(batch.len());
@@ -242,9 +247,8 @@ impl Pass<'_> {
             .filter(|batch| stretches(plan, batch).any(|s| wanted(&s)))
             .collect();
         for batch in batches {
-            signals::check()?;
             let packed = self.pack(&groups(sources, rows, plan, batch));
-            let logps = self.model.logps(&packed, Some(self.policy));
+            let logps = self.model.logps(&packed, Some(self.policy))?;
             finite(&logps, "policy", sources, rows, plan, batch)?;
             for (index, members, tokens) in stretches(plan, batch) {
                 let ref_logps = collect_ref_logps(&sources[index], plan, members);
@@ -318,6 +322,12 @@ fn collect_ref_logps(source: &Source, plan: &Plan, members: &[usize]) -> Vec<f32
     members.iter().flat_map(known).copied().collect()
 }
 
+/// The files and lines of some rows.
+fn places(sources: &[Source], rows: Rows, items: &[Item]) -> String {
+    let place = |i: &Item| sources[i.source].rows(rows)[i.row].origin.to_string();
+    items.iter().map(place).collect::<Vec<_>>().join(", ")
+}
+
 /// Stops with the rows whose log-probs are not finite.
 fn finite(
     logps: &[f32],
@@ -331,16 +341,16 @@ fn finite(
         return Ok(());
     }
     let mut start = 0;
-    let mut places = Vec::new();
+    let mut bad = Vec::new();
     for &g in batch {
         let group = &plan.groups[g];
         if logps[start..start + group.tokens].iter().any(|p| !p.is_finite()) {
-            places.push(sources[group.item.source].rows(rows)[group.item.row].origin.to_string());
+            bad.push(group.item);
         }
         start += group.tokens;
     }
     Err(Error::non_finite(format!(
         "log-probs of the {whose} are not finite in {}; is the model whole, is the learning rate too high?",
-        places.join(", ")
+        places(sources, rows, &bad)
     )))
 }

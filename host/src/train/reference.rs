@@ -189,7 +189,7 @@ impl ReferenceLogps {
     /// is used: it is started anew, with a warning.
     ///
     /// # Errors
-    /// If the file cannot be read or written.
+    /// If the file cannot be read or written, or a signal arrives.
     pub fn verify(
         &mut self,
         model: &Model,
@@ -206,7 +206,7 @@ impl ReferenceLogps {
         }
         let step = known.len().div_ceil(SAMPLE);
         let sample: Vec<&Group> = known.iter().copied().step_by(step).collect();
-        let computed = model.logps(&Packed::new(&sample), adapter);
+        let computed = model.logps(&Packed::new(&sample), adapter)?;
         let mut kept = Vec::new();
         for group in sample {
             kept.extend(store.get(&key(group))?.unwrap_or_default());

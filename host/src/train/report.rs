@@ -2,7 +2,6 @@
 
 use super::metrics::Metrics;
 use super::setup::Run;
-use super::signals;
 use crate::Result;
 use crate::model::SampleOptions;
 use comfy_table::{CellAlignment, Table, presets};
@@ -118,7 +117,6 @@ pub fn answers(run: &Run) -> Result<Vec<(String, String)>> {
         ..SampleOptions::greedy()
     };
     let answer = |prompt: &&[u32]| {
-        signals::check()?;
         let tokens = run.model.generate(prompt, &options, Some(&run.lora))?;
         Ok((run.text.decode(prompt, true)?, run.text.decode(&tokens, true)?))
     };

@@ -10,7 +10,8 @@ use crate::model::targets::{Patterns, Targets};
 use crate::model::{Lora, LoraConfig, Model, ModelConfig, Options, peft};
 use crate::plugins::Registry;
 use crate::text::Text;
-use crate::{Error, Result};
+use crate::{Error, ErrorKind, Result};
+use std::error::Error as _;
 use std::path::{Path, PathBuf};
 
 /// A run before its first step.
@@ -195,13 +196,21 @@ pub fn use_device(device: Device) -> Result<()> {
 /// # Errors
 /// If the threads cannot be started.
 pub fn use_threads(threads: usize) -> Result<()> {
-    if threads > 0 && rayon::ThreadPoolBuilder::new().num_threads(threads).build_global().is_err() {
-        let running = rayon::current_num_threads();
-        if running != threads {
-            return Err(Error::other(format!(
-                "{running} threads run already, {threads} are asked for"
-            )));
-        }
+    let started = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
+    match started {
+        Ok(()) => Ok(()),
+        // Asking how many run would try to start them again, and panic.
+        Err(e) if e.source().is_some() => Err(Error::new(
+            ErrorKind::OutOfMemory,
+            format!(
+                "the threads cannot be started: {e}; lower [train] threads, or allow the program more"
+            ),
+        )),
+        Err(_) => match rayon::current_num_threads() {
+            running if threads > 0 && running != threads => {
+                Err(Error::other(format!("{running} threads run already, {threads} are asked for")))
+            }
+            _ => Ok(()),
+        },
     }
-    Ok(())
 }

@@ -29,7 +29,7 @@ fn with_a_cache_the_log_probs_are_those_of_one_pass() {
                 generator.push(*token).unwrap();
             }
             let response = serde_json::json!({"prompt_ids": prompt, "ids": tokens});
-            let at_once = model.logps(&pack(&[group(&response)]), lora);
+            let at_once = model.logps(&pack(&[group(&response)]), lora).unwrap();
             assert_close(name, &at_once, &stepwise, 2e-5);
         }
     }

@@ -18,7 +18,8 @@ fn a_shared_prompt_is_as_good_as_a_copy_for_each_response() {
             rows.iter().flat_map(|r| r.as_array().unwrap()).map(group).collect();
         let (shared, alone) = (pack(&shared), pack(&alone));
         assert!(shared.rows() < alone.rows());
-        let (a, b) = (model.logps(&shared, Some(&lora)), model.logps(&alone, Some(&lora)));
+        let (a, b) =
+            (model.logps(&shared, Some(&lora)).unwrap(), model.logps(&alone, Some(&lora)).unwrap());
         let b: Vec<f64> = b.into_iter().map(f64::from).collect();
         assert_close(name, &a, &b, 1e-5);
 
@@ -48,10 +49,10 @@ fn packed_together_is_the_same_as_alone() {
             groups.push(short);
         }
         for lora in [None, Some(&lora)] {
-            let together = model.logps(&pack(&groups), lora);
+            let together = model.logps(&pack(&groups), lora).unwrap();
             let alone: Vec<f32> = groups
                 .iter()
-                .flat_map(|group| model.logps(&pack(std::slice::from_ref(group)), lora))
+                .flat_map(|group| model.logps(&pack(std::slice::from_ref(group)), lora).unwrap())
                 .collect();
             assert!(together == alone, "{name}");
         }
@@ -69,9 +70,9 @@ fn an_adapter_that_adds_nothing_changes_no_bit() {
             let lora = Lora::init(&config, &model.config, 1).unwrap();
             for file in FILES {
                 let packed = pack(&rows(name, file).iter().map(shared_group).collect::<Vec<_>>());
-                let base = model.logps(&packed, None);
-                assert_eq!(base, model.logps(&packed, Some(&lora)), "{name} {file}");
-                assert_eq!(base, model.forward(&packed, &lora).logps(), "{name} {file}");
+                let base = model.logps(&packed, None).unwrap();
+                assert_eq!(base, model.logps(&packed, Some(&lora)).unwrap(), "{name} {file}");
+                assert_eq!(base, model.forward(&packed, &lora).unwrap().logps(), "{name} {file}");
             }
         }
     }
@@ -85,9 +86,9 @@ fn with_and_without_a_tape_are_the_same_bits() {
         let model = Model::load(&model_dir(name)).unwrap();
         let lora = peft::load(&model_dir(name).join(adapter), &model.config).unwrap();
         let packed = pack(&rows(name, "pairs").iter().map(shared_group).collect::<Vec<_>>());
-        let logps = model.logps(&packed, Some(&lora));
-        assert_eq!(logps, model.forward(&packed, &lora).logps(), "{name}");
-        assert_eq!(logps, model.logps(&packed, Some(&lora)), "{name}, a second time");
+        let logps = model.logps(&packed, Some(&lora)).unwrap();
+        assert_eq!(logps, model.forward(&packed, &lora).unwrap().logps(), "{name}");
+        assert_eq!(logps, model.logps(&packed, Some(&lora)).unwrap(), "{name}, a second time");
         let dlogp = uneven(logps.len());
         let first = gradient(&model, &packed, &lora, &dlogp);
         assert_eq!(first, gradient(&model, &packed, &lora, &dlogp), "{name}");
@@ -97,6 +98,6 @@ fn with_and_without_a_tape_are_the_same_bits() {
 #[test]
 fn a_batch_with_nothing_to_predict_has_no_log_probs() {
     let model = Model::load(&model_dir("llama")).unwrap();
-    assert!(model.logps(&Packed::prompt(&[1, 2, 3]), None).is_empty());
-    assert!(model.logps(&Packed::new(&[]), None).is_empty());
+    assert!(model.logps(&Packed::prompt(&[1, 2, 3]), None).unwrap().is_empty());
+    assert!(model.logps(&Packed::new(&[]), None).unwrap().is_empty());
 }

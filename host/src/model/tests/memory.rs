@@ -36,7 +36,8 @@ fn every_pass_takes_what_its_shadow_says() {
                         let shadow = Shadow::new(&model.config, options, true);
                         shadow.logps(size, lora);
                         let planned = shadow.peak();
-                        let took = measured(&mut model, |model| drop(model.logps(&packed, lora)));
+                        let took =
+                            measured(&mut model, |model| drop(model.logps(&packed, lora).unwrap()));
                         assert_eq!(planned, took, "log-probs of {what}");
                     }
                     let shadow = Shadow::new(&model.config, options, true);

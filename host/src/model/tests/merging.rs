@@ -12,8 +12,14 @@ fn merge_and_compare(name: &str, adapter: &str, tolerance: f64) -> Scratch {
     let groups: Vec<Group> =
         responses["demos"].as_array().unwrap().iter().map(shared_group).collect();
     let packed = pack(&groups);
-    let expected: Vec<f64> = base.logps(&packed, Some(&lora)).into_iter().map(f64::from).collect();
-    assert_close(&format!("{name} {adapter}"), &merged.logps(&packed, None), &expected, tolerance);
+    let expected: Vec<f64> =
+        base.logps(&packed, Some(&lora)).unwrap().into_iter().map(f64::from).collect();
+    assert_close(
+        &format!("{name} {adapter}"),
+        &merged.logps(&packed, None).unwrap(),
+        &expected,
+        tolerance,
+    );
     out
 }
 

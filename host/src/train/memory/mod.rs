@@ -57,7 +57,7 @@ struct Choice {
 
 impl MemoryPlan {
     /// # Errors
-    /// [`ErrorKind::Memory`] if the run does not fit into the machine's memory, with what would.
+    /// [`ErrorKind::OutOfMemory`] if the run does not fit into the machine's memory, with what would.
     pub fn new(planner: &Planner) -> Result<Self> {
         let train = &planner.config.train;
         let resident = machine::resident();
@@ -103,7 +103,7 @@ impl MemoryPlan {
         log::info!("{}", plan.table());
         let would_fit = planner.would_fit(&sizes, |choice| fits(choice, 1.0));
         Err(Error::new(
-            ErrorKind::Memory,
+            ErrorKind::OutOfMemory,
             format!(
                 "the run needs {} of memory and {} are available: {would_fit}",
                 mebibytes(plan.total()),
