@@ -25,28 +25,26 @@ impl Frozen {
     /// If the dtype is not one of F32, F16 and BF16, or an element is not finite.
     pub fn hold(file: &Arc<TensorFile>, tensor: &Tensor) -> Result<Self> {
         tensor.expect_finite()?;
-        let bytes = file.place(tensor);
-        let mapped = Self::Mapped { file: file.clone(), bytes, dtype: tensor.dtype };
-        match mapped.weight() {
-            Some(_) => Ok(mapped),
-            None => Ok(Self::Owned(tensor.to_f32()?)),
+        if !Self::stays_mapped(tensor) {
+            return Ok(Self::Owned(tensor.to_f32()?));
         }
+        Ok(Self::Mapped { file: file.clone(), bytes: file.place(tensor), dtype: tensor.dtype })
     }
 
-    /// The elements where they lie; none if they are not aligned.
-    fn weight(&self) -> Option<Weight<'_>> {
-        match self {
-            Self::Owned(values) => Some(Weight::F32(values)),
-            Self::Mapped { file, bytes, dtype } => {
-                let bytes = &file.bytes()[bytes.clone()];
-                // SAFETY (all three): every pattern of bits is a number of these types.
-                match dtype {
-                    Dtype::F16 => whole(unsafe { bytes.align_to::<f16>() }).map(Weight::F16),
-                    Dtype::BF16 => whole(unsafe { bytes.align_to::<bf16>() }).map(Weight::Bf16),
-                    _ => whole(unsafe { bytes.align_to::<f32>() }).map(Weight::F32),
-                }
-            }
-        }
+    /// Whether a tensor can be read where it lies.
+    pub fn stays_mapped(tensor: &Tensor) -> bool {
+        weight(tensor.bytes, tensor.dtype).is_some()
+    }
+}
+
+/// The elements where they lie; none if they are not aligned, or of another type.
+fn weight(bytes: &[u8], dtype: Dtype) -> Option<Weight<'_>> {
+    // SAFETY (all three): every pattern of bits is a number of these types.
+    match dtype {
+        Dtype::F32 => whole(unsafe { bytes.align_to::<f32>() }).map(Weight::F32),
+        Dtype::F16 => whole(unsafe { bytes.align_to::<f16>() }).map(Weight::F16),
+        Dtype::BF16 => whole(unsafe { bytes.align_to::<bf16>() }).map(Weight::Bf16),
+        _ => None,
     }
 }
 
@@ -57,6 +55,10 @@ fn whole<'a, T>((before, middle, after): (&'a [u8], &'a [T], &'a [u8])) -> Optio
 
 impl<'a> From<&'a Frozen> for Weight<'a> {
     fn from(frozen: &'a Frozen) -> Self {
-        frozen.weight().expect("only an aligned tensor is held mapped")
+        match frozen {
+            Frozen::Owned(values) => Weight::F32(values),
+            Frozen::Mapped { file, bytes, dtype } => weight(&file.bytes()[bytes.clone()], *dtype)
+                .expect("only an aligned tensor is held mapped"),
+        }
     }
 }

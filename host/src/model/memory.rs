@@ -7,6 +7,7 @@
 use super::buffers::{Buffer, Pool};
 use super::config::ModelConfig;
 use super::decoder::Options;
+use super::frozen::Frozen;
 use super::lora::Lora;
 use super::packed::{NeededRows, Packed};
 use super::shards::{Shards, Tensor};
@@ -57,9 +58,9 @@ impl Add for Size {
 /// Bytes of a model's weights.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Weights {
-    /// As [`super::Model`] holds them.
+    /// Widened or copied.
     pub held: usize,
-    /// What reading them takes besides: their files' pages.
+    /// Pages of their files, which stay mapped.
     pub mapped: usize,
 }
 
@@ -79,9 +80,12 @@ impl Weights {
     }
 }
 
-/// Bytes of a tensor as the model holds it: widened to `f32`.
+/// Bytes of a tensor that the model holds besides its file's pages: none if it stays there.
 fn held(tensor: &Tensor) -> usize {
-    size_of::<f32>() * tensor.shape.iter().product::<usize>()
+    match tensor.shape.len() == 2 && Frozen::stays_mapped(tensor) {
+        true => 0,
+        false => size_of::<f32>() * tensor.shape.iter().product::<usize>(),
+    }
 }
 
 /// A decoder's passes without their arithmetic.

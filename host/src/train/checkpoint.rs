@@ -231,7 +231,10 @@ pub fn restore(
 }
 
 /// Whether every file of the manifest is there as it was written.
-fn verify(dir: &Path) -> std::result::Result<(), String> {
+///
+/// # Errors
+/// What is wrong with it.
+pub fn verify(dir: &Path) -> std::result::Result<(), String> {
     let bytes =
         fs::read(dir.join(MANIFEST)).map_err(|_| format!("no {MANIFEST}: it was not finished"))?;
     let manifest: Manifest =

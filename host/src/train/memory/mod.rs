@@ -21,6 +21,9 @@ use uft_kernels::memory as kernels;
 /// good to a tenth.
 const COMFORTABLE: f64 = 0.9;
 
+/// Bytes for knowing where a row's reference log-probs lie; they themselves are in a file.
+const PLACE: usize = 64;
+
 /// What a run is going to hold.
 pub struct MemoryPlan {
     /// Name, bytes, and what is to be said about it.
@@ -169,17 +172,18 @@ impl Planner<'_> {
         let data: usize = self.examples().map(|(_, example)| held(example)).sum();
         let reference: usize = match train.without.contains(&Gain::ReferenceCache) {
             true => 0,
-            false => {
-                let needing = self.examples().filter(|(source, _)| source.needs_reference());
-                needing.map(|(_, e)| size_of::<f32>() * trained(e)).sum()
-            }
+            false => PLACE * self.examples().filter(|(source, _)| source.needs_reference()).count(),
         };
         let program = resident.saturating_sub(data + matrices);
         vec![
-            ("weights", self.weights.held, "as the model holds them".into()),
+            (
+                "weights",
+                self.weights.held + self.weights.mapped,
+                "pages of their files, and copies".into(),
+            ),
             ("adapter and optimizer", (1 + copies) * matrices, what.into()),
             ("writing files", saved * matrices, what_is_saved.into()),
-            ("data", data + reference, "tokens, segments, reference log-probs".into()),
+            ("data", data + reference, "tokens, segments, places of reference log-probs".into()),
             ("program and tokenizer", program, "measured".into()),
         ]
     }
@@ -320,11 +324,6 @@ fn held(example: &Example) -> usize {
         + size_of_val(group.prompt.as_slice())
         + size_of_val(group.branches.as_slice())
         + branches.sum::<usize>()
-}
-
-/// Trained tokens of a row.
-fn trained(example: &Example) -> usize {
-    example.group.segments().map(|segment| segment.tokens()).sum()
 }
 
 fn in_mebibytes(bytes: usize) -> f64 {
