@@ -8,14 +8,19 @@ and task, the peers and uft run one after the other, `--reps` times; the best ru
 a machine only ever slows a run down. A rate is tokens per second as the ruler counts them: prompt and response of
 every sequence, however often the prompt is computed, and no tokens of the reference. The first optimizer step of a run
 is left out. uft runs two epochs, its reference pass included; the peers run one, since their epochs cost the same.
-Prints a Markdown table, with the peak memory of each process."""
+Prints a Markdown table, with the peak memory of each process, the seconds from uft's start to its first step, and uft's
+share of the machine's rate of f32 matrix products, counting only operations that a step needs (flops.py)."""
 import argparse
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
+
+from flops import Model, needed
 
 LORA = 'rank = 16\nalpha = 32\ntargets = "all-linear"'
 # task: data file, column names of the responses, rows per step, adapter, objective, TRL's and the loop's configuration
@@ -28,45 +33,73 @@ TASKS = {
 SEQUENCES = {"bench-20m": 64, "bench-110m": 32}
 
 
-def sequence_lengths(a, model, task):
-    """Tokens of each row as the ruler counts them."""
+def groups_of(a, model, task):
+    """Prompt and response tokens of each row as the ruler counts them: (prompt, [responses])."""
     os.environ["BASELINE_DIR"] = str(a.base)
     sys.path.insert(0, str(a.ruler))
     from common import encode_pair, read_jsonl
     from transformers import AutoTokenizer
     tok = AutoTokenizer.from_pretrained(a.base / "models" / model)
     file, columns, batch, *_ = TASKS[task]
-    rows = read_jsonl(a.base / "data" / f"{file}.jsonl")[: SEQUENCES[model] * batch // 8]
-    lengths = []
+    rows = read_jsonl(a.base / "data" / f"{file}.jsonl")[: a.sequences.get(model, 32) * batch // 8]
+    groups = []
     for row in rows:
         pairs = [encode_pair(tok, row["prompt"], row[c]) for c in columns]
-        lengths.append(sum(len(p) + len(r) for p, r, _ in pairs))
-    return lengths
+        groups.append((len(pairs[0][0]), [len(r) for _, r, _ in pairs]))
+    return groups
 
 
-def run_uft(a, model, task, lengths, work, extra=""):
-    """Rate, seconds a step and peak memory of `uft train`."""
+def run_uft(a, model, task, groups, work, extra=""):
+    """Rate, operations a second, seconds a step, seconds from start to the first step, and peak memory of `uft train`."""
     file, _, batch, adapter, objective, *_ = TASKS[task]
     data = work / f"{model}-{task}.jsonl"
-    lines = (a.base / "data" / f"{file}.jsonl").read_text().splitlines()[: len(lengths)]
+    lines = (a.base / "data" / f"{file}.jsonl").read_text().splitlines()[: len(groups)]
     data.write_text("\n".join(lines) + "\n")
     out = Path(tempfile.mkdtemp(dir=work))
     run = work / "run.toml"
     run.write_text(f'[model]\npath = "{a.base}/models/{model}"\n[lora]\n{LORA}\n[[data]]\nname = "{task}"\nfiles = ["{data}"]\n'
-                   f'adapter = "{adapter}"\nobjective = {objective}\n[train]\noutput = "{out}"\nepochs = 2\nbatch = {batch}\n'
-                   f'lr = 1e-4\nschedule = "constant"\nwarmup = 0.0\nshuffle = false\nmax_length = 1024\nthreads = {a.threads}\n'
-                   f'micro_tokens = {a.micro_tokens}\n{extra}\n')
-    log = work / "stderr"
+                   f'adapter = "{adapter}"\nobjective = {objective}\n[train]\noutput = "{out}"\nreference_cache = "{out}/reference"\n'
+                   f'epochs = 2\nbatch = {batch}\nlr = 1e-4\nschedule = "constant"\nwarmup = 0.0\nshuffle = false\nmax_length = 1024\n'
+                   f'threads = {a.threads}\nmicro_tokens = {a.micro_tokens}\n{extra}\n')
+    log, metrics = work / "stderr", out / "metrics.jsonl"
+    started = time.monotonic()
     with log.open("wb") as stderr:
         child = subprocess.Popen([a.uft, "train", str(run)], stdout=subprocess.DEVNULL, stderr=stderr, env={**os.environ, "RUST_LOG": "error"})
-        _, status, usage = os.wait4(child.pid, 0)
-    if status:
+        while child.poll() is None and not (metrics.exists() and metrics.stat().st_size):
+            time.sleep(0.002)
+        first = time.monotonic() - started
+        peak = child_peak(child)
+    if child.returncode:
         sys.exit(f"uft: {log.read_text()}")
-    peak = usage.ru_maxrss / 1024
-    steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    steps = [json.loads(line) for line in metrics.read_text().splitlines()]
     seconds = [s["tokens"] / s["tokens_per_second"] for s in steps]
+    lengths = [len(responses) * prompt + sum(responses) for prompt, responses in groups]
     tokens = 2 * sum(lengths) - sum(lengths[:batch])
-    return dict(rate=tokens / sum(seconds[1:]), step=sum(seconds[1:]) / (len(seconds) - 1), peak=peak, loss=steps[0]["loss"])
+    operations = sum(needed(Model(a.base / "models" / model), task, groups, 2)[batch:])
+    return dict(rate=tokens / sum(seconds[1:]), flops=operations / sum(seconds[1:]), step=sum(seconds[1:]) / (len(seconds) - 1),
+                start=first - seconds[0], peak=peak, loss=steps[0]["loss"])
+
+
+def child_peak(child):
+    """Waits for it and gives its peak memory in MB."""
+    if child.returncode is None:
+        _, status, usage = os.wait4(child.pid, 0)
+        child.returncode = os.waitstatus_to_exitcode(status)
+        return usage.ru_maxrss / 1024
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+
+
+def ceiling(a):
+    """The machine's rate of large f32 matrix products in operations a second: the better of uft's and torch's."""
+    best = 0.0
+    if a.bench:
+        ran = subprocess.run([a.bench, "ceiling", "5"], capture_output=True, text=True, check=True, env={**os.environ, "RAYON_NUM_THREADS": str(a.threads)})
+        best = float(ran.stdout.split()[-2]) * 1e9
+    code = ("import sys, time, torch; torch.set_num_threads(int(sys.argv[1])); x, w = torch.randn(3000, 768), torch.randn(2304, 768)\n"
+            "best = 1e9\nfor _ in range(20):\n  t = time.perf_counter(); x @ w.T; best = min(best, time.perf_counter() - t)\n"
+            "print(2 * 3000 * 768 * 2304 / best)")
+    ran = subprocess.run([sys.executable, "-c", code, str(a.threads)], capture_output=True, text=True, check=True)
+    return max(best, float(ran.stdout))
 
 
 def run_peer(a, model, config):
@@ -83,41 +116,70 @@ def run_peer(a, model, config):
     return dict(rate=result["tokens_per_s_all_steps"], step=result["s_per_step"], peak=result["peak_rss_mb"], loss=result["losses"][0])
 
 
+def compare(a, work):
+    """uft, TRL and the loop in turn; the best run of each."""
+    print("| model | task | uft tok/s | TRL | loop | uft / TRL | uft / loop | of the product rate | start s | peak MB uft, TRL, loop | first loss uft, loop |\n"
+          "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |", flush=True)
+    for model in a.models:
+        for task in a.tasks:
+            *_, trl, loop = TASKS[task]
+            groups = groups_of(a, model, task)
+            best, top = {}, 0.0
+            for _ in range(a.reps):
+                runs = [("loop", lambda: run_peer(a, model, loop)), ("uft", lambda: run_uft(a, model, task, groups, work))]
+                if trl and not a.no_trl:
+                    runs.append(("trl", lambda: run_peer(a, model, trl)))
+                for name, run in runs:
+                    top = max(top, ceiling(a))
+                    result = run()
+                    print(f"{model} {task} {name} {result}", file=sys.stderr, flush=True)
+                    if name not in best or result["rate"] > best[name]["rate"]:
+                        best[name] = result
+            uft, other, peer = best["uft"], best.get("trl"), best["loop"]
+            ratio = f"{uft['rate'] / other['rate']:.2f}" if other else "–"
+            shown = f"{other['rate']:.0f}" if other else "–"
+            share = f"{100 * uft['flops'] / top:.0f} % of {top / 1e9:.0f} GFLOP/s"
+            memory = f"{uft['peak']:.0f}, {other['peak'] if other else '–'}, {peer['peak']:.0f}"
+            print(f"| {model} | {task} | {uft['rate']:.0f} | {shown} | {peer['rate']:.0f} | {ratio} | {uft['rate'] / peer['rate']:.2f} | {share} | "
+                  f"{uft['start']:.2f} | {memory} | {uft['loss']:.4f}, {peer['loss']:.4f} |", flush=True)
+
+
+# What is switched off, by a line for [train].
+GAINS = {"packing": 'without = ["packing"]', "shared prompts": 'without = ["shared-prompts"]', "cached reference": 'without = ["reference-cache"]',
+         "fused log-probs": 'without = ["fused-log-probs"]', "skipped gradients": 'without = ["skipped-gradients"]', "kept activations": 'recompute = "all"',
+         "all of them": 'without = ["packing", "shared-prompts", "reference-cache", "fused-log-probs", "skipped-gradients"]\nrecompute = "all"'}
+
+
+def gains(a, work):
+    """uft with one gain after the other switched off, in turn with all of them on."""
+    print("| model | task | without | tok/s | with / without | peak MB with, without |\n| --- | --- | --- | --- | --- | --- |", flush=True)
+    for model in a.models:
+        for task in a.tasks:
+            groups = groups_of(a, model, task)
+            for gain, line in GAINS.items():
+                runs = [(run_uft(a, model, task, groups, work), run_uft(a, model, task, groups, work, line)) for _ in range(a.reps)]
+                on, off = (max((pair[i] for pair in runs), key=lambda r: r["rate"]) for i in (0, 1))
+                print(f"| {model} | {task} | {gain} | {off['rate']:.0f} | {on['rate'] / off['rate']:.2f} | {on['peak']:.0f}, {off['peak']:.0f} |", flush=True)
+
+
 def main():
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--ruler", type=Path, required=True)
     options.add_argument("--base", type=Path, required=True)
     options.add_argument("--uft", required=True)
+    options.add_argument("--bench", help="target/release/examples/bench, for the rate of matrix products")
     options.add_argument("--models", nargs="*", default=list(SEQUENCES))
     options.add_argument("--tasks", nargs="*", default=list(TASKS))
     options.add_argument("--reps", type=int, default=2)
     options.add_argument("--threads", type=int, default=2)
     options.add_argument("--micro-tokens", type=int, default=4096)
     options.add_argument("--no-trl", action="store_true", help="leave TRL out, which takes minutes")
+    options.add_argument("--gains", action="store_true", help="instead of the peers, uft with each gain switched off")
     options.add_argument("--jemalloc", help="library to preload for the peers: their best environment")
     a = options.parse_args()
-    a.ruler, a.base = a.ruler.resolve(), a.base.resolve()
-    print("| model | task | uft tok/s | TRL | loop | uft / TRL | uft / loop | peak MB uft, TRL, loop | first loss uft, loop |\n| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    a.ruler, a.base, a.sequences = a.ruler.resolve(), a.base.resolve(), SEQUENCES
     with tempfile.TemporaryDirectory() as work:
-        for model in a.models:
-            for task in a.tasks:
-                *_, trl, loop = TASKS[task]
-                lengths = sequence_lengths(a, model, task)
-                best = {}
-                for _ in range(a.reps):
-                    runs = [("loop", lambda: run_peer(a, model, loop)), ("uft", lambda: run_uft(a, model, task, lengths, Path(work)))]
-                    if trl and not a.no_trl:
-                        runs.append(("trl", lambda: run_peer(a, model, trl)))
-                    for name, run in runs:
-                        result = run()
-                        print(f"{model} {task} {name} {result}", file=sys.stderr, flush=True)
-                        if name not in best or result["rate"] > best[name]["rate"]:
-                            best[name] = result
-                uft, other, peer = best["uft"], best.get("trl"), best["loop"]
-                ratio = f"{uft['rate'] / other['rate']:.2f}" if other else "–"
-                shown = f"{other['rate']:.0f}" if other else "–"
-                memory = f"{uft['peak']:.0f}, {other['peak'] if other else '–'}, {peer['peak']:.0f}"
-                print(f"| {model} | {task} | {uft['rate']:.0f} | {shown} | {peer['rate']:.0f} | {ratio} | {uft['rate'] / peer['rate']:.2f} | {memory} | {uft['loss']:.4f}, {peer['loss']:.4f} |", flush=True)
+        (gains if a.gains else compare)(a, Path(work))
 
 
 if __name__ == "__main__":
