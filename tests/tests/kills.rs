@@ -3,6 +3,7 @@
 //! `UFT_KILLS` is how many, 10 by default; `UFT_KILLS_SEED` another seed.
 
 use std::collections::BTreeMap;
+use std::ffi::OsStr;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -10,12 +11,15 @@ use std::time::{Duration, Instant};
 use uft_tests::mixed::{
     assert_recovered, assert_same, assert_whole, finished, hidden, temporary, write_run,
 };
-use uft_tests::{root, succeed};
+use uft_tests::{golden, root, succeed};
 
 const UFT: &str = env!("CARGO_BIN_EXE_uft-under-test");
 
 /// After this long the handlers of signals are in place, on a slow machine too.
 const STARTED: Duration = Duration::from_millis(150);
+
+/// A run that ended before the signal came, which is no kill.
+const OVER: &str = "over before the signal";
 
 fn number(name: &str, default: u64) -> u64 {
     std::env::var(name).map_or(default, |text| text.parse().expect("a number"))
@@ -35,9 +39,9 @@ impl Random {
     }
 }
 
-fn start(run: &str) -> Child {
+fn start(arguments: &[impl AsRef<OsStr>]) -> Child {
     Command::new(UFT)
-        .args(["train", run, "--resume"])
+        .args(arguments)
         .current_dir(root())
         .env("RUST_LOG", "warn")
         .stdout(Stdio::null())
@@ -53,7 +57,7 @@ fn send(child: &Child, signal: i32) {
 
 /// Ends a run `after` its start, and says in what it was met.
 fn interrupt(run: &str, out: &Path, after: Duration, signal: i32) -> &'static str {
-    let child = start(run);
+    let child = start(&["train", run, "--resume"]);
     std::thread::sleep(after);
     send(&child, signal);
     let sent = Instant::now();
@@ -66,7 +70,7 @@ fn interrupt(run: &str, out: &Path, after: Duration, signal: i32) -> &'static st
         _ => 130,
     };
     match (output.status.code(), output.status.signal()) {
-        (Some(0), _) => "over",
+        (Some(0), _) => OVER,
         (None, Some(libc::SIGKILL)) if !hidden(out).is_empty() => "saving (SIGKILL)",
         (None, Some(libc::SIGKILL)) if adapter => "the last report (SIGKILL)",
         (None, Some(libc::SIGKILL)) => "loading or training (SIGKILL)",
@@ -100,8 +104,7 @@ fn killed_at_any_moment_and_resumed_it_is_the_same_run() {
     let length = timed(&["train", &write_run(&again, "")]);
     let mut random = Random(number("UFT_KILLS_SEED", 1));
     let mut met = BTreeMap::new();
-    let mut longest = 0;
-    let mut kills = 0;
+    let (mut kills, mut runs) = (0, 0);
     while kills < number("UFT_KILLS", 10) {
         let (_guard, other) = temporary();
         let run = write_run(&other, "");
@@ -115,15 +118,19 @@ fn killed_at_any_moment_and_resumed_it_is_the_same_run() {
                 _ => libc::SIGKILL,
             };
             let after = length.mul_f64(random.next());
-            *met.entry(interrupt(&run, &out, after, signal)).or_insert(0) += 1;
+            let what = interrupt(&run, &out, after, signal);
+            *met.entry(what).or_insert(0) += 1;
             assert_whole(&out, &format!("signal {signal} after {after:?}"));
+            if what == OVER {
+                break;
+            }
             kills += 1;
         }
-        longest = longest.max(row);
+        runs += 1;
         succeed(UFT, &["train", &run, "--resume"]);
         assert_recovered(&whole, &out, &format!("kill {kills}, {row} in a row"));
     }
-    println!("{kills} kills of a run of {length:?}, up to {longest} in a row, met it in: {met:#?}");
+    println!("{kills} kills in {runs} runs of {length:?} met them in: {met:#?}");
 }
 
 /// Waits until a run has done some steps.
@@ -147,7 +154,7 @@ fn a_second_signal_ends_it_at_once_and_leaves_whole_files() {
         let (_guard, other) = temporary();
         let run = write_run(&other, "");
         let out = other.join("out");
-        let mut child = start(&run);
+        let mut child = start(&["train", &run]);
         wait_for(&mut child, &out, steps);
         // The first one is saved for; what the second one meets is saving, most of the time.
         send(&child, libc::SIGINT);
@@ -160,4 +167,38 @@ fn a_second_signal_ends_it_at_once_and_leaves_whole_files() {
         succeed(UFT, &["train", &run, "--resume"]);
         assert_same(&whole, &finished(&out), "two signals");
     }
+}
+
+#[test]
+fn an_evaluation_that_was_interrupted_is_made_up_for() {
+    let (_guard, dir) = temporary();
+    // So many held-out rows that a signal after the step before cannot miss their evaluation.
+    let rows = format!("\"{}\"", golden("data/pairs.jsonl").display());
+    let held_out = format!("data[pairs].eval_files=[{}]", vec![rows; 60].join(", "));
+    let set = [&held_out, "stage[0].steps=3", "stage[1].steps=1"].map(|set| ["--set", set]);
+    let train = |run: &str, resume: &[&str]| {
+        let arguments = [&["train", run], set.as_flattened(), resume].concat();
+        arguments.into_iter().map(str::to_owned).collect::<Vec<_>>()
+    };
+    let succeed = |arguments: Vec<String>| {
+        uft_tests::succeed(UFT, &arguments.iter().map(String::as_str).collect::<Vec<_>>())
+    };
+    let run = write_run(&dir, "");
+    succeed(train(&run, &[]));
+    let whole = finished(&dir.join("out"));
+
+    let (_guard, other) = temporary();
+    let run = write_run(&other, "");
+    let out = other.join("out");
+    let mut child = start(&train(&run, &[]));
+    wait_for(&mut child, &out, 3);
+    send(&child, libc::SIGTERM);
+    let output = child.wait_with_output().expect("the child ends");
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(143), "{stderr}");
+    assert!(stderr.contains("the state after step 3 is in"), "{stderr}");
+    let evaluations = std::fs::read(out.join("checkpoint-3/eval.jsonl")).expect("a log");
+    assert!(evaluations.is_empty(), "the evaluation after step 3 was not interrupted");
+    succeed(train(&run, &["--resume"]));
+    assert_recovered(&whole, &out, "SIGTERM in the evaluation");
 }

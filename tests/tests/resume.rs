@@ -119,6 +119,14 @@ fn a_step_that_is_not_finite_stops_with_its_rows_or_is_left_out() {
     for part in ["not finite", ".jsonl:", "checkpoint-"] {
         assert!(stderr.contains(part), "{stderr} does not say {part}");
     }
+    // A gradient that overflows though every log-prob is finite: of the step's rows only those of the
+    // micro-batch are named, here one.
+    let (_guard, dir) = temporary();
+    let run = write_run(&dir, "");
+    let heavy = ["--set", "data[pairs].weight=1e300", "--set", "train.micro_tokens=1"];
+    let stderr = fail(UFT, 6, &[&["train", &run][..], &heavy].concat());
+    assert!(stderr.contains("gradient is not finite after") && stderr.contains("checkpoint-0"));
+    assert!(stderr.contains("pairs.jsonl:") && stderr.matches(".jsonl:").count() == 1, "{stderr}");
     let (_guard, dir) = temporary();
     let run = write_run(&dir, "");
     // Every step after the first is left out; the held-out rows then have no finite log-prob either.
