@@ -1,5 +1,7 @@
 //! What the tests of this package share: running the command line, and the golden references.
 
+pub mod fuzz;
+
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};

@@ -1,7 +1,7 @@
 //! Training: the recipe, read from top to bottom. One loop serves every objective.
 
 pub mod checkpoint;
-mod identity;
+pub mod identity;
 pub mod logs;
 pub mod metrics;
 mod micro;
@@ -54,9 +54,7 @@ pub fn train(run: &mut Run, resume: bool) -> Result<Report> {
     signals::install()?;
     let before = snapshot(run, &stages[0])?;
     let mut restored = match &checkpoint {
-        Some(dir) => Some(checkpoint::restore(dir, run, |run, position| {
-            Optimizer::new(&stages[position.stage].train, &run.lora)
-        })?),
+        Some(dir) => Some(checkpoint::restore(dir, run)?),
         None => None,
     };
     let mut position = restored.as_ref().map_or(Position::default(), |r| r.position);
