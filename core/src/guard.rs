@@ -1,5 +1,5 @@
-//! Panics of plugin code: caught at the border, because unwinding must not cross it, and told in
-//! one line with the place where they happened.
+//! Panics of code that is not ours, plugins above all: caught at the border, because unwinding must
+//! not cross it, and told in one line with the place where they happened.
 
 use crate::fault::{Fault, FaultKind};
 use abi_stable::std_types::RResult;
@@ -25,7 +25,7 @@ pub fn guard<T>(name: &str, f: impl FnOnce() -> Result<T, Fault>) -> RResult<T, 
     }
 }
 
-/// Runs plugin code.
+/// Runs code that may panic.
 ///
 /// # Errors
 /// `panicked at file:line: message`; without the place if [`record_places`] was not called.

@@ -31,10 +31,11 @@ impl Config {
     /// # Errors
     /// As [`Config::load`].
     pub fn parse(text: &str, set: &[String]) -> Result<Self> {
+        // TOML's own types first: they end at 64 bits with a sign, as checkpoints write them.
+        let mut table: toml::Table = toml::from_str(text).map_err(|e| explain(&e, text))?;
         let config: Config = if set.is_empty() {
             toml::from_str(text).map_err(|e| explain(&e, text))?
         } else {
-            let mut table: toml::Table = toml::from_str(text).map_err(|e| explain(&e, text))?;
             for assignment in set {
                 overrides::apply(&mut table, assignment)?;
             }

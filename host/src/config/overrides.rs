@@ -4,6 +4,9 @@
 use crate::{Error, Result};
 use toml::{Table, Value};
 
+/// Most parts of a key; a plugin's parameters lie three deep and more.
+const DEEPEST: usize = 16;
+
 /// Applies one `key=value` to the parsed file.
 ///
 /// # Errors
@@ -15,6 +18,9 @@ pub fn apply(table: &mut Table, assignment: &str) -> Result<()> {
     let (last, path) = parts.split_last().expect("split gives at least one part");
     if parts.iter().any(|part| part.is_empty()) {
         return Err(wrong("an empty part in the key"));
+    }
+    if parts.len() > DEEPEST {
+        return Err(wrong(&format!("a key of more than {DEEPEST} parts")));
     }
     let mut here = table;
     for part in path {

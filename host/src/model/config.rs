@@ -34,6 +34,9 @@ impl Family {
     }
 }
 
+/// Far beyond any model: what every layer gets before the weights are looked at stays small.
+const MOST_LAYERS: usize = 4096;
+
 /// Shapes and switches of a decoder.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ModelConfig {
@@ -89,6 +92,9 @@ impl ModelConfig {
         let vocab = keys.positive("vocab_size")?;
         let hidden = keys.positive("hidden_size")?;
         let layers = keys.positive("num_hidden_layers")?;
+        if layers > MOST_LAYERS {
+            return Err(keys.refuse("num_hidden_layers", &format!("at most {MOST_LAYERS}")));
+        }
         let heads = heads(keys, family, hidden)?;
         let attention_bias = keys.bool("attention_bias")?.unwrap_or(false);
         // What a key means depends on the family: Mistral and Qwen2 have no switch for biases.

@@ -67,6 +67,11 @@ pub fn prepare_bytes(path: &Path, bytes: &[u8]) -> Result<Pending> {
     prepare(path, |file| file.write_all(bytes).map_err(|e| write_error(path, &e)))
 }
 
+/// Whether a name that stands in a file leads to no other folder.
+pub fn is_plain_name(name: &str) -> bool {
+    Path::new(name).file_name().is_some_and(|plain| plain == name)
+}
+
 /// As [`prepare`], matrices as a safetensors file of `f32`, as PEFT writes them.
 ///
 /// # Errors

@@ -95,8 +95,8 @@ pub struct Parameter<'a> {
 }
 
 impl LoraConfig {
-    /// The adapters that this configuration means, with A and B zero. `strict` as for
-    /// [`Targets::select`].
+    /// The adapters that this configuration means, with A and B still empty: how large they are is
+    /// only a claim until a file confirms it. `strict` as for [`Targets::select`].
     pub fn place(&self, model: &ModelConfig, strict: bool) -> Result<Vec<Adapter>> {
         let linears = self.targets.select(model, strict)?;
         if strict {
@@ -104,13 +104,20 @@ impl LoraConfig {
             self.rank_pattern.expect_used(&names).map_err(|e| e.at("[lora] rank_pattern"))?;
             self.alpha_pattern.expect_used(&names).map_err(|e| e.at("[lora] alpha_pattern"))?;
         }
-        linears.into_iter().map(|linear| self.adapter(linear)).collect()
+        let ranks = self.rank_pattern.of(&linears)?;
+        let alphas = self.alpha_pattern.of(&linears)?;
+        let places = linears.into_iter().zip(ranks.into_iter().zip(alphas));
+        places.map(|(linear, (rank, alpha))| self.adapter(linear, rank, alpha)).collect()
     }
 
-    fn adapter(&self, linear: LinearSite) -> Result<Adapter> {
+    fn adapter(
+        &self,
+        linear: LinearSite,
+        rank: Option<usize>,
+        alpha: Option<f64>,
+    ) -> Result<Adapter> {
         let LinearSite { name, site, inputs, outputs } = linear;
-        let rank = self.rank_pattern.get(&name)?.unwrap_or(self.rank);
-        let alpha = self.alpha_pattern.get(&name)?.unwrap_or(self.alpha);
+        let (rank, alpha) = (rank.unwrap_or(self.rank), alpha.unwrap_or(self.alpha));
         if rank == 0 || rank > 1 << 16 {
             return Err(Error::config(format!("rank {rank} of {name}: it must be 1 to 65536")));
         }
@@ -119,8 +126,7 @@ impl LoraConfig {
         }
         let r = rank as f64;
         let scale = if self.rslora { alpha / r.sqrt() } else { alpha / r } as f32;
-        let (a, b) = (vec![0.0; rank * inputs], vec![0.0; outputs * rank]);
-        Ok(Adapter { name, site, rank, inputs, outputs, scale, a, b })
+        Ok(Adapter { name, site, rank, inputs, outputs, scale, a: vec![], b: vec![] })
     }
 }
 
@@ -132,11 +138,13 @@ impl Lora {
         for adapter in &mut adapters {
             let mut random = random_for(seed, &adapter.name);
             let bound = 1.0 / (adapter.inputs as f32).sqrt();
-            for a in &mut adapter.a {
+            let mut uniform = || {
                 // 24 bits: every step between 0 and 1 that an f32 can hold.
                 let unit = (random.next_u32() >> 8) as f32 / (1 << 24) as f32;
-                *a = bound * (2.0 * unit - 1.0);
-            }
+                bound * (2.0 * unit - 1.0)
+            };
+            adapter.a = (0..adapter.rank * adapter.inputs).map(|_| uniform()).collect();
+            adapter.b = vec![0.0; adapter.outputs * adapter.rank];
         }
         Ok(Self::new(config.clone(), adapters, model.layers))
     }

@@ -164,7 +164,7 @@ pub fn load(dir: &Path, model: &ModelConfig) -> Result<Lora> {
                 model_error(&path, format!("{name} is missing, which {CONFIG} asks for"))
             })?;
             tensor.expect_shape(&shape)?;
-            tensor.copy_to_f32(values)?;
+            *values = tensor.to_f32()?;
             unread.remove(name.as_str());
         }
     }

@@ -1,5 +1,6 @@
 //! The safetensors files of a directory, memory-mapped: one file, or several with an index.
 
+use super::files::is_plain_name;
 use super::json::{Keys, model_error};
 use crate::{Error, ErrorKind, Result};
 use half::{bf16, f16};
@@ -121,7 +122,7 @@ impl Shards {
         let map = keys.object("weight_map")?.ok_or_else(|| keys.missing("weight_map"))?;
         let mut listed: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
         for (tensor, file) in map {
-            let name = file.as_str().filter(|name| is_plain_file_name(name));
+            let name = file.as_str().filter(|name| is_plain_name(name));
             let name = name.ok_or_else(|| {
                 model_error(index, format!("weight_map: {tensor}: {file} is not a file name"))
             })?;
@@ -181,10 +182,6 @@ impl Shards {
     pub fn file_of(&self, tensor: &Tensor) -> &Arc<TensorFile> {
         &self.files[self.places[tensor.name]]
     }
-}
-
-fn is_plain_file_name(name: &str) -> bool {
-    Path::new(name).file_name().is_some_and(|plain| plain == name)
 }
 
 impl Tensor<'_> {

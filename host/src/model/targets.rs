@@ -2,7 +2,7 @@
 
 use super::config::ModelConfig;
 use crate::{Error, Result};
-use regex::Regex;
+use regex::{Regex, RegexBuilder};
 
 /// The linear layers of a decoder block, in the order in which adapters are kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -178,14 +178,18 @@ impl<T> Default for Patterns<T> {
 }
 
 impl<T: Copy> Patterns<T> {
-    /// The value for a module, if any pattern matches its path or what it ends with after a dot.
-    pub fn get(&self, name: &str) -> Result<Option<T>> {
+    /// For each module its value, if any pattern matches its path or what it ends with after a dot.
+    pub fn of(&self, modules: &[LinearSite]) -> Result<Vec<Option<T>>> {
+        let mut values = vec![None; modules.len()];
         for (pattern, value) in &self.0 {
-            if suffix_regex(pattern)?.is_match(name) {
-                return Ok(Some(*value));
+            let regex = suffix_regex(pattern)?;
+            for (module, found) in modules.iter().zip(&mut values) {
+                if found.is_none() && regex.is_match(&module.name) {
+                    *found = Some(*value);
+                }
             }
         }
-        Ok(None)
+        Ok(values)
     }
 
     /// Makes sure that every pattern means one of the adapted modules.
@@ -209,9 +213,13 @@ fn suffix_regex(pattern: &str) -> Result<Regex> {
     whole(&format!(r"(?:.*\.)?(?:{pattern})"))
 }
 
+/// Most bytes of a compiled pattern. Those for module names need some thousand.
+const REGEX_SIZE: usize = 1 << 18;
+
 /// Python's `re.fullmatch`.
 fn whole(pattern: &str) -> Result<Regex> {
-    Regex::new(&format!(r"\A(?:{pattern})\z")).map_err(|e| {
+    let whole = format!(r"\A(?:{pattern})\z");
+    RegexBuilder::new(&whole).size_limit(REGEX_SIZE).build().map_err(|e| {
         Error::config(format!("{pattern:?} is not a regular expression that is supported: {e}"))
     })
 }

@@ -1,7 +1,7 @@
 //! Plugins: loaded by name or path, never by scanning; every fault is one line that names them.
 
 mod adapter;
-mod elf;
+pub mod elf;
 pub mod library;
 pub mod objective;
 

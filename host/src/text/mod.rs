@@ -11,11 +11,11 @@ mod mask;
 mod pieces;
 mod python;
 mod specials;
-mod template;
+pub mod template;
 mod templates;
 mod tokenizer;
 mod turns;
-mod values;
+pub mod values;
 
 pub use limits::{Limits, Reason, Refused};
 pub use mask::{Mask, MaskedToken};

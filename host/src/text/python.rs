@@ -6,14 +6,22 @@ use std::fmt::Write as _;
 
 /// Widest indent of `tojson`: what is written for it is not part of the template's fuel.
 const WIDEST_INDENT: usize = 16;
+/// Deepest nesting of a value that is written.
+const DEEPEST: usize = 100;
 
 /// Adds Python's ways to an environment.
 pub fn install(env: &mut Environment) {
     env.add_filter("tojson", tojson);
-    env.add_filter("string", |v: &Value| display(v));
-    env.set_formatter(|out, _, value| match value.as_str() {
+    env.add_filter("string", |state: &State, v: &Value| {
+        charge_all(state, v, 0)?;
+        Ok::<_, Error>(display(v))
+    });
+    env.set_formatter(|out, state, value| match value.as_str() {
         Some(text) => Ok(out.write_str(text)?),
-        None => Ok(out.write_str(&display(value))?),
+        None => {
+            charge_all(state, value, 0)?;
+            Ok(out.write_str(&display(value))?)
+        }
     });
     // In Python strings and mappings have a length and items too, but nothing iterates over None.
     use ValueKind::{Iterable, Map, Seq, String, Undefined};
@@ -70,8 +78,34 @@ fn method(state: &mut State, value: &Value, name: &str, args: &[Value]) -> Resul
     })
 }
 
+/// Pays for a value that is being written, without what it holds. Lists that hold the same list
+/// twice, sixty deep, are small until somebody writes them, so every time counts.
+fn charge(state: &State, value: &Value, depth: usize) -> Result<(), Error> {
+    if depth > DEEPEST {
+        return Err(invalid(format!("a value nested more than {DEEPEST} deep cannot be written")));
+    }
+    let bytes = value.as_str().map_or(0, str::len);
+    state.consume_fuel(1 + bytes as u64 / 64)
+}
+
+/// Pays for all that `str` of a value will write.
+fn charge_all(state: &State, value: &Value, depth: usize) -> Result<(), Error> {
+    charge(state, value, depth)?;
+    let map = value.kind() == ValueKind::Map;
+    // What has no length is written as `<iterator>`.
+    if map || value.len().is_some() && value.as_str().is_none() {
+        for item in value.try_iter()? {
+            charge_all(state, &item, depth + 1)?;
+            if map {
+                charge_all(state, &value.get_item(&item)?, depth + 1)?;
+            }
+        }
+    }
+    Ok(())
+}
+
 /// `json.dumps` with transformers' arguments: nothing escaped for HTML, no ASCII only.
-fn tojson(value: &Value, kwargs: Kwargs) -> Result<String, Error> {
+fn tojson(state: &State, value: &Value, kwargs: Kwargs) -> Result<String, Error> {
     let indent: Option<usize> = kwargs.get("indent")?;
     if indent.is_some_and(|width| width > WIDEST_INDENT) {
         return Err(invalid(format!("tojson: an indent of more than {WIDEST_INDENT}")));
@@ -85,13 +119,14 @@ fn tojson(value: &Value, kwargs: Kwargs) -> Result<String, Error> {
     let ascii = kwargs.get::<Option<bool>>("ensure_ascii")?.unwrap_or(false);
     let sort = kwargs.get::<Option<bool>>("sort_keys")?.unwrap_or(false);
     kwargs.assert_all_used()?;
-    let mut json = Json { out: String::new(), indent, item, key, ascii, sort };
+    let mut json = Json { state, out: String::new(), indent, item, key, ascii, sort };
     json.write(value, 0)?;
     Ok(json.out)
 }
 
 /// A JSON text being written, with `json.dumps`' options.
-struct Json {
+struct Json<'a> {
+    state: &'a State<'a, 'a>,
     out: String,
     indent: Option<usize>,
     item: String,
@@ -100,11 +135,9 @@ struct Json {
     sort: bool,
 }
 
-impl Json {
+impl Json<'_> {
     fn write(&mut self, value: &Value, depth: usize) -> Result<(), Error> {
-        if depth > 100 {
-            return Err(invalid("tojson: nested more than 100 deep"));
-        }
+        charge(self.state, value, depth)?;
         match value.kind() {
             ValueKind::None => self.out += "null",
             ValueKind::Bool => self.out += if value.is_true() { "true" } else { "false" },

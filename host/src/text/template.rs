@@ -9,8 +9,12 @@ use regex::Regex;
 use std::ops::Range;
 
 /// Work that one rendering may do, in instructions or 64 bytes of text. The longest conversations
-/// need some hundred thousand; a template that does not end is stopped after a second or two.
-const FUEL: u64 = 20_000_000;
+/// need some hundred thousand; a template that does not end is stopped within a second and after
+/// 128 MB of text.
+const FUEL: u64 = 2_000_000;
+/// Stack of a rendering, of which only what is used takes memory. A list that a loop wraps into a new
+/// list every time gets as deep as the fuel lasts, and goes down to its end when it is dropped.
+const STACK: usize = 512 << 20;
 /// Depth of macros within macros.
 const RECURSION: usize = 200;
 /// Name of the template in its environment.
@@ -33,6 +37,8 @@ pub struct Template {
     origin: String,
     has_generation: bool,
     uses_clock: bool,
+    /// Whether it can carry a value from one turn of a loop to the next.
+    nests: bool,
 }
 
 /// What a template wrote.
@@ -59,9 +65,10 @@ impl Template {
             format!("{{%{}{}set __uft = 0 %}}{mark}{{% {scope}{}{}%}}", &c[1], &c[2], &c[4], &c[5])
         });
         let uses_clock = source.contains("strftime_now");
+        let nests = source.contains("namespace");
         let mut env = environment(now);
         env.add_template_owned(NAME, source.into_owned()).map_err(|e| explain(&origin, &e))?;
-        Ok(Self { env, origin, has_generation, uses_clock })
+        Ok(Self { env, origin, has_generation, uses_clock, nests })
     }
 
     /// Whether the template marks what the assistant says with `{% generation %}`.
@@ -89,8 +96,11 @@ impl Template {
             ("add_generation_prompt".to_owned(), Value::from(add_generation_prompt)),
         ];
         let context = Value::from_pairs(variables.iter().cloned().chain(own));
-        let fail = |e| explain(&self.origin, &e);
-        let text = self.env.get_template(NAME).and_then(|t| t.render(context)).map_err(fail)?;
+        let render = || {
+            let text = self.env.get_template(NAME).and_then(|t| t.render(context));
+            text.map_err(|e| explain(&self.origin, &e))
+        };
+        let text = if self.nests { with_stack(render)? } else { render()? };
         if !self.has_generation {
             return Ok(Rendered { text, generation: Vec::new() });
         }
@@ -101,6 +111,15 @@ impl Template {
             ))
         })
     }
+}
+
+/// Runs a rendering on a stack of [`STACK`].
+fn with_stack(render: impl FnOnce() -> Result<String> + Send) -> Result<String> {
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new().stack_size(STACK).spawn_scoped(scope, render);
+        let thread = thread.map_err(|e| Error::other(format!("no thread for a template: {e}")))?;
+        thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
 }
 
 /// The environment that transformers compiles chat templates in, with bounds on time and memory.

@@ -3,9 +3,11 @@
 use super::pieces::Pieces;
 use super::specials::Specials;
 use crate::{Error, Result};
+use std::collections::HashMap;
 use std::ops::Range;
 use std::path::Path;
 use tokenizers::AddedToken;
+use uft_core::guard::{catch, record_places};
 
 /// A tokenizer with the special tokens of its model directory.
 pub struct Tokenizer {
@@ -14,8 +16,10 @@ pub struct Tokenizer {
     /// Ids that the tokenizer itself puts in front of and behind a text: usually BOS and nothing.
     prefix: Vec<u32>,
     suffix: Vec<u32>,
-    /// By id.
-    entries: Vec<Entry>,
+    /// One more than the highest id.
+    vocab_size: usize,
+    /// The added tokens by id. Ids are a file's word, so nothing is as long as the highest of them.
+    added: HashMap<u32, Entry>,
 }
 
 /// What is known of a token beside its text.
@@ -48,16 +52,20 @@ impl Tokenizer {
         if !path.exists() {
             return Err(Error::data(missing(dir)));
         }
-        let inner = tokenizers::Tokenizer::from_file(&path)
-            .map_err(|e| Error::data(format!("{}: {e}", path.display())))?;
-        Self::new(inner, specials).map_err(|e| e.at(path.display()))
+        let load = || tokenizers::Tokenizer::from_file(&path);
+        let made = sound(load).and_then(|inner| Self::new(inner, specials));
+        made.map_err(|e| e.at(path.display()))
     }
 
     /// Wraps a tokenizer.
     ///
     /// # Errors
     /// A BOS or EOS token that the tokenizer does not know; added tokens that have no place in it.
-    pub fn new(mut inner: tokenizers::Tokenizer, specials: &Specials) -> Result<Self> {
+    pub fn new(inner: tokenizers::Tokenizer, specials: &Specials) -> Result<Self> {
+        sound(|| Ok(Self::prepare(inner, specials)))?
+    }
+
+    fn prepare(mut inner: tokenizers::Tokenizer, specials: &Specials) -> Result<Self> {
         // A file may carry the truncation and padding of somebody's last call.
         inner.with_truncation(None).map_err(failed)?;
         inner.with_padding(None);
@@ -88,22 +96,21 @@ impl Tokenizer {
             suffix = id("eos_token").filter(|_| add).into_iter().collect();
         }
 
-        let size = inner.get_vocab(true).values().max().map_or(0, |id| *id as usize + 1);
-        let mut entries = vec![Entry::default(); size];
-        for (id, token) in inner.get_added_tokens_decoder() {
-            entries[id as usize] = Entry {
-                added: true,
-                special: token.special,
-                anchor: !token.normalized && !token.single_word,
-            };
-        }
+        let vocab_size = inner.get_vocab(true).values().max().map_or(0, |id| *id as usize + 1);
+        let entry = |token: AddedToken| Entry {
+            added: true,
+            special: token.special,
+            anchor: !token.normalized && !token.single_word,
+        };
+        let decoder = inner.get_added_tokens_decoder().into_iter();
+        let added = decoder.map(|(id, token)| (id, entry(token))).collect();
         let pieces = Pieces::of(inner.get_decoder());
-        Ok(Self { inner, pieces, prefix, suffix, entries })
+        Ok(Self { inner, pieces, prefix, suffix, vocab_size, added })
     }
 
     /// One more than the highest token id.
     pub fn vocab_size(&self) -> usize {
-        self.entries.len()
+        self.vocab_size
     }
 
     /// Whether an id is a special token.
@@ -112,7 +119,7 @@ impl Tokenizer {
     }
 
     fn entry(&self, id: u32) -> Entry {
-        self.entries.get(id as usize).copied().unwrap_or_default()
+        self.added.get(&id).copied().unwrap_or_default()
     }
 
     /// Id of a token by its text.
@@ -135,7 +142,7 @@ impl Tokenizer {
     /// # Errors
     /// Whatever the tokenizer refuses.
     pub fn ids(&self, text: &str) -> Result<Vec<u32>> {
-        Ok(self.inner.encode_fast(text, false).map_err(failed)?.get_ids().to_vec())
+        Ok(sound(|| self.inner.encode_fast(text, false))?.get_ids().to_vec())
     }
 
     /// A text with its tokens, nothing added.
@@ -154,7 +161,7 @@ impl Tokenizer {
     pub fn extend(&self, known: &Encoded, text: String) -> Result<Encoded> {
         let common = if text.starts_with(&known.text) { known.text.len() } else { 0 };
         let (kept, start) = self.anchor_before(known, common);
-        let encoding = self.inner.encode(&text[start..], false).map_err(failed)?;
+        let encoding = sound(|| self.inner.encode(&text[start..], false))?;
         let mut ids = known.ids[..kept].to_vec();
         let mut spans = known.spans[..kept].to_vec();
         ids.extend_from_slice(encoding.get_ids());
@@ -184,7 +191,7 @@ impl Tokenizer {
     /// # Errors
     /// Whatever the tokenizer's decoder refuses.
     pub fn decode(&self, ids: &[u32], skip_special: bool) -> Result<String> {
-        self.inner.decode(ids, skip_special).map_err(failed)
+        sound(|| self.inner.decode(ids, skip_special))
     }
 
     /// The bytes that a token stands for; not always whole characters. Empty for an unknown id.
@@ -218,7 +225,7 @@ fn add_missing(inner: &mut tokenizers::Tokenizer, added: &[(u32, AddedToken)]) -
 fn around(inner: &tokenizers::Tokenizer) -> Result<(Vec<u32>, Vec<u32>)> {
     let plain = inner.encode_fast("a", false).map_err(failed)?.get_ids().to_vec();
     let full = inner.encode_fast("a", true).map_err(failed)?.get_ids().to_vec();
-    let start = (0..=full.len() - plain.len())
+    let start = (0..=full.len().saturating_sub(plain.len()))
         .find(|i| full[*i..].starts_with(&plain))
         .ok_or_else(|| Error::data("its post-processor does not only add tokens around a text"))?;
     Ok((full[..start].to_vec(), full[start + plain.len()..].to_vec()))
@@ -237,6 +244,13 @@ fn missing(dir: &Path) -> String {
         ),
         None => format!("{}: there is no tokenizer.json", dir.display()),
     }
+}
+
+/// Calls the tokenizers library, which panics on some files where it should refuse them.
+fn sound<T>(call: impl FnOnce() -> tokenizers::Result<T>) -> Result<T> {
+    record_places();
+    let damaged = |what| Error::data(format!("the tokenizer {what}; its file is damaged"));
+    catch(call).map_err(damaged)?.map_err(failed)
 }
 
 fn failed(error: tokenizers::Error) -> Error {

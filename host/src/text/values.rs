@@ -2,7 +2,7 @@
 
 use super::template::{END, START};
 use crate::{Error, Result};
-use minijinja::Value;
+pub use minijinja::Value;
 use serde_json::{Map, Value as Json};
 use uft_core::Message;
 

@@ -7,7 +7,7 @@
 use super::identity::Identity;
 use super::logs::Logs;
 use super::optimizer::Optimizer;
-use super::setup::Run;
+use super::setup::{Run, Stage};
 use crate::model::files::{self, write_bytes, write_error};
 use crate::model::{Lora, peft};
 use crate::{Error, Result};
@@ -52,6 +52,20 @@ struct State {
     identity: Identity,
     /// Saved state of every source's objective.
     objectives: BTreeMap<String, Vec<u8>>,
+}
+
+impl State {
+    /// The stage that the run is in. None if the run has no such position: it would be replayed for
+    /// ever, or count past what a number holds.
+    fn stage(&self, run: &Run) -> Option<Stage> {
+        let Position { stage, step, steps, tokens, seconds } = self.position;
+        let mut stages = run.stages();
+        let before: u64 = stages.get(..stage)?.iter().map(|s| s.steps(&run.sources)).sum();
+        let here = stages.get(stage)?.steps(&run.sources);
+        let counted = step <= here && steps == before + step && self.updates <= step;
+        let sound = tokens <= u64::MAX / 2 && seconds.is_finite();
+        (counted && sound).then(|| stages.swap_remove(stage))
+    }
 }
 
 #[derive(Serialize, Deserialize)]
@@ -203,24 +217,22 @@ pub fn expect(dir: &Path, identity: &Identity) -> Result<()> {
     identity.expect(&state(dir)?.identity).map_err(|e| e.at(dir.display()))
 }
 
-/// Puts a whole checkpoint's adapter and plugin state into the run; `optimizer` is
-/// a new one for the checkpoint's stage.
+/// Puts a whole checkpoint's adapter and plugin state into the run.
 ///
 /// # Errors
-/// If the checkpoint lacks something of the run (see [`expect`]).
-pub fn restore(
-    dir: &Path,
-    run: &mut Run,
-    optimizer: impl FnOnce(&Run, &Position) -> Optimizer,
-) -> Result<Restored> {
+/// If the checkpoint lacks something of the run (see [`expect`]), or stands where the run never does.
+pub fn restore(dir: &Path, run: &mut Run) -> Result<Restored> {
     let state = state(dir)?;
+    let stage = state.stage(run).ok_or_else(|| {
+        Error::other(format!("{}: {STATE}: the run has no such position", dir.display()))
+    })?;
     let reference_file = dir.join(REFERENCE);
     let reference = match reference_file.exists() {
         true => Some(with_tensors(run.lora.clone(), &read(&reference_file)?)?),
         false => None,
     };
     run.lora = with_tensors(run.lora.clone(), &read(&dir.join(ADAPTER))?)?;
-    let mut optimizer = optimizer(run, &state.position);
+    let mut optimizer = Optimizer::new(&stage.train, &run.lora);
     optimizer.restore(&run.lora, &read(&dir.join(OPTIMIZER))?, state.updates)?;
     for source in &mut run.sources {
         if let Some(saved) = state.objectives.get(&source.name) {
@@ -240,10 +252,17 @@ pub fn verify(dir: &Path) -> std::result::Result<(), String> {
     let manifest: Manifest =
         serde_json::from_slice(&bytes).map_err(|e| format!("{MANIFEST} is damaged: {e}"))?;
     for (name, (size, hash)) in &manifest.files {
-        let bytes = fs::read(dir.join(name)).map_err(|e| format!("{name} cannot be read: {e}"))?;
-        if bytes.len() as u64 != *size {
-            return Err(format!("{name} has {} bytes instead of {size}", bytes.len()));
+        if !files::is_plain_name(name) {
+            return Err(format!("{MANIFEST} is damaged: {name:?} is not a file name"));
         }
+        let path = dir.join(name);
+        let unreadable = |e: std::io::Error| format!("{name} cannot be read: {e}");
+        // Before anything is read: a wrong file may be far larger.
+        let length = fs::metadata(&path).map_err(unreadable)?.len();
+        if length != *size {
+            return Err(format!("{name} has {length} bytes instead of {size}"));
+        }
+        let bytes = fs::read(&path).map_err(unreadable)?;
         if blake3::hash(&bytes).to_hex().as_str() != hash {
             return Err(format!("{name} is damaged: its hash differs"));
         }

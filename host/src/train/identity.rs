@@ -1,6 +1,7 @@
 //! What a run was computed from, so that a checkpoint goes on with nothing else.
 
 use super::setup::Run;
+use crate::config::Config;
 use crate::data::Example;
 use crate::{Error, Result};
 use serde::{Deserialize, Serialize};
@@ -58,7 +59,7 @@ impl Identity {
             data,
             plugins,
             threads: rayon::current_num_threads(),
-            config: settings(run),
+            config: settings(&run.config),
         })
     }
 
@@ -137,7 +138,7 @@ fn examples(examples: &[Example]) -> String {
 }
 
 /// Every configuration key that has a part in the numbers, as `section.key` = its TOML.
-fn settings(run: &Run) -> BTreeMap<String, String> {
+pub fn settings(config: &Config) -> BTreeMap<String, String> {
     // Places may move: what stands there is compared by hash, or is only written.
     // What decides how much memory is used changes no bit.
     const PLACES: [&str; 10] = [
@@ -152,7 +153,7 @@ fn settings(run: &Run) -> BTreeMap<String, String> {
         "model.adapter",
         "model.path",
     ];
-    let table = toml::Table::try_from(&run.config).expect("a configuration is TOML");
+    let table = toml::Table::try_from(config).expect("a configuration is TOML");
     let mut out = BTreeMap::new();
     for (section, value) in
         table.iter().filter(|(section, _)| *section != "eval" && *section != "plugins")

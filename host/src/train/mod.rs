@@ -1,7 +1,7 @@
 //! Training: the recipe, read from top to bottom. One loop serves every objective.
 
 pub mod checkpoint;
-mod identity;
+pub mod identity;
 pub mod logs;
 pub mod memory;
 pub mod metrics;
@@ -61,9 +61,7 @@ pub fn train(run: &mut Run, resume: bool) -> Result<Report> {
     base.verify(&run.model, None, &run.sources)?;
     let before = snapshot(run, &stages[0], &mut base)?;
     let restored = match &checkpoint {
-        Some(dir) => Some(checkpoint::restore(dir, run, |run, position| {
-            Optimizer::new(&stages[position.stage].train, &run.lora)
-        })?),
+        Some(dir) => Some(checkpoint::restore(dir, run)?),
         None => None,
     };
     if let Some(dir) = &checkpoint {

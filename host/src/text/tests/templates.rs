@@ -160,6 +160,27 @@ fn a_template_that_does_not_end_is_stopped() {
     let doubling = "{% set ns = namespace(s='xxxxxxxx') %}{% for i in range(999) %}{% set ns.s = ns.s + ns.s %}{% endfor %}";
     let message = render(doubling, &[]).unwrap_err().message;
     assert!(message.contains("does not come to an end"), "{message}");
+    let nested = |turns: usize, wrapped: &str, last: &str| {
+        format!(
+            "{{% set ns = namespace(x=['x']) %}}{{% for i in range(9) %}}{{% for j in range({turns}) %}}\
+             {{% set ns.x = {wrapped} %}}{{% endfor %}}{{% endfor %}}{last}"
+        )
+    };
+    for last in ["{{ ns.x }}", "{{ ns.x | string }}", "{{ ns.x | tojson }}"] {
+        for wrapped in ["[ns.x]", "{'a': ns.x}"] {
+            let message = render(&nested(9999, wrapped, last), &[]).unwrap_err().message;
+            assert!(message.contains("nested more than 100 deep"), "{message}");
+        }
+        let message = render(&nested(7, "[ns.x, ns.x]", last), &[]).unwrap_err().message;
+        assert!(message.contains("does not come to an end"), "{message}");
+    }
+    assert_eq!(
+        render(&nested(9999, "[ns.x]", "{{ ns.x == [ns.x] }}"), &[]).as_deref(),
+        Ok("False")
+    );
+    let repeated = "{% set x = [1, 'y'] * 9999 %}{% for i in range(9999) %}{% set y = x | tojson %}{% endfor %}";
+    let message = render(repeated, &[]).unwrap_err().message;
+    assert!(message.contains("does not come to an end"), "{message}");
     assert!(render("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", &[]).is_err());
     assert!(render("{% include '/etc/passwd' %}", &[]).is_err());
     let message = render("{{ [1] | tojson(indent=3000000000) }}", &[]).unwrap_err().message;
