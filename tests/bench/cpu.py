@@ -13,7 +13,6 @@ share of the machine's rate of f32 matrix products, counting only operations tha
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,7 @@ import time
 from pathlib import Path
 
 from flops import Model, needed
+from process import finish
 
 LORA = 'rank = 16\nalpha = 32\ntargets = "all-linear"'
 # task: data file, column names of the responses, rows per step, adapter, objective, TRL's and the loop's configuration
@@ -62,13 +62,15 @@ def run_uft(a, model, task, groups, work, extra=""):
                    f'epochs = 2\nbatch = {batch}\nlr = 1e-4\nschedule = "constant"\nwarmup = 0.0\nshuffle = false\nmax_length = 1024\n'
                    f'threads = {a.threads}\nmicro_tokens = {a.micro_tokens}\n{extra}\n')
     log, metrics = work / "stderr", out / "metrics.jsonl"
-    started = time.monotonic()
+    started, first = time.monotonic(), []
+
+    def look():
+        if not first and metrics.exists() and metrics.stat().st_size:
+            first.append(time.monotonic() - started)
+
     with log.open("wb") as stderr:
         child = subprocess.Popen([a.uft, "train", str(run)], stdout=subprocess.DEVNULL, stderr=stderr, env={**os.environ, "RUST_LOG": "error"})
-        while child.poll() is None and not (metrics.exists() and metrics.stat().st_size):
-            time.sleep(0.002)
-        first = time.monotonic() - started
-        peak = child_peak(child)
+        peak = finish(child, look)
     if child.returncode:
         sys.exit(f"uft: {log.read_text()}")
     steps = [json.loads(line) for line in metrics.read_text().splitlines()]
@@ -77,16 +79,7 @@ def run_uft(a, model, task, groups, work, extra=""):
     tokens = 2 * sum(lengths) - sum(lengths[:batch])
     operations = sum(needed(Model(a.base / "models" / model), task, groups, 2)[batch:])
     return dict(rate=tokens / sum(seconds[1:]), flops=operations / sum(seconds[1:]), step=sum(seconds[1:]) / (len(seconds) - 1),
-                start=first - seconds[0], peak=peak, loss=steps[0]["loss"])
-
-
-def child_peak(child):
-    """Waits for it and gives its peak memory in MB."""
-    if child.returncode is None:
-        _, status, usage = os.wait4(child.pid, 0)
-        child.returncode = os.waitstatus_to_exitcode(status)
-        return usage.ru_maxrss / 1024
-    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+                start=first[0] - seconds[0], peak=peak, loss=steps[0]["loss"])
 
 
 def ceiling(a):

@@ -107,7 +107,7 @@ fn read(args: &ScoreArgs, adapter: &Adapter, text: &Text, vocab: usize) -> Resul
     let mut out = Vec::new();
     for (row, record) in rows::read(std::slice::from_ref(&args.data))?.iter().enumerate() {
         let mut first_response = 0;
-        for sample in adapter.adapt(&record.text).map_err(|e| e.at(&record.origin))? {
+        for sample in adapter.adapt(record.text()).map_err(|e| e.at(&record.origin))? {
             let groups = text.encode_sample(&sample, &limits);
             for group in groups.map_err(|why| Error::data(why.detail).at(&record.origin))? {
                 in_vocabulary(&group, vocab).map_err(|e| e.at(&record.origin))?;

@@ -2,12 +2,23 @@
 
 use crate::group::Origin;
 use crate::{Error, Result};
+use std::ops::Range;
 use std::sync::Arc;
 
 /// One record of a data file, uninterpreted.
 pub struct Row {
     pub origin: Origin,
-    pub text: String,
+    /// The whole file, in memory once for all of its rows.
+    file: Arc<String>,
+    /// Where in it the record stands.
+    range: Range<usize>,
+}
+
+impl Row {
+    /// The record as it stands in its file.
+    pub fn text(&self) -> &str {
+        &self.file[self.range.clone()]
+    }
 }
 
 /// The records of some JSONL files in order. Empty lines are no records.
@@ -28,11 +39,16 @@ pub fn read(files: &[String]) -> Result<Vec<Row>> {
         })?;
         let name: Arc<str> = file.as_str().into();
         // A byte order mark is no part of the first record.
-        let lines = text.strip_prefix('\u{feff}').unwrap_or(&text).lines().enumerate();
-        rows.extend(lines.filter(|(_, line)| !line.trim().is_empty()).map(|(index, line)| Row {
-            origin: Origin { file: name.clone(), line: index + 1 },
-            text: line.to_owned(),
-        }));
+        let mut start = if text.starts_with('\u{feff}') { '\u{feff}'.len_utf8() } else { 0 };
+        let file = Arc::new(text);
+        for (index, line) in file[start..].split_inclusive('\n').enumerate() {
+            let range = start..start + line.trim_end().len();
+            start += line.len();
+            if !range.is_empty() {
+                let origin = Origin { file: name.clone(), line: index + 1 };
+                rows.push(Row { origin, file: file.clone(), range });
+            }
+        }
     }
     if rows.is_empty() && !files.is_empty() {
         return Err(Error::data(format!("{}: no records", files.join(", "))));

@@ -218,7 +218,7 @@ impl Loader<'_> {
         row: &Row,
         limits: &Limits,
     ) -> Result<(Vec<Group>, Vec<(Option<Reason>, String)>)> {
-        let samples = match self.adapter.adapt(&row.text) {
+        let samples = match self.adapter.adapt(row.text()) {
             Ok(samples) => samples,
             Err(e) if e.kind == crate::ErrorKind::Data => {
                 return Ok((vec![], vec![(None, e.message)]));
@@ -239,13 +239,14 @@ impl Loader<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::sync::Arc;
 
     #[test]
     fn held_out_rows_are_spread_evenly() {
-        let file: Arc<str> = "f".into();
-        let row = |line| Row { origin: Origin { file: file.clone(), line }, text: String::new() };
-        let mut rows: Vec<Row> = (1..=10).map(row).collect();
+        let path = std::env::temp_dir().join(format!("uft-rows-{}.jsonl", std::process::id()));
+        std::fs::write(&path, "\u{feff}{}\n".to_owned() + &" {} \r\n".repeat(9)).unwrap();
+        let mut rows = rows::read(&[path.display().to_string()]).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        assert!(rows.len() == 10 && rows.iter().all(|row| row.text().trim() == "{}"));
         let held: Vec<usize> = hold_out(&mut rows, 0.3).iter().map(|r| r.origin.line).collect();
         assert_eq!(held, [4, 7, 10]);
         assert_eq!(rows.len(), 7);
