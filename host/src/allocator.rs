@@ -42,12 +42,12 @@ unsafe impl GlobalAlloc for OrExit {
 }
 
 fn or_exit(pointer: *mut u8, bytes: usize) -> *mut u8 {
-    if pointer.is_null() { exit(bytes) } else { pointer }
+    if pointer.is_null() { out_of_memory(bytes) } else { pointer }
 }
 
-/// Says so and ends the process without asking for memory again.
+/// Says that so many bytes are not to be had, and ends the process without asking for memory again.
 #[cold]
-fn exit(bytes: usize) -> ! {
+pub fn out_of_memory(bytes: usize) -> ! {
     static SAID: AtomicBool = AtomicBool::new(false);
     while SAID.swap(true, Ordering::SeqCst) {
         // Another thread is at it.

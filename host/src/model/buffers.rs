@@ -5,6 +5,7 @@
 //! After the first pass over the largest batch nothing is allocated or zeroed any more, and smaller
 //! batches lie in the same memory.
 
+use crate::allocator;
 use memmap2::{MmapMut, MmapOptions};
 use std::ops::{Deref, DerefMut, Range};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -86,9 +87,6 @@ impl Pool {
     }
 
     /// `len` elements with anything in them: every op overwrites its outputs.
-    ///
-    /// # Panics
-    /// If the system has no more memory.
     pub fn take(&self, len: usize) -> Buffer {
         let units = len.div_ceil(UNIT).max(1);
         let (segment, range, start) = self.arena().take(units);
@@ -189,8 +187,7 @@ impl Segment {
 
 fn map(bytes: usize) -> MmapMut {
     let memory = MmapOptions::new().len(bytes).no_reserve_swap().map_anon();
-    let memory =
-        memory.unwrap_or_else(|e| panic!("{} MiB of memory cannot be had: {e}", bytes >> 20));
+    let memory = memory.unwrap_or_else(|_| allocator::out_of_memory(bytes));
     // A system without large pages does as well, only a little slower.
     #[cfg(target_os = "linux")]
     let _ = memory.advise(memmap2::Advice::HugePage);
