@@ -4,7 +4,7 @@
 //! tests/preload makes the calls fail. By default a sample of them does; `UFT_FAULTS=all` takes
 //! every one.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::Mutex;
@@ -147,6 +147,37 @@ fn every_write_may_fail_once() {
     });
     let (writes, faults) = (calls.len(), cases.len());
     println!("{faults} faults of {writes} calls; exit codes: {:?}", codes.into_inner());
+}
+
+/// A power cut undoes what is not synced: before a file or a checkpoint gets its name, all of it must
+/// be on the disk, and afterwards the folder that holds the name.
+#[test]
+fn what_has_its_name_is_on_the_disk() {
+    let (_guard, dir) = temporary();
+    let mut unsynced = BTreeSet::new();
+    let mut named = 0;
+    for (call, path) in calls(&dir) {
+        let (folder, name) = path.rsplit_once('/').unwrap_or(("", ""));
+        match call.as_str() {
+            "open64" | "write" => drop(unsynced.insert(path)),
+            "fsync" => drop(unsynced.remove(&path)),
+            "mkdir" => drop(unsynced.insert(folder.to_owned())),
+            "rename" if !name.ends_with(".removed") => {
+                let partial = format!("{folder}/.{name}.partial");
+                let early = unsynced.iter().find(|path| path.starts_with(&partial));
+                assert!(early.is_none(), "{early:?} is not synced when it becomes {path}");
+                unsynced.insert(folder.to_owned());
+                named += 1;
+            }
+            // Removals may come undone.
+            "rename" | "unlink" | "unlinkat" | "rmdir" => {}
+            _ => panic!("{call} {path}: another way to write"),
+        }
+    }
+    // A file before it was renamed is not there any more; of the logs a checkpoint holds a copy.
+    unsynced.retain(|path| dir.join("out").join(path.trim_start_matches('/')).exists());
+    assert_eq!(Vec::from_iter(&unsynced), ["/eval.jsonl", "/metrics.jsonl"]);
+    assert!(named > 40, "{named} files and folders got their names");
 }
 
 #[test]

@@ -1,8 +1,9 @@
 //! Checkpoints: `checkpoint-N` in transformers' layout, whole or not there.
 //!
 //! Everything is written into a hidden folder and synced, the manifest with every file's size and
-//! hash last, and the folder is renamed into place. One that goes is hidden first, too. What a checkpoint does not hold is made again
-//! from the configuration: random numbers are counter-based, and the order of rows is replayed.
+//! hash last, and the folder is renamed into place; one that goes is hidden first, too. What a
+//! checkpoint does not hold is made again from the configuration: random numbers are counter-based,
+//! and the order of rows is replayed.
 
 use super::identity::Identity;
 use super::logs::Logs;
