@@ -96,7 +96,7 @@ pub struct Tape<'p> {
 /// What a forward pass leaves of one block.
 #[derive(Debug)]
 enum Kept {
-    Tape(LayerTape),
+    Tape(Box<LayerTape>),
     /// `[T, H]`: the block is computed again on the way back.
     Input(Buffer),
 }
@@ -150,7 +150,7 @@ impl Model {
             0 if layers.len() < self.options.recomputed_layers => {
                 layers.push(Kept::Input(tape.into_input()));
             }
-            0 => layers.push(Kept::Tape(tape)),
+            0 => layers.push(Kept::Tape(Box::new(tape))),
             _ => below -= 1,
         });
         let Top { needed, last, inv_rms, hidden } = top;
@@ -235,7 +235,7 @@ impl Model {
             let needed = pruned.filter(|_| layer.index + 1 == self.layers.len());
             let input_needed = layer.index > lowest || !self.options.skipped_gradients;
             let tape = match kept {
-                Kept::Tape(tape) => tape,
+                Kept::Tape(tape) => *tape,
                 Kept::Input(x) => layer.again(x, &packed.layout, needed, lora, self.context()),
             };
             let below = layer.backward(
