@@ -125,6 +125,11 @@ impl Model {
         self.pool.reserve(bytes);
     }
 
+    /// Most bytes of activations so far.
+    pub fn activations(&self) -> usize {
+        self.pool.high_water()
+    }
+
     /// The log-prob of every target, `[M]`, without what a way back would need. The same bits as
     /// [`Self::forward`] gives, and with adapters whose B is zero the same bits as without any.
     pub fn logps(&self, packed: &Packed, lora: Option<&Lora>) -> Vec<f32> {
