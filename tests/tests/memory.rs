@@ -124,3 +124,42 @@ fn a_resumed_run_may_compute_layers_again() {
     let message = String::from_utf8_lossy(&uft(UFT, &other).stderr).into_owned();
     assert!(message.contains("train.without"), "{message}");
 }
+
+/// Every kind of pass: mismatched completions, evaluation, answers, several stages.
+#[test]
+fn no_pass_takes_more_than_was_planned() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let run = write_run(dir.path());
+    let text = std::fs::read_to_string(&run).expect("the run is there");
+    let more = format!(
+        r#"
+[[data]]
+name = "labels"
+files = ["{labels}"]
+eval_fraction = 0.25
+adapter = "labels"
+objective = {{ plugin = "kto", beta = 0.1 }}
+[eval]
+samples = 2
+sample_tokens = 5
+[[stage]]
+name = "one"
+data = ["pairs"]
+reference = "base"
+[[stage]]
+name = "two"
+data = ["labels", "pairs"]
+reference = "previous"
+"#,
+        labels = golden("data/labels.jsonl").display(),
+    );
+    std::fs::write(&run, text + &more).expect("the run is written");
+    for set in
+        ["train.micro_tokens=100", "train.recompute=all", "train.without=[\"shared-prompts\"]"]
+    {
+        let out = format!("train.output={}", dir.path().join(set.replace('"', "")).display());
+        let output = uft(UFT, &["train", &run, "--set", set, "--set", &out]);
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success() && stderr.is_empty(), "{set}: {stderr}");
+    }
+}

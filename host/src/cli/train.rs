@@ -34,5 +34,9 @@ pub fn run(args: &TrainArgs) -> Result<()> {
     log::info!("adapter: {} parameters to train", run.lora.parameters());
     log::info!("{}", run.memory.table());
     let report = train::train(&mut run, args.resume)?;
+    let (took, planned) = (run.model.activations(), run.memory.activations);
+    if took > planned {
+        log::warn!("activations took {took} bytes, {planned} were planned; this is a bug of uft");
+    }
     print(&format!("{}\n", report.render()))
 }

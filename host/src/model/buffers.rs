@@ -16,7 +16,7 @@ const UNIT: usize = 16;
 const SEGMENT: usize = 1 << 20;
 
 /// Memory for buffers. A clone is the same pool.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Pool {
     arena: Arc<Mutex<Arena>>,
 }
@@ -55,12 +55,6 @@ struct Segment {
     high: usize,
     /// Free ranges below `top`, rising; neither neighbours of each other nor of `top`.
     holes: Vec<Range<usize>>,
-}
-
-impl Default for Pool {
-    fn default() -> Self {
-        Self { arena: Arc::default() }
-    }
 }
 
 impl Pool {

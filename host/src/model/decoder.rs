@@ -99,7 +99,7 @@ pub struct Tape<'p> {
 /// What a forward pass leaves of one block.
 #[derive(Debug)]
 enum Kept {
-    Tape(LayerTape),
+    Tape(Box<LayerTape>),
     /// `[T, H]`: the block is computed again on the way back.
     Input(Buffer),
 }
@@ -126,6 +126,11 @@ impl Model {
     /// Sets addresses aside for so many bytes of activations, so that they lie in one piece.
     pub fn reserve(&self, bytes: usize) {
         self.pool.reserve(bytes);
+    }
+
+    /// Most bytes of activations so far.
+    pub fn activations(&self) -> usize {
+        self.pool.high_water()
     }
 
     /// The log-prob of every target, `[M]`, without what a way back would need. The same bits as
@@ -159,7 +164,7 @@ impl Model {
             0 if layers.len() < self.options.recomputed_layers => {
                 layers.push(Kept::Input(tape.into_input()));
             }
-            0 => layers.push(Kept::Tape(tape)),
+            0 => layers.push(Kept::Tape(Box::new(tape))),
             _ => below -= 1,
         })?;
         let Top { needed, last, inv_rms, hidden } = top;
@@ -255,7 +260,7 @@ impl Model {
             let needed = pruned.filter(|_| layer.index + 1 == self.layers.len());
             let input_needed = layer.index > lowest || !self.options.skipped_gradients;
             let tape = match kept {
-                Kept::Tape(tape) => tape,
+                Kept::Tape(tape) => *tape,
                 Kept::Input(x) => layer.again(x, &packed.layout, needed, lora, self.context()),
             };
             let below = layer.backward(
