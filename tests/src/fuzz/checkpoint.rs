@@ -11,7 +11,7 @@ use uft::config::Config;
 use uft::train::identity::Identity;
 use uft::train::logs::Logs;
 use uft::train::setup::Run;
-use uft::train::{checkpoint, train};
+use uft::train::{checkpoint, checkpoint::Position, train};
 
 pub const TARGET: Target = Target { name: "checkpoint", run, seeds, tokens: &TOKENS };
 
@@ -105,6 +105,12 @@ fn configuration(output: &Path) -> Config {
 }
 
 fn run(input: &[u8]) {
+    // Whether it is refused is not the question here.
+    let _ = resume(input);
+}
+
+/// The position that a checkpoint gives back.
+fn resume(input: &[u8]) -> uft::Result<Position> {
     let (saved, files) = &*SAVED;
     let mut saved = saved.lock().expect("no earlier input has panicked");
     let Saved { run, identity } = &mut *saved;
@@ -115,8 +121,8 @@ fn run(input: &[u8]) {
 
     let _ = checkpoint::newest(output.path());
     let _ = checkpoint::expect(&dir, identity);
-    let _ = checkpoint::restore(&dir, run);
     let _ = Logs::open(output.path(), Some(&dir)).and_then(|logs| logs.history());
+    Ok(checkpoint::restore(&dir, run)?.position)
 }
 
 fn seeds() -> Vec<Vec<u8>> {
@@ -132,4 +138,22 @@ fn seeds() -> Vec<Vec<u8>> {
     let manifest = r#"{"files": {"/dev/zero": [1, ""], "../../../../etc/passwd": [1, ""]}}"#;
     seeds.push(files.seed("manifest.json", manifest));
     seeds
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_position_that_the_run_never_has_is_refused() {
+        let whole = resume(&seeds()[0]).expect("the checkpoint as it was saved");
+        assert_eq!((whole.stage, whole.step, whole.steps), (0, 2, 2));
+        let changed = |seed: &Vec<u8>| String::from_utf8_lossy(seed).contains(NUMBERS[5]);
+        let refused: Vec<_> = seeds().into_iter().filter(changed).map(|s| resume(&s)).collect();
+        assert_eq!(refused.len(), 4);
+        for result in refused {
+            let message = result.expect_err("no run goes so far").message;
+            assert!(message.contains("the run has no such position"), "{message}");
+        }
+    }
 }
