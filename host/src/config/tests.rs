@@ -87,6 +87,10 @@ fn what_types_cannot_say_is_checked() {
             .contains("[[data]] number 1: name is missing")
     );
     assert!(refused(WHOLE, &["train.batch=0"]).contains("batch must be at least 1"));
+    let seed = format!("{WHOLE}[eval]\nevery = 18446744073709551615\n");
+    assert!(refused(&seed, &[]).contains("(`every = 18446744073709551615`)"));
+    let deep = format!("{}=1", ["a"; 17].join("."));
+    assert!(refused(WHOLE, &[&deep]).contains("a key of more than 16 parts"));
     let twice = format!(
         "{WHOLE}[[data]]\nname = \"rated\"\nfiles = [\"a\"]\nadapter = \"a\"\nobjective = \"b\"\n"
     );

@@ -88,13 +88,7 @@ impl Cache {
         let hash = *hasher.finalize().as_bytes();
         let name = blake3::Hash::from_bytes(hash).to_hex();
         let path = dir.join(format!("{}.logps", &name[..32]));
-        let store = Store::open(&path, &hash).map_err(|e| {
-            Error::other(format!(
-                "{}: {e}; [train] reference_cache can name another directory",
-                path.display()
-            ))
-        })?;
-        Ok(ReferenceLogps(Kept::File(store)))
+        ReferenceLogps::open(&path, &hash)
     }
 }
 
@@ -150,6 +144,18 @@ impl ReferenceLogps {
     /// Keeps them as long as it lives.
     pub fn in_memory() -> Self {
         Self(Kept::Memory(HashMap::new()))
+    }
+
+    /// What the file of a reference with this hash holds; a file that is not there is made.
+    ///
+    /// # Errors
+    /// If it cannot be read or written.
+    pub fn open(path: &Path, hash: &[u8; 32]) -> Result<Self> {
+        let store = Store::open(path, hash).map_err(|e| {
+            let path = path.display();
+            Error::other(format!("{path}: {e}; [train] reference_cache can name another directory"))
+        })?;
+        Ok(Self(Kept::File(store)))
     }
 
     /// Keeps nothing: every pass computes what it needs.

@@ -10,8 +10,9 @@ use std::sync::{LazyLock, Mutex};
 use uft::config::Config;
 use uft::train::identity::Identity;
 use uft::train::logs::Logs;
+use uft::train::reference::ReferenceLogps;
 use uft::train::setup::Run;
-use uft::train::{checkpoint, train};
+use uft::train::{checkpoint, checkpoint::Position, train};
 
 pub const TARGET: Target = Target { name: "checkpoint", run, seeds, tokens: &TOKENS };
 
@@ -42,6 +43,9 @@ const TOKENS: [&str; 24] = [
     "\n{",
 ];
 
+/// Reference log-probs, which a run goes on with as it does with its checkpoint.
+const LOGPS: &str = "reference.logps";
+
 /// The name of the checkpoint that the run below leaves.
 const NAME: &str = "checkpoint-2";
 
@@ -65,14 +69,17 @@ static SAVED: LazyLock<(Mutex<Saved>, Directory)> = LazyLock::new(|| {
         "manifest.json",
         "optimizer.safetensors",
         "adapter_model.safetensors",
-        "reference_logps.safetensors",
         "metrics.jsonl",
         "eval.jsonl",
         "adapter_config.json",
         "trainer_state.json",
         "README.md",
     ];
-    (Mutex::new(Saved { run, identity }), Directory(files.map(file).to_vec()))
+    let mut files = files.map(file).to_vec();
+    let cache = std::fs::read_dir(dir.path().join("reference")).expect("a cache");
+    let logps = cache.flatten().next().expect("a reference").path();
+    files.push((LOGPS, std::fs::read(logps).expect("reference log-probs")));
+    (Mutex::new(Saved { run, identity }), Directory(files))
 });
 
 fn configuration(output: &Path) -> Config {
@@ -92,19 +99,26 @@ fn configuration(output: &Path) -> Config {
         adapter = "preferences"
         objective = "una-pairwise"
         [train]
-        output = "{}"
+        output = "{output}"
+        reference_cache = "{output}/reference"
         steps = 2
         batch = 1
         save_every = 2
         "#,
         model.display(),
         rows.display(),
-        output.display()
+        output = output.display()
     );
     Config::parse(&text, &[]).expect("a valid configuration")
 }
 
 fn run(input: &[u8]) {
+    // Whether it is refused is not the question here.
+    let _ = resume(input);
+}
+
+/// The position that a checkpoint gives back.
+fn resume(input: &[u8]) -> uft::Result<Position> {
     let (saved, files) = &*SAVED;
     let mut saved = saved.lock().expect("no earlier input has panicked");
     let Saved { run, identity } = &mut *saved;
@@ -115,8 +129,11 @@ fn run(input: &[u8]) {
 
     let _ = checkpoint::newest(output.path());
     let _ = checkpoint::expect(&dir, identity);
-    let _ = checkpoint::restore(&dir, run);
+    let (_, logps) = files.0.iter().find(|(name, _)| *name == LOGPS).expect("it is there");
+    let hash = logps[8..40].try_into().expect("a file begins with its reference's hash");
+    let _ = ReferenceLogps::open(&dir.join(LOGPS), hash);
     let _ = Logs::open(output.path(), Some(&dir)).and_then(|logs| logs.history());
+    Ok(checkpoint::restore(&dir, run)?.position)
 }
 
 fn seeds() -> Vec<Vec<u8>> {
@@ -132,4 +149,22 @@ fn seeds() -> Vec<Vec<u8>> {
     let manifest = r#"{"files": {"/dev/zero": [1, ""], "../../../../etc/passwd": [1, ""]}}"#;
     seeds.push(files.seed("manifest.json", manifest));
     seeds
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_position_that_the_run_never_has_is_refused() {
+        let whole = resume(&seeds()[0]).expect("the checkpoint as it was saved");
+        assert_eq!((whole.stage, whole.step, whole.steps), (0, 2, 2));
+        let changed = |seed: &Vec<u8>| String::from_utf8_lossy(seed).contains(NUMBERS[5]);
+        let refused: Vec<_> = seeds().into_iter().filter(changed).map(|s| resume(&s)).collect();
+        assert_eq!(refused.len(), 4);
+        for result in refused {
+            let message = result.expect_err("no run goes so far").message;
+            assert!(message.contains("the run has no such position"), "{message}");
+        }
+    }
 }

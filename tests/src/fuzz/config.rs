@@ -49,5 +49,6 @@ fn seeds() -> Vec<Vec<u8>> {
         with("\n--set train.lr=3e-5\n--set data[demonstrations].weight=2\n--set stage[0].steps=10"),
         with("\n--set data[0].objective.beta = { a = [1, nan], b = 1979-05-27 }"),
         with(&deep),
+        with("\n[eval]\nevery = 18446744073709551615\n"),
     ]
 }
