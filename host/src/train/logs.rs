@@ -108,9 +108,17 @@ fn read(dir: &Path, name: &str) -> Result<Vec<u8>> {
         .map_err(|e| Error::other(format!("{}: cannot be read: {e}", path.display())))
 }
 
-/// The lines of a log.
+/// The lines of a log, each of which has its step.
 fn objects(bytes: &[u8]) -> Result<Vec<Map<String, Value>>> {
-    let lines = bytes.split(|b| *b == b'\n').filter(|line| !line.is_empty());
-    let damaged = |e| Error::other(format!("a line of the log files is damaged: {e}"));
-    lines.map(|line| serde_json::from_slice(line).map_err(damaged)).collect()
+    let damaged = |why: &dyn std::fmt::Display| {
+        Error::other(format!("a line of the log files is damaged: {why}"))
+    };
+    let object = |line: &[u8]| {
+        let line: Map<String, Value> = serde_json::from_slice(line).map_err(|e| damaged(&e))?;
+        match line.get("step").is_some_and(Value::is_u64) {
+            true => Ok(line),
+            false => Err(damaged(&"it has no step")),
+        }
+    };
+    bytes.split(|b| *b == b'\n').filter(|line| !line.is_empty()).map(object).collect()
 }
