@@ -58,7 +58,7 @@ pub fn out_of_memory(bytes: usize) -> ! {
     let _ = writeln!(
         rest,
         "error: out of memory: {bytes} bytes more are not to be had; lower micro_tokens or max_length \
-         of [train], or use a machine with more; checkpoints are whole, --resume goes on from them"
+         of [train], or use a machine with more; a run's checkpoints are whole, train --resume goes on from them"
     );
     let unused = rest.len();
     // Not std::io::stderr, whose lock another thread, or this one, may hold.

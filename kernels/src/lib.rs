@@ -28,17 +28,3 @@ mod math;
 mod parallel;
 #[cfg(test)]
 mod testing;
-
-/// What the arithmetic was compiled for, as far as it decides a result's last bits.
-pub fn instruction_set() -> &'static str {
-    #[cfg(target_arch = "x86_64")]
-    {
-        if is_x86_feature_detected!("avx512f") {
-            return "x86-64 avx512f";
-        }
-        if is_x86_feature_detected!("fma") {
-            return "x86-64 fma";
-        }
-    }
-    std::env::consts::ARCH
-}

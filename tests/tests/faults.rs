@@ -157,6 +157,10 @@ fn what_has_its_name_is_on_the_disk() {
     let mut unsynced = BTreeSet::new();
     let mut named = 0;
     for (call, path) in calls(&dir) {
+        // A record of reference log-probs has its own hash, and can be computed again.
+        if path.ends_with(".logps") {
+            continue;
+        }
         let (folder, name) = path.rsplit_once('/').unwrap_or(("", ""));
         match call.as_str() {
             "open64" | "write" => drop(unsynced.insert(path)),

@@ -150,7 +150,7 @@ fn a_second_signal_ends_it_at_once_and_leaves_whole_files() {
     let run = write_run(&dir, "");
     succeed(UFT, &["train", &run]);
     let whole = finished(&dir.join("out"));
-    for (steps, second, code) in [(2, libc::SIGINT, 130), (10, libc::SIGTERM, 143)] {
+    for (steps, second, code) in [(2, libc::SIGINT, 130), (6, libc::SIGTERM, 143)] {
         let (_guard, other) = temporary();
         let run = write_run(&other, "");
         let out = other.join("out");
@@ -160,8 +160,8 @@ fn a_second_signal_ends_it_at_once_and_leaves_whole_files() {
         send(&child, libc::SIGINT);
         send(&child, second);
         let status = child.wait().expect("the child ends");
-        // The run may be over, or the two come together as one.
-        let codes = [Some(code), Some(130), Some(0)];
+        // The two may come together as one, or the first one's work be done before the second comes.
+        let codes = [Some(code), Some(130)];
         assert!(codes.contains(&status.code()), "{status}");
         assert_whole(&out, "two signals");
         succeed(UFT, &["train", &run, "--resume"]);

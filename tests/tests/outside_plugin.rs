@@ -79,8 +79,7 @@ fn run(folder: &Path, line: &str) -> String {
             cargo
         }
         Some("uft") => {
-            let mut uft = Command::new(UFT);
-            uft.args(words);
+            let mut uft = uft_tests::command(UFT, &words.collect::<Vec<_>>());
             if line.starts_with("uft train ") {
                 uft.args(["--set", "train.steps=2"]);
             }

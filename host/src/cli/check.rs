@@ -100,6 +100,7 @@ fn first_step(run: &mut Run, stage: &Stage) -> Result<String> {
         without: &stage.train.without,
         mixing: stage.train.mixing,
         at: At { number: 0, steps: stage.steps(&run.sources), training: false },
+        steps_repeat: false,
         identical,
     };
     let outcome = pass.run(

@@ -35,6 +35,7 @@ pub fn run(args: &GradArgs) -> Result<()> {
         without: &stage.train.without,
         mixing: stage.train.mixing,
         at: At { number: 0, steps: stage.steps(&run.sources), training: true },
+        steps_repeat: false,
         identical: run.identical(stage.train.reference),
     };
     let outcome = pass.run(

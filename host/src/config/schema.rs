@@ -153,7 +153,8 @@ section! {
         /// Switches gains off, to measure them: "packing" (several groups in a micro-batch), "shared-prompts"
         /// (a prompt computed once for all of its responses), "fused-log-probs" (log-probs without all
         /// logits in memory), "skipped-gradients" (what no adapter needs left out), "reference-cache"
-        /// (reference log-probs kept for later epochs). Numbers change in their last bits.
+        /// (reference log-probs kept for epochs, stages and runs). Numbers change in their last bits, so with any of
+        /// them reference log-probs are kept for the run alone.
         without: Vec<Gain> = vec![],
     }
 }

@@ -71,7 +71,7 @@ words! {
         FusedLogProbs,
         /// Gradients that no adapter needs left out.
         SkippedGradients,
-        /// Reference log-probs kept for later epochs.
+        /// Reference log-probs kept for later epochs, stages and runs.
         ReferenceCache,
     }
 }

@@ -6,7 +6,7 @@
 //! batches lie in the same memory.
 
 use crate::allocator;
-use memmap2::{MmapMut, MmapOptions};
+use memmap2::{MmapOptions, MmapRaw};
 use std::ops::{Deref, DerefMut, Range};
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -47,7 +47,7 @@ struct Arena {
 #[derive(Debug)]
 struct Segment {
     /// None in a pool that only counts.
-    memory: Option<MmapMut>,
+    memory: Option<MmapRaw>,
     len: usize,
     /// Everything from here on is free.
     top: usize,
@@ -125,9 +125,9 @@ impl Arena {
                 (segment, self.segments[segment].take_top(units))
             }
         };
-        let memory = self.segments[segment].memory.as_mut();
+        let memory = self.segments[segment].memory.as_ref();
         let start = memory.map_or(std::ptr::null_mut(), |memory| {
-            memory[range.start * UNIT * size_of::<f32>()..].as_mut_ptr().cast()
+            memory.as_mut_ptr().cast::<f32>().wrapping_add(range.start * UNIT)
         });
         (segment, range, start)
     }
@@ -142,7 +142,7 @@ impl Arena {
 }
 
 impl Segment {
-    fn new(memory: Option<MmapMut>, len: usize) -> Self {
+    fn new(memory: Option<MmapRaw>, len: usize) -> Self {
         Self { memory, len, top: 0, high: 0, holes: Vec::new() }
     }
 
@@ -179,13 +179,13 @@ impl Segment {
     }
 }
 
-fn map(bytes: usize) -> MmapMut {
+fn map(bytes: usize) -> MmapRaw {
     let memory = MmapOptions::new().len(bytes).no_reserve_swap().map_anon();
     let memory = memory.unwrap_or_else(|_| allocator::out_of_memory(bytes));
     // A system without large pages does as well, only a little slower.
     #[cfg(target_os = "linux")]
     let _ = memory.advise(memmap2::Advice::HugePage);
-    memory
+    memory.into()
 }
 
 impl Drop for Buffer {

@@ -199,24 +199,18 @@ impl Tensor<'_> {
     }
 
     /// The elements, widened; each dtype's values are exact in `f32`.
-    pub fn to_f32(self) -> Result<Vec<f32>> {
-        let mut values = vec![0.0; self.shape.iter().product()];
-        self.copy_to_f32(&mut values)?;
-        Ok(values)
-    }
-
-    /// Widens the elements into `values`, one for each.
     ///
     /// # Errors
     /// As [`Self::expect_finite`].
-    pub fn copy_to_f32(&self, values: &mut [f32]) -> Result<()> {
+    pub fn to_f32(self) -> Result<Vec<f32>> {
         self.expect_finite()?;
+        let mut values = vec![0.0; self.shape.iter().product()];
         match self.dtype {
-            Dtype::F16 => widen(self.bytes, values, |b| f16::from_le_bytes(b).to_f32()),
-            Dtype::BF16 => widen(self.bytes, values, |b| bf16::from_le_bytes(b).to_f32()),
-            _ => widen(self.bytes, values, f32::from_le_bytes),
+            Dtype::F16 => widen(self.bytes, &mut values, |b| f16::from_le_bytes(b).to_f32()),
+            Dtype::BF16 => widen(self.bytes, &mut values, |b| bf16::from_le_bytes(b).to_f32()),
+            _ => widen(self.bytes, &mut values, f32::from_le_bytes),
         }
-        Ok(())
+        Ok(values)
     }
 
     /// Reads all elements and makes sure that each is a number: NaN and infinity would make every

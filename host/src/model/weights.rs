@@ -134,8 +134,12 @@ impl<'a> Reader<'a> {
             }
             let Some(tensor) = self.shards.tensor(name) else { continue };
             if model.config.tied && *name == "lm_head.weight" {
-                let embedding = self.shards.tensor(EMBEDDING).map(|embedding| embedding.to_f32());
-                if embedding.transpose()? == Some(tensor.to_f32()?) {
+                let Some(embedding) = self.shards.tensor(EMBEDDING) else { continue };
+                let same = match embedding.dtype == tensor.dtype {
+                    true => embedding.bytes == tensor.bytes,
+                    false => embedding.to_f32()? == tensor.to_f32()?,
+                };
+                if same {
                     continue;
                 }
                 return Err(tensor.error(format!(

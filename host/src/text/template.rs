@@ -1,7 +1,7 @@
 //! Chat templates: messages to text, as transformers' `apply_chat_template` renders them.
 
 use super::{clock, python};
-use crate::{Error, Result};
+use crate::{Error, Result, allocator};
 use minijinja::{
     AutoEscape, Environment, ErrorKind, UndefinedBehavior, Value, syntax::SyntaxConfig,
 };
@@ -117,7 +117,7 @@ impl Template {
 fn with_stack(render: impl FnOnce() -> Result<String> + Send) -> Result<String> {
     std::thread::scope(|scope| {
         let thread = std::thread::Builder::new().stack_size(STACK).spawn_scoped(scope, render);
-        let thread = thread.map_err(|e| Error::other(format!("no thread for a template: {e}")))?;
+        let thread = thread.unwrap_or_else(|_| allocator::out_of_memory(STACK));
         thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     })
 }

@@ -164,7 +164,11 @@ fn place(partial: &Path, target: &Path) -> Result<()> {
 /// Removes what an end in the middle of saving or removing a checkpoint left.
 pub fn clean(output: &Path) {
     let entries = fs::read_dir(output).into_iter().flatten().flatten();
-    let hidden = entries.filter(|entry| entry.file_name().to_string_lossy().starts_with(HIDDEN));
+    let ours = |name: &str| {
+        let number = name.strip_prefix(HIDDEN)?.split_once('.')?.0;
+        (!number.is_empty() && number.bytes().all(|b| b.is_ascii_digit())).then_some(())
+    };
+    let hidden = entries.filter(|entry| ours(&entry.file_name().to_string_lossy()).is_some());
     for path in hidden.map(|entry| entry.path()) {
         if let Err(e) = fs::remove_dir_all(&path) {
             log::warn!("{}: cannot be removed: {e}", path.display());

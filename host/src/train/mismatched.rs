@@ -55,22 +55,22 @@ fn responses(group: &Group) -> Vec<(Vec<u32>, Vec<u32>)> {
     group.branches.iter().flat_map(of_branch).collect()
 }
 
-/// `log pi - log pi_ref` of every group's completion, in nats; no gradient.
+/// `log pi - log pi_ref` of every group's completion, in nats, with the reference's log-probs given; no
+/// gradient.
 ///
 /// # Errors
 /// If a signal arrives.
-pub fn log_ratios(pass: &Pass<'_>, groups: &[Group]) -> Result<Vec<f64>> {
+pub fn log_ratios(pass: &Pass, groups: &[Group], ref_logps: &[Box<[f32]>]) -> Result<Vec<f64>> {
     let loads: Vec<usize> = groups.iter().map(Group::rows).collect();
     let mut ratios = vec![0.0; groups.len()];
     for batch in micro::split(&loads, pass.micro_tokens, pass.without) {
         let packed = pass.pack(&batch.iter().map(|&g| &groups[g]).collect::<Vec<_>>());
         let policy = pass.model.logps(&packed, Some(pass.policy))?;
-        let reference = pass.model.logps(&packed, pass.reference)?;
         let mut start = 0;
         for g in batch {
             let tokens = groups[g].branches[0].tokens.len();
             let range = start..start + tokens;
-            let difference = policy[range.clone()].iter().zip(&reference[range]);
+            let difference = policy[range].iter().zip(&ref_logps[g]);
             ratios[g] = difference.map(|(p, r)| f64::from(*p) - f64::from(*r)).sum();
             start += tokens;
         }

@@ -12,6 +12,7 @@ pub mod pass;
 pub mod plan;
 mod progress;
 pub mod reference;
+mod reference_pass;
 pub mod report;
 pub mod schedule;
 pub mod setup;
@@ -55,7 +56,7 @@ pub fn train(run: &mut Run, resume: bool) -> Result<Report> {
     checkpoint::clean(&output);
     let stages = run.stages();
 
-    let cache = Cache::of(&run.config, &identity)?;
+    let cache = Cache::of(run, &identity)?;
     // Of the base model, which is most stages' reference.
     let mut base = cache.open(None)?;
     base.verify(&run.model, None, &run.sources)?;
@@ -101,11 +102,7 @@ fn run_stages(
             }
         };
         let mut other = match &reference {
-            Some(adapter) => {
-                let mut known = cache.open(Some(adapter))?;
-                known.verify(&run.model, Some(adapter), &run.sources)?;
-                Some(known)
-            }
+            Some(adapter) => Some(cache.open(Some(adapter))?),
             None => None,
         };
         let known = other.as_mut().unwrap_or(base);
@@ -180,6 +177,9 @@ impl Running<'_> {
         let mut grads = LoraGrads::zeros(&run.lora);
         let mut progress = Progress::new(self.stage.name.as_deref(), position.step, steps);
 
+        if let Err(why) = self.known.verify(&run.model, self.reference.as_ref(), &run.sources) {
+            return Err(self.leave(run, position, logs, why));
+        }
         loop {
             // First, because an interrupted run may have done a step and not what was due after it.
             if let Err(why) = self.between_steps(run, position, steps, logs, &progress) {
@@ -245,6 +245,7 @@ impl Running<'_> {
             without: &settings.without,
             mixing: settings.mixing,
             at: At { number: position.step, steps, training: true },
+            steps_repeat: !settings.shuffle,
             identical: position.step == 0 && run.identical(settings.reference),
         };
         let known = &mut *self.known;
@@ -408,6 +409,7 @@ fn evaluate(
         without: &stage.train.without,
         mixing: stage.train.mixing,
         at: At { number, steps, training: false },
+        steps_repeat: true,
         identical: false,
     };
     pass.run(&mut run.sources, Rows::HeldOut, &items, known, None)

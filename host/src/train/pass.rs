@@ -2,13 +2,13 @@
 //! evaluation, `grad` and `check` all go through here.
 
 use super::metrics::Metrics;
-use super::micro;
 use super::mismatched;
 use super::optimizer;
 use super::plan::{At, Plan, Planned, Rows};
 use super::reference::ReferenceLogps;
+use super::reference_pass::{self, Wanted};
 use crate::config::{Gain, Mixing};
-use crate::data::{Item, Source};
+use crate::data::{Example, Item, Source};
 use crate::group::Group;
 use crate::model::{Lora, LoraGrads, Model, Packed};
 use crate::{Error, Result};
@@ -28,6 +28,9 @@ pub struct Pass<'a> {
     pub without: &'a [Gain],
     pub mixing: Mixing,
     pub at: At,
+    /// Rows that meet in this step meet again in a later one, so what is computed of them together is worth
+    /// keeping.
+    pub steps_repeat: bool,
     /// Policy and reference are the same function, so every log-ratio must be exactly 0; anything
     /// else is a fault of ours and stops the run.
     pub identical: bool,
@@ -46,7 +49,8 @@ pub struct Outcome {
 }
 
 impl Pass<'_> {
-    /// Goes over `items`, with reference log-probs from `known`, which gets those that it lacks; with `grads`, adds the gradient of the loss to it.
+    /// Goes over `items`, with reference log-probs from `known`, which gets those that it lacks; with
+    /// `grads`, adds the gradient of the loss to it.
     ///
     /// # Errors
     /// If an objective fails, anything is not finite, or a signal arrives; `grads` is then of no use.
@@ -59,8 +63,14 @@ impl Pass<'_> {
         mut grads: Option<&mut LoraGrads>,
     ) -> Result<Outcome> {
         let mut plan = Plan::new(sources, rows, items, self.micro_tokens, self.without);
-        self.reference_logps(sources, rows, &mut plan, known)?;
-        let statistics = self.statistics(sources, rows, &plan)?;
+        let mismatched: Vec<Vec<Group>> = (0..sources.len())
+            .map(|index| match sources[index].objective.needs(Needs::MISMATCHED) {
+                true => mismatched::groups(&sources[index], index, rows, &plan),
+                false => Vec::new(),
+            })
+            .collect();
+        let ref_logps = self.reference_logps(sources, rows, &mut plan, &mismatched, known)?;
+        let statistics = self.statistics(sources, rows, &plan, &mismatched, &ref_logps)?;
         for source in plan.sources() {
             let step = statistics.step(&plan, source, self.at);
             let Source { objective, name, .. } = &mut sources[source];
@@ -105,47 +115,41 @@ impl Pass<'_> {
         }
     }
 
-    /// Gives the plan its reference log-probs: known ones, and what is lacking computed.
+    /// The reference log-probs of the plan's groups, which get them, and of every source's mismatched ones:
+    /// a row's own next to those with its prompt.
     fn reference_logps(
         &self,
         sources: &[Source],
         rows: Rows,
         plan: &mut Plan,
+        mismatched: &[Vec<Group>],
         known: &mut ReferenceLogps,
-    ) -> Result<()> {
-        let group_of = |g: &Planned| &sources[g.item.source].rows(rows)[g.item.row].group;
-        let mut lacking = Vec::new();
-        for (index, planned) in plan.groups.iter_mut().enumerate() {
-            if sources[planned.item.source].needs_reference() {
-                planned.ref_logps = known.get(group_of(planned))?;
-                if planned.ref_logps.is_none() {
-                    lacking.push(index);
-                }
+    ) -> Result<Vec<Vec<Box<[f32]>>>> {
+        let (mut wanted, mut of) = (Vec::new(), Vec::new());
+        let mut left: Vec<_> = mismatched.iter().map(|groups| groups.iter()).collect();
+        for (index, planned) in plan.groups.iter().enumerate() {
+            let source = planned.item.source;
+            if !sources[source].needs_reference() {
+                continue;
+            }
+            let Example { group, origin } = &sources[source].rows(rows)[planned.item.row];
+            wanted.push(Wanted { group, origin, again: true });
+            of.push((source, Some(index)));
+            for group in left[source].by_ref().take(planned.segments.len()) {
+                wanted.push(Wanted { group, origin, again: self.steps_repeat });
+                of.push((source, None));
             }
         }
-        let copies = self.without.contains(&Gain::SharedPrompts);
-        let load = |&g: &usize| match copies {
-            true => group_of(&plan.groups[g]).rows_alone(),
-            false => plan.groups[g].rows,
-        };
-        let loads: Vec<usize> = lacking.iter().map(load).collect();
-        for members in micro::split(&loads, self.micro_tokens, self.without) {
-            let batch: Vec<usize> = members.into_iter().map(|member| lacking[member]).collect();
-            let packed = self.pack(&groups(sources, rows, plan, &batch));
-            let logps = self.model.logps(&packed, self.reference)?;
-            finite(&logps, "reference", sources, rows, plan, &batch)?;
-            let mut rest = logps.as_slice();
-            let mut computed = Vec::with_capacity(batch.len());
-            for &g in &batch {
-                let planned = &mut plan.groups[g];
-                let (own, after) = rest.split_at(planned.tokens);
-                planned.ref_logps = Some(own.into());
-                computed.push((group_of(planned), own));
-                rest = after;
+        let mut of_mismatched = vec![Vec::new(); sources.len()];
+        for (logps, (source, own)) in
+            reference_pass::logps(self, &wanted, known)?.into_iter().zip(of)
+        {
+            match own {
+                Some(index) => plan.groups[index].ref_logps = Some(logps),
+                None => of_mismatched[source].push(logps),
             }
-            known.insert(&computed)?;
         }
-        Ok(())
+        Ok(of_mismatched)
     }
 
     /// Evaluates every objective of a micro-batch; the gradient comes back in the order of `logps`.
@@ -168,7 +172,8 @@ impl Pass<'_> {
             if self.identical && source.needs_reference() && logps[tokens.clone()] != ref_logps[..]
             {
                 return Err(Error::other(format!(
-                    "source `{}`: the adapter is new, yet policy and reference differ; this is a bug of uft",
+                    "source `{}`: the adapter is new, yet policy and reference differ; remove the files in [train] \
+                     reference_cache and try again; if it stays so, this is a bug of uft",
                     source.name
                 )));
             }
@@ -212,7 +217,14 @@ impl Pass<'_> {
     }
 
     /// What objectives need of the whole step before their first batch.
-    fn statistics(&self, sources: &[Source], rows: Rows, plan: &Plan) -> Result<Statistics> {
+    fn statistics(
+        &self,
+        sources: &[Source],
+        rows: Rows,
+        plan: &Plan,
+        mismatched: &[Vec<Group>],
+        ref_logps: &[Vec<Box<[f32]>>],
+    ) -> Result<Statistics> {
         let mut statistics = Statistics {
             log_ratios: vec![Vec::new(); sources.len()],
             mismatched: vec![Vec::new(); sources.len()],
@@ -220,8 +232,7 @@ impl Pass<'_> {
         for index in plan.sources() {
             let source = &sources[index];
             if source.objective.needs(Needs::MISMATCHED) {
-                let groups = mismatched::groups(source, index, rows, plan);
-                let ratios = mismatched::log_ratios(self, &groups)?;
+                let ratios = mismatched::log_ratios(self, &mismatched[index], &ref_logps[index])?;
                 let examples = source.rows(rows);
                 // One per response, in the order of the plan.
                 let own = plan.groups.iter().filter(|g| g.item.source == index);
@@ -343,14 +354,19 @@ fn finite(
     let mut start = 0;
     let mut bad = Vec::new();
     for &g in batch {
-        let group = &plan.groups[g];
-        if logps[start..start + group.tokens].iter().any(|p| !p.is_finite()) {
-            bad.push(group.item);
+        let Planned { item, tokens, .. } = &plan.groups[g];
+        if logps[start..start + tokens].iter().any(|p| !p.is_finite()) {
+            bad.push(sources[item.source].rows(rows)[item.row].origin.to_string());
         }
-        start += group.tokens;
+        start += tokens;
     }
-    Err(Error::non_finite(format!(
+    Err(not_finite(whose, &bad))
+}
+
+/// Log-probs of some rows that are no numbers.
+pub(super) fn not_finite(whose: &str, places: &[String]) -> Error {
+    Error::non_finite(format!(
         "log-probs of the {whose} are not finite in {}; is the model whole, is the learning rate too high?",
-        places(sources, rows, &bad)
-    )))
+        places.join(", ")
+    ))
 }

@@ -7,7 +7,6 @@ mod runs;
 mod sound;
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use tempfile::TempDir;
 use uft_tests::golden;
 
@@ -39,10 +38,7 @@ fn library(name: &str) -> PathBuf {
 /// Runs the command line, expects the exit code, and gives the single line on stderr without
 /// `error: `.
 fn refused(code: i32, arguments: &[&str]) -> String {
-    let mut command = Command::new(UFT);
-    // With RUST_BACKTRACE a panic of a plugin is printed in full before the line.
-    command.args(arguments).env("RUST_LOG", "warn").env_remove("RUST_BACKTRACE");
-    let output = command.output().expect("the binary under test runs");
+    let output = uft_tests::uft(UFT, arguments);
     let stderr = String::from_utf8(output.stderr).expect("text");
     assert_eq!(output.status.code(), Some(code), "uft {}: {stderr}", arguments.join(" "));
     let line = stderr.trim_end().strip_prefix("error: ").map(str::to_owned);

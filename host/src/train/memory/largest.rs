@@ -10,6 +10,9 @@ use crate::model::memory::Size;
 use rayon::prelude::*;
 use uft_core::Needs;
 
+/// Steps that are drawn beforehand; a longer run's are bounded.
+const DRAWN: u64 = 100_000;
+
 /// Micro-batches, without those that are smaller than another in every way.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Largest {
@@ -59,14 +62,21 @@ impl Largest {
         for stage in stages {
             let without = &stage.train.without;
             let mut order = stage.order(sources);
-            for _ in 0..stage.steps(sources) {
+            let (steps, longest) = (stage.steps(sources), longest(sources, sizes));
+            let mut most = 0;
+            for _ in 0..steps.min(DRAWN) {
                 let items = order.batch(stage.train.batch);
-                for size in
-                    micro_batches(sources, Rows::Train, &items, sizes, micro_tokens, without)
-                {
-                    keep(&mut largest.steps, size);
-                }
+                let sizes =
+                    micro_batches(sources, Rows::Train, &items, sizes, micro_tokens, without);
+                most = most.max(sizes.iter().map(|size| size.rows).sum());
+                sizes.into_iter().for_each(|size| keep(&mut largest.steps, size));
             }
+            if steps > DRAWN {
+                most = stage.train.batch * longest;
+                keep(&mut largest.steps, at_most(longest, most, micro_tokens, without));
+            }
+            // Of a step's rows the reference pass takes those that are not known.
+            keep(&mut largest.forward, at_most(longest, most, micro_tokens, without));
             for source in stage.sources.iter().map(|&s| &sources[s]) {
                 let batch = stage.train.batch;
                 let size = mismatched(source, &source.train, batch, micro_tokens, without);
@@ -80,8 +90,11 @@ impl Largest {
         };
         let items: Vec<Item> = (0..sources.len()).flat_map(all).collect();
         let without = &train.without;
-        for size in micro_batches(sources, Rows::HeldOut, &items, sizes, micro_tokens, without) {
-            keep(&mut largest.forward, size);
+        // Or some of them: those of a stage's sources, or those without known reference log-probs.
+        let total = items.iter().map(|&item| sizes.get(item, Rows::HeldOut).rows).sum();
+        if total > 0 {
+            let longest = longest(sources, sizes);
+            keep(&mut largest.forward, at_most(longest, total, micro_tokens, without));
         }
         for source in sources {
             let (rows, count) = (&source.held_out, source.held_out.len());
@@ -126,6 +139,20 @@ fn micro_batches(
     plan.micro_batches.iter().map(sum).collect()
 }
 
+/// Rows of the largest group.
+fn longest(sources: &[Source], sizes: &Sizes) -> usize {
+    sizes.alone(sources).map(|(_, size)| size.rows).max().unwrap_or(0)
+}
+
+/// At most what a micro-batch takes of groups with `total` rows, the largest of which has `longest`.
+fn at_most(longest: usize, total: usize, micro_tokens: usize, without: &[Gain]) -> Size {
+    let rows = match without.contains(&Gain::Packing) {
+        true => longest,
+        false => longest.max(micro_tokens.min(total)),
+    };
+    Size { rows, needed: rows, targets: rows, longest }
+}
+
 /// At most what mismatched completions take: every prompt with the longest completion of another.
 fn mismatched(
     source: &Source,
@@ -144,11 +171,7 @@ fn mismatched(
     let completion = completion.unwrap_or(0);
     let responses = most(|group| group.segments().count()).unwrap_or(0);
     let longest = prompt + completion;
-    let rows = match without.contains(&Gain::Packing) {
-        true => longest,
-        false => longest.max(micro_tokens.min(batch * responses * longest)),
-    };
-    Size { rows, needed: rows, targets: rows, longest }
+    at_most(longest, batch * responses * longest, micro_tokens, without)
 }
 
 /// Adds a size, unless another is as large in every way, and drops those that it outgrows.
