@@ -55,11 +55,11 @@ def needed(model, task, groups, epochs):
     for epoch in range(epochs):
         for index, (prompt, responses) in enumerate(groups):
             flops = model.sequences(prompt, responses, True, True)
+            # With labels, each prompt meets the completion of the row before it, under the policy and the reference.
+            others = groups[index - 1][1] if task == "labels" else []
+            if others:
+                flops += model.sequences(prompt, others, True, False)
             if task != "sft" and epoch == 0:
-                flops += model.sequences(prompt, responses, False, False)
-            if task == "labels":
-                # Each prompt with the completion of the row before it, policy and reference.
-                other = groups[index - 1][1]
-                flops += sum(model.sequences(prompt, other, adapter, False) for adapter in (True, False))
+                flops += model.sequences(prompt, responses + others, False, False)
             out.append(flops)
     return out

@@ -81,7 +81,7 @@ def example_texts(path):
 
 def run(uft, config, overrides, output):
     """What the plan says and what was measured, in MiB, and which layers were computed again."""
-    command = [uft, "train", config, "--set", f"train.output={output}"]
+    command = [uft, "train", config, "--set", f"train.output={output}", "--set", f"train.reference_cache={output}/reference"]
     for override in overrides:
         command += ["--set", override]
     with tempfile.TemporaryFile() as stderr:
