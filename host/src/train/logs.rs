@@ -84,9 +84,14 @@ impl Logs {
         let mut lines = Vec::new();
         for (_, bytes) in self.contents()? {
             for line in bytes.split(|b| *b == b'\n').filter(|line| !line.is_empty()) {
-                let line: Map<String, Value> = serde_json::from_slice(line).map_err(|e| {
-                    Error::other(format!("a line of the log files is damaged: {e}"))
-                })?;
+                let damaged = |what: &str| {
+                    Error::other(format!("a line of the log files is damaged: {what}"))
+                };
+                let line: Map<String, Value> =
+                    serde_json::from_slice(line).map_err(|e| damaged(&e.to_string()))?;
+                if line.get("step").and_then(Value::as_u64).is_none() {
+                    return Err(damaged("it has no step"));
+                }
                 let name = |key: String| if key == "lr" { "learning_rate".to_owned() } else { key };
                 lines.push(line.into_iter().map(|(key, value)| (name(key), value)).collect());
             }
