@@ -41,7 +41,7 @@ pub fn catch<T>(f: impl FnOnce() -> T) -> Result<T, String> {
 
 /// Makes panics that [`catch`] catches note their place instead of printing it. A plugin library has
 /// a standard library of its own, so this changes nothing outside of it; [`plugin!`](crate::plugin)
-/// calls it when a host opens the library. With `RUST_BACKTRACE` set they are printed too.
+/// calls it when a host opens the library, and a host for what it catches itself. With `RUST_BACKTRACE` set they are printed too.
 pub fn record_places() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {

@@ -148,6 +148,7 @@ fn seeds() -> Vec<Vec<u8>> {
     }
     let manifest = r#"{"files": {"/dev/zero": [1, ""], "../../../../etc/passwd": [1, ""]}}"#;
     seeds.push(files.seed("manifest.json", manifest));
+    seeds.push(files.seed("metrics.jsonl", r#"{"loss": 1.0}"#));
     seeds
 }
 
