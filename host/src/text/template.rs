@@ -7,6 +7,7 @@ use minijinja::{
 };
 use regex::Regex;
 use std::ops::Range;
+use uft_core::guard::{catch, record_places};
 
 /// Work that one rendering may do, in instructions or 64 bytes of text. The longest conversations
 /// need some hundred thousand; a template that does not end is stopped within a second and after
@@ -67,7 +68,7 @@ impl Template {
         let uses_clock = source.contains("strftime_now");
         let nests = source.contains("namespace");
         let mut env = environment(now);
-        env.add_template_owned(NAME, source.into_owned()).map_err(|e| explain(&origin, &e))?;
+        sound(&origin, || env.add_template_owned(NAME, source.into_owned()))?;
         Ok(Self { env, origin, has_generation, uses_clock, nests })
     }
 
@@ -96,10 +97,8 @@ impl Template {
             ("add_generation_prompt".to_owned(), Value::from(add_generation_prompt)),
         ];
         let context = Value::from_pairs(variables.iter().cloned().chain(own));
-        let render = || {
-            let text = self.env.get_template(NAME).and_then(|t| t.render(context));
-            text.map_err(|e| explain(&self.origin, &e))
-        };
+        let render =
+            || sound(&self.origin, || self.env.get_template(NAME).and_then(|t| t.render(context)));
         let text = if self.nests { with_stack(render)? } else { render()? };
         if !self.has_generation {
             return Ok(Rendered { text, generation: Vec::new() });
@@ -111,6 +110,18 @@ impl Template {
             ))
         })
     }
+}
+
+/// Calls the minijinja library, which panics on some templates where it should refuse them.
+fn sound<T>(
+    origin: &str,
+    call: impl FnOnce() -> std::result::Result<T, minijinja::Error>,
+) -> Result<T> {
+    record_places();
+    let result = catch(call).map_err(|what| {
+        Error::data(format!("{origin}: the template engine {what}; the template is damaged"))
+    })?;
+    result.map_err(|e| explain(origin, &e))
 }
 
 /// Runs a rendering on a stack of [`STACK`].
