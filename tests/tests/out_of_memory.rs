@@ -11,7 +11,7 @@ const UFT: &str = env!("CARGO_BIN_EXE_uft-under-test");
 /// than what the second stage takes.
 const ABOVE: u64 = 100;
 
-/// The second stage's only step is a hundred times as large as the first stage's.
+/// The second stage's only step is four hundred times as large as the first stage's.
 fn arguments<'a>(run: &'a str, batch: &'a str, more: &[&'a str]) -> Vec<&'a str> {
     let mut arguments = vec!["train", run];
     for set in ["train.micro_tokens=1000000", "stage[1].steps=1", batch] {
@@ -48,7 +48,7 @@ fn out_of_memory_is_one_line_with_its_code_and_resumed_the_run_is_the_same() {
     let (_guard, small) = temporary();
     let limit = ABOVE + peak(&arguments(&write_run(&small, ""), "stage[1].batch=6", &[]));
 
-    let large = "stage[1].batch=600";
+    let large = "stage[1].batch=2400";
     let (_guard, dir) = temporary();
     succeed(UFT, &arguments(&write_run(&dir, ""), large, &[]));
     let whole = finished(&dir.join("out"));
