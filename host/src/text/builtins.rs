@@ -22,8 +22,11 @@ const TESTS: [(&[&str], Payment, Test); 10] = [
     (&["endingwith"], Payment::Whole, |_, a, b| Ok(tests::is_endingwith(text(a), text(b)))),
 ];
 
+/// A test of one value.
+type TestOfOne = fn(&Value) -> bool;
+
 /// Tests that walk over one value.
-const TESTS_OF_ONE: [(&str, fn(&Value) -> bool); 2] =
+const TESTS_OF_ONE: [(&str, TestOfOne); 2] =
     [("lower", tests::is_lower), ("upper", tests::is_upper)];
 
 /// Filters and functions that Jinja does not have.

@@ -336,12 +336,12 @@ fn split(state: &State, operands: &[Value]) -> Result<(), Error> {
 
 /// Counts pieces of a text, and pays for each.
 fn counted<'a>(state: &State, pieces: impl Iterator<Item = &'a str>) -> Result<usize, Error> {
-    let mut count = 0;
+    let mut count: u64 = 0;
     for _ in pieces {
         count += 1;
-        state.consume_fuel(u64::from(count as u64 % MADE == 0))?;
+        state.consume_fuel(u64::from(count.is_multiple_of(MADE)))?;
     }
-    Ok(count)
+    Ok(count as usize)
 }
 
 /// Fields may name the same value again and again, and a width that nothing fills.

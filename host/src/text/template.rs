@@ -7,9 +7,9 @@ use regex::Regex;
 use std::ops::Range;
 use uft_core::guard::{catch, record_places};
 
-/// Work that one rendering may do, in instructions or 64 bytes of text. The longest conversations
-/// need some hundred thousand; a template that does not end is stopped within a second and after
-/// 128 MB of text.
+/// Work that one rendering may do, in instructions, 64 bytes of text, or what [`fuel`] takes for them.
+/// Long conversations need some ten thousand; a template that does not end is stopped within about a
+/// second and after 128 MB.
 const FUEL: u64 = 2_000_000;
 /// Stack of a rendering, of which only what is used takes memory. A list that a loop wraps into a new
 /// list every time gets as deep as the fuel lasts, and goes down to its end when it is dropped.
