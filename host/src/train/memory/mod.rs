@@ -225,6 +225,9 @@ impl Planner<'_> {
             for size in &largest.steps {
                 shadow.step(*size, self.lora);
             }
+            for [own, all] in &largest.with_others {
+                shadow.step_with_others(*own, *all, self.lora);
+            }
             for size in largest.steps.iter().chain(&largest.forward) {
                 shadow.logps(*size, Some(self.lora));
                 shadow.logps(*size, Some(self.lora).filter(|_| previous));
@@ -238,8 +241,8 @@ impl Planner<'_> {
 
     fn kernels(&self, largest: &Largest, options: &Options) -> usize {
         let ModelConfig { hidden, intermediate, heads, .. } = self.model;
-        let Largest { steps, forward } = largest;
-        let all = || steps.iter().chain(forward);
+        let Largest { steps, with_others, forward } = largest;
+        let all = || steps.iter().chain(forward).chain(with_others.iter().flatten());
         let rows = all().map(|size| size.rows).max().unwrap_or(0);
         let targets = all().map(|size| size.targets).max().unwrap_or(0);
         let chunk = options.chunk();
@@ -280,7 +283,7 @@ impl Planner<'_> {
         let up_to = |length: usize| {
             let shorter = sizes.alone(self.sources).filter(|(longest, _)| *longest <= length);
             let steps: Vec<_> = shorter.map(|(_, size)| size).collect();
-            let largest = Largest { steps, forward: vec![] };
+            let largest = Largest { steps, ..Largest::default() };
             let fit = fits(&self.choice(&largest.reduced(), all));
             if fit {
                 rows.set(largest.most_rows().rows);
