@@ -59,8 +59,14 @@ impl Sizes {
 }
 
 impl Largest {
-    /// Goes through all stages of a run with micro-batches of at most `micro_tokens` rows.
-    pub fn of(sources: &[Source], stages: &[Stage], sizes: &Sizes, micro_tokens: usize) -> Self {
+    /// Goes through all stages of a run with micro-batches of at most `micro_tokens` rows of `hidden`.
+    pub fn of(
+        sources: &[Source],
+        stages: &[Stage],
+        sizes: &Sizes,
+        micro_tokens: usize,
+        hidden: usize,
+    ) -> Self {
         let mut largest = Self::default();
         for stage in stages {
             let without = &stage.train.without;
@@ -70,8 +76,7 @@ impl Largest {
             for _ in 0..steps.min(DRAWN) {
                 let items = order.batch(stage.train.batch);
                 let others = others(sources, &items, sizes, without);
-                let sizes =
-                    micro_batches(sources, Rows::Train, &items, sizes, micro_tokens, without);
+                let sizes = micro_batches(sources, &items, sizes, micro_tokens, hidden, without);
                 most = most.max(sizes.iter().map(|size| size.rows).sum());
                 for size in sizes {
                     keep(&mut largest.steps, size);
@@ -151,16 +156,17 @@ impl Largest {
     }
 }
 
+/// The micro-batches of a step.
 fn micro_batches(
     sources: &[Source],
-    rows: Rows,
     items: &[Item],
     sizes: &Sizes,
     micro_tokens: usize,
+    hidden: usize,
     without: &[Gain],
 ) -> Vec<Size> {
-    let plan = Plan::new(sources, rows, items, micro_tokens, without);
-    let size = |g: &usize| sizes.get(plan.groups[*g].item, rows);
+    let plan = Plan::new(sources, Rows::Train, items, micro_tokens, hidden, without);
+    let size = |g: &usize| sizes.get(plan.groups[*g].item, Rows::Train);
     let sum = |batch: &Vec<usize>| batch.iter().map(size).fold(Size::default(), |a, b| a + b);
     plan.micro_batches.iter().map(sum).collect()
 }

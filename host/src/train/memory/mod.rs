@@ -68,7 +68,7 @@ impl MemoryPlan {
         let machine =
             machine::available().map(|bytes| bytes as usize).into_iter().chain(limit).min();
         let sizes = Sizes::of(planner.sources, &train.without);
-        let largest = Largest::of(planner.sources, planner.stages, &sizes, train.micro_tokens);
+        let largest = planner.largest(&sizes, train.micro_tokens);
 
         let mut parts = planner.fixed(resident.now as usize);
         let fixed: usize = parts.iter().map(|(_, bytes, _)| bytes).sum();
@@ -217,6 +217,10 @@ impl Planner<'_> {
         }
     }
 
+    fn largest(&self, sizes: &Sizes, micro_tokens: usize) -> Largest {
+        Largest::of(self.sources, self.stages, sizes, micro_tokens, self.model.hidden)
+    }
+
     fn choice(&self, largest: &Largest, recomputed_layers: usize) -> Choice {
         let options = self.options(recomputed_layers);
         let previous = self.stages.iter().any(|s| s.train.reference == Reference::Previous);
@@ -263,7 +267,7 @@ impl Planner<'_> {
         let train = &self.config.train;
         let all = self.reached_layers();
         let with = |micro_tokens: usize| {
-            let largest = Largest::of(self.sources, self.stages, sizes, micro_tokens);
+            let largest = self.largest(sizes, micro_tokens);
             fits(&self.choice(&largest, all))
         };
         let recompute = match train.recompute {
