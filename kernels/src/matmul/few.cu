@@ -1,39 +1,41 @@
 // Products of few rows with a weight: generation, a token for each of up to eight texts.
 //
-//     few   y [m, n] = x [m, k] w [n, k]ᵀ + u [m, r] b [n, r]ᵀ (+ bias [n]) (+ y)        m ≤ ROWS
+//     few   y [m, n] = x [m, k] w [n, k]ᵀ + u [m, r] b [n, r]ᵀ (+ bias [n]) (+ y)        m ≤ MOST_ROWS
 //
 // Every weight is used m times only, so reading w once at the memory's speed is all that matters. A warp takes COLUMNS
 // rows of w; its lanes read 16 bytes next to each other and multiply them in f32 by all rows of x, which come
 // from the level 1 cache. Each chunk of x serves COLUMNS rows of w, so that the cache is not asked for more than twice
 // what memory is. In the end the lanes' sums are added by a butterfly, a fixed order.
 //
-// A row's sum has another order than in `nt` (matmul.cu), so its last bits may differ from there. They do not depend on
-// the other rows, but on ROWS they may: the number of texts that are generated at once.
+// A row's sum has another order than in `nt` (matmul.cu), so its last bits may differ from there; they do not depend on
+// how many rows there are.
 //
-// Constant from outside: ROWS (1, 2, 4 or 8).
+// Constant from outside: MOST_ROWS (1, 2, 4 or 8).
 #include "device.cuh"
 #include "tile.cuh"
 
 constexpr int WARPS = 4;
 constexpr int THREADS = WARPS * WARP;
-constexpr int COLUMNS = ROWS < 4 ? 1 : ROWS / 2;
+constexpr int COLUMNS = MOST_ROWS < 4 ? 1 : MOST_ROWS / 2;
+// Chunks of each row of w that a lane has under way.
+constexpr int AHEAD = 4 / COLUMNS;
 
 // sums += x wᵀ for rows of x and rows of w from `column`; both `depth` wide. A row that does not exist is taken to
 // be the last one, whose sum nobody keeps.
 DEVICE void add_products(const bf16* x, const bf16* w, int depth, int rows, int column, int columns,
-                         float (&sums)[ROWS][COLUMNS]) {
-    const bf16 *x_row[ROWS], *w_row[COLUMNS];
+                         float (&sums)[MOST_ROWS][COLUMNS]) {
+    const bf16 *x_row[MOST_ROWS], *w_row[COLUMNS];
 #pragma unroll
-    for (int i = 0; i < ROWS; i++) x_row[i] = x + size_t(min(i, rows - 1)) * depth;
+    for (int i = 0; i < MOST_ROWS; i++) x_row[i] = x + size_t(min(i, rows - 1)) * depth;
 #pragma unroll
     for (int j = 0; j < COLUMNS; j++) w_row[j] = w + size_t(min(column + j, columns - 1)) * depth;
-#pragma unroll 4
+#pragma unroll (AHEAD)
     for (int k = 8 * lane_index(); k < depth; k += 8 * WARP) {
         float weights[COLUMNS][8];
 #pragma unroll
         for (int j = 0; j < COLUMNS; j++) unpack8(load16(w_row[j] + k), weights[j]);
 #pragma unroll
-        for (int i = 0; i < ROWS; i++) {
+        for (int i = 0; i < MOST_ROWS; i++) {
             float values[8];
             unpack8(load16(x_row[i] + k), values);
 #pragma unroll
@@ -49,11 +51,11 @@ KERNEL(THREADS) few(const bf16* x, const bf16* w, int depth, const bf16* u, cons
                     bf16* y, int rows, int columns, int add) {
     int column = (int(blockIdx.x) * WARPS + warp_index()) * COLUMNS;
     if (column >= columns) return;
-    float sums[ROWS][COLUMNS] = {};
+    float sums[MOST_ROWS][COLUMNS] = {};
     add_products(x, w, depth, rows, column, columns, sums);
     add_products(u, b, rank, rows, column, columns, sums);
 #pragma unroll
-    for (int i = 0; i < ROWS; i++)
+    for (int i = 0; i < MOST_ROWS; i++)
 #pragma unroll
         for (int j = 0; j < COLUMNS; j++) {
             float sum = warp_sum(sums[i][j]);

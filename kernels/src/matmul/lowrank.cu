@@ -85,8 +85,8 @@ DEVICE void share_of_du(const unsigned char* stage, int column, const uint32_t (
 }
 
 // Adds the shares of all warps, in their order, in the place of a slice that has been used, and writes the slab's part of
-// du: [tokens, pitch].
-DEVICE void write_du(unsigned char* stage, const float (&share)[TOKENS / 16][ACROSS][4], int first, int last, int pitch,
+// du: [tokens, RANK].
+DEVICE void write_du(unsigned char* stage, const float (&share)[TOKENS / 16][ACROSS][4], int first, int last,
                      float* partial) {
     static_assert(WARPS * TOKENS * RANK * int(sizeof(float)) <= STAGE_BYTES || RANK > 32, "shares fit in a stage");
     float* shares = reinterpret_cast<float*>(stage);
@@ -110,15 +110,15 @@ DEVICE void write_du(unsigned char* stage, const float (&share)[TOKENS / 16][ACR
 #pragma unroll
         for (int warp = 0; warp < WARPS; warp++) sum += shares[warp * TOKENS * RANK + i];
         int token = first + i / RANK;
-        if (token < last) partial[size_t(token) * pitch + i % RANK] = sum;
+        if (token < last) partial[size_t(token) * RANK + i % RANK] = sum;
     }
 }
 
-// b's rows of the slab, [columns, pitch], as the fragments in which the warp multiplies by them.
-DEVICE void load_b(unsigned char* ring, const bf16* b, int slab, int column, int columns, int pitch, int r,
+// b's rows of the slab, [columns, RANK], as the fragments in which the warp multiplies by them.
+DEVICE void load_b(unsigned char* ring, const bf16* b, int slab, int column, int columns,
                    uint32_t (&fragments)[DOWN][ACROSS][2]) {
     static_assert(COLUMNS * RANK * int(sizeof(bf16)) <= STAGES * STAGE_BYTES, "b's slab fits in the ring");
-    load_tile<COLUMNS, RANK, THREADS>(ring, b, pitch, slab, columns, r, pitch);
+    load_tile<COLUMNS, RANK, THREADS>(ring, b, RANK, slab, columns, 0, RANK);
     copy_async_commit();
     copy_async_wait<0>();
     __syncthreads();
@@ -147,7 +147,7 @@ DEVICE void collect(Factors factors, const bf16* b, int span, float* partial, in
     int slices = divide_up(last - first, TOKENS);
 
     uint32_t b_fragments[DOWN][ACROSS][2];
-    if (WITH_DU) load_b(ring, b, slab, column, factors.columns, factors.pitch, r, b_fragments);
+    if (WITH_DU) load_b(ring, b, slab, column, factors.columns, b_fragments);
 
     auto load = [&](int slice) {
         unsigned char* stage = ring + slice % STAGES * STAGE_BYTES;
@@ -171,8 +171,8 @@ DEVICE void collect(Factors factors, const bf16* b, int span, float* partial, in
         if (WITH_DU) {
             float share[TOKENS / 16][ACROSS][4] = {};
             share_of_du(stage, column, b_fragments, share);
-            float* slab_partial = du_partial + size_t(blockIdx.x) * factors.tokens * factors.pitch + r;
-            write_du(stage, share, first + slice * TOKENS, last, factors.pitch, slab_partial);
+            float* slab_partial = du_partial + size_t(blockIdx.x) * factors.tokens * RANK;
+            write_du(stage, share, first + slice * TOKENS, last, slab_partial);
         }
     }
 
@@ -198,12 +198,11 @@ KERNEL(THREADS) gradient(const bf16* v, const bf16* u, int tokens, int columns, 
 }
 
 #if RANK <= 32
-// The same for v = dy, and for each slab of COLUMNS columns in `du_partial` its part of dy b, [tokens, pitch]; b
-// [columns, pitch].
-KERNEL(THREADS) gradient_and_du(const bf16* dy, const bf16* u, const bf16* b, int tokens, int columns, int pitch,
-                                int span, float* partial, int rank, int column_stride, int rank_stride,
-                                float* du_partial) {
-    collect<true>({dy, u, tokens, columns, pitch}, b, span, partial, rank, column_stride, rank_stride, du_partial);
+// The same for v = dy, u [tokens, RANK] and b [columns, RANK], and for each slab of COLUMNS columns in `du_partial` its part
+// of dy b, [tokens, RANK].
+KERNEL(THREADS) gradient_and_du(const bf16* dy, const bf16* u, const bf16* b, int tokens, int columns, int span,
+                                float* partial, int rank, int column_stride, int rank_stride, float* du_partial) {
+    collect<true>({dy, u, tokens, columns, RANK}, b, span, partial, rank, column_stride, rank_stride, du_partial);
 }
 #endif
 
