@@ -9,6 +9,8 @@
 //! The way back is the rotation by the negative angle, with the same scale (YaRN's attention
 //! factor; 1 for everything else).
 
+pub mod cuda;
+
 use crate::math::vectorised;
 use crate::parallel::rows_per_task;
 use rayon::prelude::*;

@@ -7,6 +7,8 @@
 //!            dgate = dout up σ (1 + gate (1 - σ))
 //! ```
 
+pub mod cuda;
+
 use crate::math::{exp, vectorised};
 use crate::parallel::elements_per_task;
 use rayon::prelude::*;
