@@ -125,7 +125,7 @@ mod tests {
     use super::*;
     use crate::testing::{error, random};
 
-    const SETTINGS: AdamW = AdamW {
+    pub(super) const SETTINGS: AdamW = AdamW {
         lr: 2e-3,
         beta1: 0.9,
         beta2: 0.999,

@@ -69,11 +69,11 @@ KERNEL(THREADS) logits(const bf16* h, const bf16* w, int hidden, const bf16* s, 
                 }
             largest = quad_max(largest);
             // A strip past the end has nothing but -inf, of which no difference may be taken.
-            float shift = largest == NEG_INFINITY ? 0.0f : largest * LOG2_E, sum = 0.0f;
+            float shift = largest == NEG_INFINITY ? 0.0f : largest, sum = 0.0f;
 #pragma unroll
             for (int j = 0; j < ACROSS; j++) {
-                float low = exp2_fast(__fmaf_rn(sums[i][j][2 * half], LOG2_E, -shift));
-                float high = exp2_fast(__fmaf_rn(sums[i][j][2 * half + 1], LOG2_E, -shift));
+                float low = exp2_fast((sums[i][j][2 * half] - shift) * LOG2_E);
+                float high = exp2_fast((sums[i][j][2 * half + 1] - shift) * LOG2_E);
                 sum += low + high;
                 int column = first_column + 8 * j;
                 if (weights && row < tokens && column < pitch)

@@ -127,11 +127,11 @@ mod tests {
     use super::*;
     use crate::testing::{error, random, random_ids};
 
-    fn frequencies(head_dim: usize) -> Vec<f64> {
+    pub(super) fn frequencies(head_dim: usize) -> Vec<f64> {
         (0..head_dim / 2).map(|i| 10_000f64.powf(-2.0 * i as f64 / head_dim as f64)).collect()
     }
 
-    fn reference(
+    pub(super) fn reference(
         x: &[f32],
         heads: usize,
         positions: &[u32],

@@ -23,6 +23,9 @@ pub fn add(gpu: &Gpu, x: &mut DeviceSlice<bf16>, y: &DeviceSlice<bf16>) -> Resul
     let n = x.len();
     assert_eq!(n, y.len(), "elementwise::add: lengths differ");
     assert_aligned("elementwise::add", [x, y]);
+    if n == 0 {
+        return Ok(());
+    }
     gpu.launch(&ADD, [blocks(n, 256 * EACH), 1, 1], 0, args![x, y, n])
 }
 
@@ -39,12 +42,11 @@ pub fn scale_rows(
 ) -> Result<()> {
     let rows = factors.len();
     assert_eq!(x.len(), y.len(), "elementwise::scale_rows: lengths differ");
-    if rows == 0 {
-        assert_eq!(x.len(), 0, "elementwise::scale_rows: no factors");
+    if x.len() == 0 {
         return Ok(());
     }
+    assert!(rows > 0 && x.len().is_multiple_of(rows), "elementwise::scale_rows: ragged");
     let width = x.len() / rows;
-    assert_eq!(x.len(), rows * width, "elementwise::scale_rows: ragged");
     assert_aligned("elementwise::scale_rows", [x, y]);
     gpu.launch(&SCALE_ROWS, [blocks(rows, 1), 1, 1], 0, args![x, factors, y, width as u32])
 }

@@ -135,7 +135,8 @@ pub fn forward_with_gradient(
 }
 
 /// [`super::adapter_backward`] in bf16: the adapter's gradients, from the loss's `dlogp`: `[N]`. The logits
-/// are computed once more. Accumulates into `da`: `[r, H]` and `db`: `[V, r]`, both f32. The head must have an adapter.
+/// are computed once more. Accumulates into `da`: `[r, H]` and `db`: `[P, r]`, both f32; what follows the V rows of `db`
+/// stays as it is. The head must have an adapter.
 ///
 /// # Errors
 /// As [`forward`].
@@ -154,7 +155,7 @@ pub fn adapter_backward(
     let LowRank { b, rank, scale, .. } =
         head.adapter.expect("logprob: adapter_backward without an adapter");
     assert_eq!(da.len(), rank * width, "logprob: da must be [{rank}, {width}]");
-    assert_eq!(db.len(), head.vocab * rank, "logprob: db must be [{}, {rank}]", head.vocab);
+    assert_eq!(db.len(), entries * rank, "logprob: db must be [{entries}, {rank}]");
     for first in (0..n).step_by(head.tokens) {
         let rows = first..n.min(first + head.tokens);
         let m = rows.len();
@@ -212,7 +213,7 @@ impl Head<'_> {
         };
         let rank = self.adapter.map_or(0, |adapter| adapter::padded(adapter.rank));
         let mut strips = arena.take(m * vocab.div_ceil(STRIP) * 2)?;
-        let (mut target_logits, mut lse) = (arena.take(m)?, arena.take(m)?);
+        let (mut target_logits, mut lse) = (arena.take::<f32>(m)?, arena.take::<f32>(m)?);
         let tiles = m.div_ceil(TILE_TOKENS) * vocab.div_ceil(TILE_ENTRIES);
         let args = args![
             hidden,

@@ -79,6 +79,9 @@ fn turn(
     let (rows, head_dim) = (positions.len(), table.head_dim);
     assert_eq!(x.len(), rows * heads * head_dim, "rope: x must be [{rows}, {heads}, {head_dim}]");
     assert_aligned("rope", [&*x]);
+    if x.len() == 0 {
+        return Ok(());
+    }
     // Elements of the first half that a thread turns with their partners; as in rope.cu.
     let piece = if (head_dim / 2).is_multiple_of(8) { 8 } else { 1 };
     let items = rows * heads * (head_dim / 2 / piece);

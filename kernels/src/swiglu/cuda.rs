@@ -28,6 +28,9 @@ pub fn forward(
     let n = out.len();
     assert_eq!([gate.len(), up.len()], [n; 2], "swiglu: lengths differ from out's");
     assert_aligned("swiglu", [gate, up, out]);
+    if n == 0 {
+        return Ok(());
+    }
     gpu.launch(&FORWARD, [blocks(n, 256 * EACH), 1, 1], 0, args![gate, up, out, n])
 }
 
@@ -47,6 +50,9 @@ pub fn backward(
     let lengths = [gate.len(), up.len(), dgate.len(), dup.len()];
     assert_eq!(lengths, [n; 4], "swiglu: lengths differ from dout's");
     assert_aligned("swiglu", [dout, gate, up, dgate, dup]);
+    if n == 0 {
+        return Ok(());
+    }
     let args = args![dout, gate, up, dgate, dup, n];
     gpu.launch(&BACKWARD, [blocks(n, 256 * EACH), 1, 1], 0, args)
 }
