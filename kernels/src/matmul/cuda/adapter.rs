@@ -18,8 +18,10 @@ use half::bf16;
 #[cfg(test)]
 pub(super) mod tests;
 
-static SOURCE: Source =
+static LOWRANK: Source =
     Source { name: "lowrank.cu", text: include_str!("../lowrank.cu"), headers: &[TILE_HEADER] };
+static PARTIALS: Source =
+    Source { name: "partials.cu", text: include_str!("../partials.cu"), headers: &[] };
 
 /// Ranks are filled up to a multiple of this, the depth of one step of the tensor cores.
 const PADDING: usize = 16;
@@ -90,11 +92,12 @@ impl Collecting {
         fits.unwrap_or(COLLECTING[2])
     }
 
-    const fn kernel(self, name: &'static str) -> Kernel {
-        Kernel::new(&SOURCE, name, THREADS)
+    const fn kernel(self, with_du: bool) -> Kernel {
+        Kernel::new(&LOWRANK, "gradient", THREADS)
             .define("RANK", self.rank as i64)
             .define("TOKENS", self.tokens as i64)
             .define("STAGES", self.stages as i64)
+            .define("WITH_DU", with_du as i64)
     }
 
     /// Columns of a slab.
@@ -109,19 +112,18 @@ impl Collecting {
 
 /// Every kernel of this file, with all constants that it is compiled with.
 pub const KERNELS: [Kernel; 8] = [
-    COLLECTING[0].kernel("gradient"),
-    COLLECTING[1].kernel("gradient"),
-    COLLECTING[2].kernel("gradient"),
-    COLLECTING[0].kernel("gradient_and_du"),
-    COLLECTING[1].kernel("gradient_and_du"),
+    COLLECTING[0].kernel(false),
+    COLLECTING[1].kernel(false),
+    COLLECTING[2].kernel(false),
+    COLLECTING[0].kernel(true),
+    COLLECTING[1].kernel(true),
     ADD_PARTIALS,
     ROUND_PARTIALS,
     PACK,
 ];
-// Of the same module as the gradients of small ranks.
-const ADD_PARTIALS: Kernel = COLLECTING[0].kernel("add_partials");
-const ROUND_PARTIALS: Kernel = COLLECTING[0].kernel("round_partials");
-const PACK: Kernel = COLLECTING[0].kernel("pack");
+const ADD_PARTIALS: Kernel = Kernel::new(&PARTIALS, "add_partials", THREADS);
+const ROUND_PARTIALS: Kernel = Kernel::new(&PARTIALS, "round_partials", THREADS);
+const PACK: Kernel = Kernel::new(&PARTIALS, "pack", THREADS);
 
 /// How one gradient, `[columns, rank]` or its transpose, is divided among blocks.
 struct Division {
@@ -145,8 +147,28 @@ impl Division {
         Self { way, slabs, span, spans: m.div_ceil(span.max(1)), parts }
     }
 
-    fn grid(&self) -> [u32; 3] {
-        [self.slabs as u32, self.spans as u32, self.parts as u32]
+    /// A partial gradient `vᵀ u` for each span, and with b a partial `v b` for each slab; `v`: `[m, columns]`.
+    /// `strides`: of a column and of the rank in the gradient.
+    fn collect(
+        &self,
+        gpu: &Gpu,
+        v: &DeviceSlice<bf16>,
+        u: &DeviceSlice<bf16>,
+        partial: &mut DeviceSlice<f32>,
+        (m, columns, rank): (usize, usize, usize),
+        strides: (usize, usize),
+        with_du: Option<(&DeviceSlice<bf16>, &mut DeviceSlice<f32>)>,
+    ) -> Result<()> {
+        let kernel = self.way.kernel(with_du.is_some());
+        let (b, du_partial) = with_du.unzip();
+        let (tokens, wide, pitch) = (m as i32, columns as i32, padded(rank) as i32);
+        let (span, rank) = (self.span as i32, rank as i32);
+        let (column_stride, rank_stride) = (strides.0 as i32, strides.1 as i32);
+        let grid = [self.slabs as u32, self.spans as u32, self.parts as u32];
+        let args = args![
+            v, u, b, tokens, wide, pitch, span, partial, rank, column_stride, rank_stride, du_partial
+        ];
+        gpu.launch(&kernel, grid, self.way.shared_bytes(), args)
     }
 }
 
@@ -249,7 +271,8 @@ pub fn add_to_gradient_of_a(
     let division = Division::of(m, k, rank);
     let partial = &mut workspace[..division.spans * k * rank];
     // Element (column, r) at r k + column.
-    collect(gpu, &division, x, du, partial, (m, k, rank), (1, k))?;
+    let strides = (1, k);
+    division.collect(gpu, x, du, partial, (m, k, rank), strides, None)?;
     add_partials(gpu, partial, division.spans, 1.0, da)
 }
 
@@ -286,45 +309,19 @@ pub fn add_to_gradient_of_b(
     }
     let division = Division::of(m, n, rank);
     let (partial, rest) = workspace.split_at_mut(division.spans * n * rank);
+    let strides = (rank, 1);
     if pitch > FUSED_RANK {
-        collect(gpu, &division, dy, u, partial, (m, n, rank), (rank, 1))?;
+        division.collect(gpu, dy, u, partial, (m, n, rank), strides, None)?;
         add_partials(gpu, partial, division.spans, scale, db)?;
         return nn(gpu, dy, b, du, m, n, pitch, 0.0, None);
     }
     let du_partial = &mut rest[..division.slabs * m * pitch];
-    let (rows, columns, span) = (m as i32, n as i32, division.span as i32);
-    let (rank, rank_stride) = (rank as i32, 1);
-    gpu.launch(
-        &division.way.kernel("gradient_and_du"),
-        division.grid(),
-        division.way.shared_bytes(),
-        args![dy, u, b, rows, columns, span, &mut *partial, rank, rank, rank_stride, &mut *du_partial],
-    )?;
+    let with_du = Some((b, &mut *du_partial));
+    division.collect(gpu, dy, u, partial, (m, n, rank), strides, with_du)?;
     add_partials(gpu, partial, division.spans, scale, db)?;
-    let (parts, length) = (division.slabs as i32, du.len() as u64);
-    let grid = one_thread_each(du.len());
+    let (parts, length) = (division.slabs as i32, du.len());
+    let grid = one_thread_each(length);
     gpu.launch(&ROUND_PARTIALS, grid, 0, args![&*du_partial, parts, length, du])
-}
-
-/// A partial gradient `vᵀ u` for each span; `v`: `[m, columns]`. `strides`: of a column, of the rank.
-fn collect(
-    gpu: &Gpu,
-    division: &Division,
-    v: &DeviceSlice<bf16>,
-    u: &DeviceSlice<bf16>,
-    partial: &mut DeviceSlice<f32>,
-    (m, columns, rank): (usize, usize, usize),
-    strides: (usize, usize),
-) -> Result<()> {
-    let (m, columns, pitch) = (m as i32, columns as i32, padded(rank) as i32);
-    let (span, rank) = (division.span as i32, rank as i32);
-    let (column_stride, rank_stride) = (strides.0 as i32, strides.1 as i32);
-    gpu.launch(
-        &division.way.kernel("gradient"),
-        division.grid(),
-        division.way.shared_bytes(),
-        args![v, u, m, columns, pitch, span, partial, rank, column_stride, rank_stride],
-    )
 }
 
 /// `gradient += scale Σ partial`.
@@ -335,8 +332,8 @@ fn add_partials(
     scale: f32,
     gradient: &mut DeviceSlice<f32>,
 ) -> Result<()> {
-    let (parts, length) = (parts as i32, gradient.len() as u64);
-    let grid = one_thread_each(gradient.len());
+    let (parts, length) = (parts as i32, gradient.len());
+    let grid = one_thread_each(length);
     gpu.launch(&ADD_PARTIALS, grid, 0, args![partial, parts, length, scale, gradient])
 }
 
