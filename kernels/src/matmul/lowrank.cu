@@ -1,27 +1,24 @@
-// What an adapter needs beside the main products: its gradients, du, and its matrices as the tensor cores want them.
+// Gradients of an adapter's matrices, and du:
 //
-//     pack                  a, b in f32  →  bf16, the rank filled up with zeros, b times the scale
-//     gradient              c[p, r] = Σ_m v[m, p] u[m, r]        dA: v = x, u = du        dB: v = dy, u = u
-//     gradient_and_du       the same for dB, and du[m, r] = Σ_n dy[m, n] b[n, r] in the same visit to dy
-//     add_partials          gradient += scale Σ partials
-//     round_partials        du = bf16(Σ partials)
+//     c[p, r] = Σ_m v[m, p] u[m, r]        dA: v = x, u = du        dB: v = dy, u = u
+//     du[m, r] = Σ_n dy[m, n] b[n, r]      in the same visit to dy as dB, if WITH_DU
 //
-// All are limited by reading v (or dy), [tokens, columns], which is large while the rank is small. A block visits a slab of
+// They are limited by reading v (or dy), [tokens, columns], which is large while the rank is small. A block visits a slab of
 // COLUMNS columns over a span of tokens, TOKENS at a time through a ring in shared memory, and keeps the
 // slab's sums [COLUMNS, RANK] in registers until the span ends; a warp owns an eighth of the slab. One slice:
 //
 //     v [TOKENS, COLUMNS]    read transposed, [columns, tokens], for the gradient; as it is, [tokens, columns], for du
 //     u [TOKENS, RANK]
 //
-// Sums end at the borders of blocks, so each span leaves a partial gradient and each slab a partial du in f32, and a
-// second kernel adds them in the order of their numbers: no atomics, the same bits every time. How many there are depends
-// on shapes alone.
+// Sums end at the borders of blocks, so each span leaves a partial gradient and each slab a partial du in f32, which
+// partials.cu adds in the order of their numbers: no atomics, the same bits every time. How many there are depends on
+// shapes alone.
 //
 // du of a slab costs 4 RANK / COLUMNS bytes for each element of dy, written and read once more: with COLUMNS = 16384 /
 // RANK an eighth of dy's own bytes at rank 16 and half of them at rank 32. At rank 64 it would be twice, more than reading
-// dy again, so `gradient_and_du` is for RANK 16 and 32 only; above, du is a product of its own.
+// dy again: there du is a product of its own.
 //
-// Constants from outside: RANK (16, 32 or 64: columns of u that a block takes), TOKENS, STAGES.
+// Constants from outside: RANK (16, 32 or 64: columns of u that a block takes), TOKENS, STAGES, WITH_DU (0 or 1).
 #include "device.cuh"
 #include "tile.cuh"
 
@@ -88,7 +85,7 @@ DEVICE void share_of_du(const unsigned char* stage, int column, const uint32_t (
 // du: [tokens, RANK].
 DEVICE void write_du(unsigned char* stage, const float (&share)[TOKENS / 16][ACROSS][4], int first, int last,
                      float* partial) {
-    static_assert(WARPS * TOKENS * RANK * int(sizeof(float)) <= STAGE_BYTES || RANK > 32, "shares fit in a stage");
+    static_assert(!WITH_DU || WARPS * TOKENS * RANK * int(sizeof(float)) <= STAGE_BYTES, "shares fit in a stage");
     float* shares = reinterpret_cast<float*>(stage);
     float* mine = shares + warp_index() * TOKENS * RANK;
     int lane = lane_index();
@@ -137,7 +134,6 @@ DEVICE void load_b(unsigned char* ring, const bf16* b, int slab, int column, int
 }
 
 // blockIdx: slab of columns, span of tokens, RANK columns of u.
-template <bool WITH_DU>
 DEVICE void collect(Factors factors, const bf16* b, int span, float* partial, int rank, int column_stride,
                     int rank_stride, float* du_partial) {
     unsigned char* ring = dynamic_shared();
@@ -191,44 +187,9 @@ DEVICE void collect(Factors factors, const bf16* b, int span, float* partial, in
 }
 
 // v [tokens, columns], u [tokens, pitch], of which `rank` columns count. `partial`: for each span of `span` tokens a
-// matrix whose element (column, r) is at column · column_stride + r · rank_stride.
-KERNEL(THREADS) gradient(const bf16* v, const bf16* u, int tokens, int columns, int pitch, int span, float* partial,
-                         int rank, int column_stride, int rank_stride) {
-    collect<false>({v, u, tokens, columns, pitch}, nullptr, span, partial, rank, column_stride, rank_stride, nullptr);
-}
-
-#if RANK <= 32
-// The same for v = dy, u [tokens, RANK] and b [columns, RANK], and for each slab of COLUMNS columns in `du_partial` its part
-// of dy b, [tokens, RANK].
-KERNEL(THREADS) gradient_and_du(const bf16* dy, const bf16* u, const bf16* b, int tokens, int columns, int span,
-                                float* partial, int rank, int column_stride, int rank_stride, float* du_partial) {
-    collect<true>({dy, u, tokens, columns, RANK}, b, span, partial, rank, column_stride, rank_stride, du_partial);
-}
-#endif
-
-DEVICE float sum_of(const float* partial, int parts, size_t length, size_t at) {
-    float sum = 0.0f;
-    for (int part = 0; part < parts; part++) sum += partial[part * length + at];
-    return sum;
-}
-
-// gradient [length] += scale Σ partial [parts, length].
-KERNEL(THREADS) add_partials(const float* partial, int parts, size_t length, float scale, float* gradient) {
-    size_t at = size_t(blockIdx.x) * THREADS + threadIdx.x;
-    if (at < length) gradient[at] += scale * sum_of(partial, parts, length, at);
-}
-
-// du [length] = Σ partial [parts, length].
-KERNEL(THREADS) round_partials(const float* partial, int parts, size_t length, bf16* du) {
-    size_t at = size_t(blockIdx.x) * THREADS + threadIdx.x;
-    if (at < length) du[at] = to_bf16(sum_of(partial, parts, length, at));
-}
-
-// to [to_rows, to_columns] = scale · from [rows, columns], with zeros around it.
-KERNEL(THREADS) pack(const float* from, int rows, int columns, float scale, bf16* to, int to_rows, int to_columns) {
-    size_t at = size_t(blockIdx.x) * THREADS + threadIdx.x;
-    if (at >= size_t(to_rows) * to_columns) return;
-    int row = int(at / to_columns), column = int(at % to_columns);
-    bool inside = row < rows && column < columns;
-    to[at] = to_bf16(inside ? scale * from[size_t(row) * columns + column] : 0.0f);
+// matrix whose element (column, r) is at column · column_stride + r · rank_stride. WITH_DU, where pitch = RANK: b
+// [columns, RANK], and in `du_partial` for each slab its part of v b, [tokens, RANK].
+KERNEL(THREADS) gradient(const bf16* v, const bf16* u, const bf16* b, int tokens, int columns, int pitch, int span,
+                         float* partial, int rank, int column_stride, int rank_stride, float* du_partial) {
+    collect({v, u, tokens, columns, pitch}, b, span, partial, rank, column_stride, rank_stride, du_partial);
 }
