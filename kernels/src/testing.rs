@@ -5,6 +5,7 @@ use crate::cuda::{Fault, Gpu};
 use half::bf16;
 use rand::{Rng, RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ops::{Add, AddAssign, Div, Mul, Neg, Sub};
 
 /// A float in which a reference can be written once and evaluated in `f32` and in `f64`.
@@ -98,6 +99,29 @@ pub(crate) fn faulty_gpu(
 ) -> Gpu {
     Gpu::emulated_with_fault(seed, Fault { file, from, to })
         .unwrap_or_else(|error| panic!("{error}"))
+}
+
+/// Seeds for orders in which a kernel's threads run: in turn, and three that are drawn.
+pub(crate) const SEEDS: [u64; 4] = [0, 1, 2, 3];
+
+/// `check` passes, and panics in some order of threads when in one of `faults`, (file, right, wrong), what is right
+/// is replaced by what is wrong.
+#[track_caller]
+pub(crate) fn assert_faults_are_caught(
+    check: impl Fn(&Gpu),
+    faults: &[(&'static str, &'static str, &'static str)],
+) {
+    check(&gpu(0));
+    for &(file, right, wrong) in faults {
+        let caught = SEEDS.into_iter().any(|seed| {
+            let gpu = faulty_gpu(seed, file, right, wrong);
+            let Err(panic) = catch_unwind(AssertUnwindSafe(|| check(&gpu))) else { return false };
+            let message = panic.downcast_ref::<String>().map_or("", String::as_str);
+            assert!(!message.ends_with("times, not once"), "{message}");
+            true
+        });
+        assert!(caught, "{file}: {wrong:?} for {right:?} is not caught");
+    }
 }
 
 /// Sum of twelve uniforms less six: close enough to normal, and never extreme.

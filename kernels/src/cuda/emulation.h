@@ -79,6 +79,8 @@ struct Entry {
 struct Launch {
     const Entry* entry;
     void** arguments;
+    // All that ever worked at blocks in this process, whichever library they were called through.
+    struct Worker** workers;
     uint32_t grid[3];
     uint32_t threads;
     uint64_t shared_bytes;
@@ -400,7 +402,7 @@ struct Worker {
     unsigned char signal_stack[64 << 10];
 };
 
-inline Worker* workers = nullptr;
+inline Worker** workers = nullptr;
 
 inline unsigned char* map(size_t bytes, int access) {
     void* memory = mmap(nullptr, bytes, access, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -412,7 +414,7 @@ inline unsigned char* map(size_t bytes, int access) {
 }
 
 inline Worker* take_worker() {
-    for (Worker* w = __atomic_load_n(&workers, __ATOMIC_ACQUIRE); w; w = w->next)
+    for (Worker* w = __atomic_load_n(workers, __ATOMIC_ACQUIRE); w; w = w->next)
         if (!__atomic_exchange_n(&w->busy, 1, __ATOMIC_ACQUIRE)) return w;
     Worker* w = (Worker*)map((sizeof(Worker) + PAGE - 1) / PAGE * PAGE, PROT_READ | PROT_WRITE);
     w->busy = 1;
@@ -420,8 +422,8 @@ inline Worker* take_worker() {
     w->stacks = (unsigned char*)(((uintptr_t)stacks + STACK - 1) / STACK * STACK);
     for (unsigned i = 0; i < MOST_THREADS; i++) mprotect(w->stacks + i * STACK, PAGE, PROT_NONE);
     w->shared = map(MOST_SHARED + 2 * PAGE, PROT_NONE) + PAGE;
-    w->next = __atomic_load_n(&workers, __ATOMIC_RELAXED);
-    while (!__atomic_compare_exchange_n(&workers, &w->next, w, false, __ATOMIC_RELEASE, __ATOMIC_RELAXED)) {}
+    w->next = __atomic_load_n(workers, __ATOMIC_RELAXED);
+    while (!__atomic_compare_exchange_n(workers, &w->next, w, false, __ATOMIC_RELEASE, __ATOMIC_RELAXED)) {}
     return w;
 }
 
@@ -454,7 +456,7 @@ constexpr int SIGNALS[3] = {SIGSEGV, SIGBUS, SIGFPE};
 
 // The worker on whose stacks a fault happened, if it was on any.
 inline Worker* worker_at(uintptr_t stack_pointer) {
-    for (Worker* w = __atomic_load_n(&workers, __ATOMIC_ACQUIRE); w; w = w->next)
+    for (Worker* w = __atomic_load_n(workers, __ATOMIC_ACQUIRE); w; w = w->next)
         if (stack_pointer - (uintptr_t)w->stacks < MOST_THREADS * STACK) return w;
     return nullptr;
 }
@@ -500,6 +502,7 @@ inline void catch_faults() {
 }
 
 inline void run(Launch& launch) {
+    __atomic_store_n(&workers, launch.workers, __ATOMIC_RELEASE);
     catch_faults();
     Worker& w = *take_worker();
     stack_t before, own = {};
@@ -528,9 +531,10 @@ inline void run(Launch& launch) {
 
 // ---- the table of kernels ----
 
-// What Rust's `cuda::args` calls the types: 1 bf16, 2 f32, 3 i32, 4 u32, 5 i64, 6 u64, 7 u8, 0 anything else.
+// What Rust's `cuda::args` calls the types: 1 bf16, 2 f32, 3 i32, 4 u32, 5 i64, 6 u64, 7 u8, 8 f64, 0 anything else.
 template <class T> constexpr uint8_t type_code() {
     if (std::is_same_v<T, float>) return 2;
+    if (std::is_same_v<T, double>) return 8;
     if (!std::is_integral_v<T>) return sizeof(T) == 2 && std::is_class_v<T> ? 1 : 0;
     if (sizeof(T) == 8) return std::is_signed_v<T> ? 5 : 6;
     if (sizeof(T) == 4) return std::is_signed_v<T> ? 3 : 4;

@@ -25,7 +25,7 @@ use half::bf16;
 
 pub use adapter::Adapter;
 
-const TILE_HEADER: (&str, &str) = ("tile.cuh", include_str!("../cuda/tile.cuh"));
+pub(super) use crate::cuda::TILE as TILE_HEADER;
 
 static PRODUCT: Source =
     Source { name: "matmul.cu", text: include_str!("../matmul.cu"), headers: &[TILE_HEADER] };
