@@ -8,8 +8,8 @@
 //   any other      each block draws one of: in turn, whoever became ready last, anyone; blocks run backwards if odd
 //
 // What a GPU leaves undefined is made to show:
-//   * shared memory is filled with 0xFF, NaN in bf16 and in f32, when a block starts, and lies between pages that cannot
-//     be accessed; where it does not fill its pages, what is left over is checked for writes when the block ends
+//   * shared memory is filled with 0xFF, NaN in bf16 and in f32, when a block starts, and lies between addresses that
+//     cannot be accessed; where it does not fill its pages, what is left over is checked for writes when the block ends
 //   * the target of an asynchronous copy is 0xFF from its start until the wait that promises it
 //   * a lane that reads from a lane outside the mask gets 0xFF
 //   * a collective that some lanes do not reach, misaligned wide accesses, division by zero, a full stack: errors
@@ -58,6 +58,7 @@ constexpr size_t STACK = 64 << 10;
 constexpr unsigned MOST_THREADS = 1024;
 // More than any GPU has; what a launch may ask for is limited by whoever launches.
 constexpr size_t MOST_SHARED = 256 << 10;
+constexpr size_t SHARED_GUARD = 1 << 20;
 constexpr int POISON = 0xff;
 
 // ---- what whoever launches sees ----
@@ -79,8 +80,6 @@ struct Entry {
 struct Launch {
     const Entry* entry;
     void** arguments;
-    // All that ever worked at blocks in this process, whichever library they were called through.
-    struct Worker** workers;
     uint32_t grid[3];
     uint32_t threads;
     uint64_t shared_bytes;
@@ -395,14 +394,14 @@ struct Worker {
     Worker* next;
     uint32_t busy;
     unsigned char* stacks;
-    // Between two pages that cannot be accessed; what is open depends on the launch.
+    // Between two guards; what is open depends on the launch.
     unsigned char* shared;
     size_t shared_open;
     Block block;
     unsigned char signal_stack[64 << 10];
 };
 
-inline Worker** workers = nullptr;
+inline Worker* workers = nullptr;
 
 inline unsigned char* map(size_t bytes, int access) {
     void* memory = mmap(nullptr, bytes, access, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -414,16 +413,16 @@ inline unsigned char* map(size_t bytes, int access) {
 }
 
 inline Worker* take_worker() {
-    for (Worker* w = __atomic_load_n(workers, __ATOMIC_ACQUIRE); w; w = w->next)
+    for (Worker* w = __atomic_load_n(&workers, __ATOMIC_ACQUIRE); w; w = w->next)
         if (!__atomic_exchange_n(&w->busy, 1, __ATOMIC_ACQUIRE)) return w;
     Worker* w = (Worker*)map((sizeof(Worker) + PAGE - 1) / PAGE * PAGE, PROT_READ | PROT_WRITE);
     w->busy = 1;
     unsigned char* stacks = map((MOST_THREADS + 1) * STACK, PROT_READ | PROT_WRITE);
     w->stacks = (unsigned char*)(((uintptr_t)stacks + STACK - 1) / STACK * STACK);
     for (unsigned i = 0; i < MOST_THREADS; i++) mprotect(w->stacks + i * STACK, PAGE, PROT_NONE);
-    w->shared = map(MOST_SHARED + 2 * PAGE, PROT_NONE) + PAGE;
-    w->next = __atomic_load_n(workers, __ATOMIC_RELAXED);
-    while (!__atomic_compare_exchange_n(workers, &w->next, w, false, __ATOMIC_RELEASE, __ATOMIC_RELAXED)) {}
+    w->shared = map(MOST_SHARED + 2 * SHARED_GUARD, PROT_NONE) + SHARED_GUARD;
+    w->next = __atomic_load_n(&workers, __ATOMIC_RELAXED);
+    while (!__atomic_compare_exchange_n(&workers, &w->next, w, false, __ATOMIC_RELEASE, __ATOMIC_RELAXED)) {}
     return w;
 }
 
@@ -456,7 +455,7 @@ constexpr int SIGNALS[3] = {SIGSEGV, SIGBUS, SIGFPE};
 
 // The worker on whose stacks a fault happened, if it was on any.
 inline Worker* worker_at(uintptr_t stack_pointer) {
-    for (Worker* w = __atomic_load_n(workers, __ATOMIC_ACQUIRE); w; w = w->next)
+    for (Worker* w = __atomic_load_n(&workers, __ATOMIC_ACQUIRE); w; w = w->next)
         if (stack_pointer - (uintptr_t)w->stacks < MOST_THREADS * STACK) return w;
     return nullptr;
 }
@@ -477,7 +476,7 @@ inline void on_fault(int signal, siginfo_t* info, void* context) {
         record(w->block, at, "integer division by zero, which a GPU does not define");
     } else if (address - (uintptr_t)w->stacks < MOST_THREADS * STACK) {
         record(w->block, at, "stack overflow: more than %zu KiB of local variables", (STACK - PAGE) >> 10);
-    } else if (address - (uintptr_t)w->shared + PAGE < MOST_SHARED + 2 * PAGE) {
+    } else if (address - (uintptr_t)w->shared + SHARED_GUARD < MOST_SHARED + 2 * SHARED_GUARD) {
         record(w->block, at, "%s outside shared memory, at byte %lld of %llu", access,
                (long long)((const char*)address - (const char*)w->block.shared),
                (unsigned long long)launch.shared_bytes);
@@ -502,7 +501,6 @@ inline void catch_faults() {
 }
 
 inline void run(Launch& launch) {
-    __atomic_store_n(&workers, launch.workers, __ATOMIC_RELEASE);
     catch_faults();
     Worker& w = *take_worker();
     stack_t before, own = {};
@@ -531,10 +529,9 @@ inline void run(Launch& launch) {
 
 // ---- the table of kernels ----
 
-// What Rust's `cuda::args` calls the types: 1 bf16, 2 f32, 3 i32, 4 u32, 5 i64, 6 u64, 7 u8, 8 f64, 0 anything else.
+// What Rust's `cuda::args` calls the types: 1 bf16, 2 f32, 3 i32, 4 u32, 5 i64, 6 u64, 7 u8, 0 anything else.
 template <class T> constexpr uint8_t type_code() {
     if (std::is_same_v<T, float>) return 2;
-    if (std::is_same_v<T, double>) return 8;
     if (!std::is_integral_v<T>) return sizeof(T) == 2 && std::is_class_v<T> ? 1 : 0;
     if (sizeof(T) == 8) return std::is_signed_v<T> ? 5 : 6;
     if (sizeof(T) == 4) return std::is_signed_v<T> ? 3 : 4;

@@ -11,7 +11,6 @@ use std::collections::{BTreeMap, HashMap};
 use std::ffi::{CStr, OsString, c_char, c_void};
 use std::path::Path;
 use std::process::Command;
-use std::sync::atomic::AtomicPtr;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 /// What an A100 allows a block.
@@ -62,16 +61,11 @@ struct RawParameter {
     of: u8,
 }
 
-/// Those who work at blocks, with their stacks, as emulation.h lists them: one list for all libraries, since stacks take
-/// thousands of mappings, and so that every library's fault handler knows them all.
-static WORKERS: AtomicPtr<c_void> = AtomicPtr::new(std::ptr::null_mut());
-
 /// `emulation::Launch`.
 #[repr(C)]
 struct Launch {
     entry: *const Entry,
     arguments: *mut *mut c_void,
-    workers: *const AtomicPtr<c_void>,
     grid: [u32; 3],
     threads: u32,
     shared_bytes: u64,
@@ -218,7 +212,6 @@ impl Emulator {
         let mut launch = Launch {
             entry,
             arguments: pointers.as_mut_ptr(),
-            workers: &raw const WORKERS,
             grid,
             threads: kernel.threads,
             shared_bytes: shared_bytes.into(),
