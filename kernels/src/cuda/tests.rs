@@ -212,8 +212,7 @@ fn arguments_that_do_not_fit_are_refused() {
     let mut out = gpu.alloc::<f32>(128).unwrap();
     let mut narrow = gpu.alloc::<bf16>(128).unwrap();
     let reverse = kernel("reverse", 128);
-    let refused =
-        |args: Args| gpu.launch(&reverse, [1, 1, 1], 512, args).unwrap_err().to_string();
+    let refused = |args: Args| gpu.launch(&reverse, [1, 1, 1], 512, args).unwrap_err().to_string();
     assert_eq!(refused(args![&input]), "kernel reverse: 1 arguments for 2 parameters");
     let said = refused(args![&input, &out]);
     assert_eq!(said, "kernel reverse: argument 1 is written, so it must be borrowed as &mut");

@@ -17,6 +17,8 @@
 
 pub mod adapter;
 #[cfg(test)]
+mod faults;
+#[cfg(test)]
 mod tests;
 
 use crate::args;
@@ -265,7 +267,10 @@ fn short(side: usize) -> u32 {
 }
 
 fn adds(op: &str, beta: f32) -> bool {
-    assert!(beta == 0.0 || beta == 1.0, "matmul::{op} on a device: beta is {beta}, it must be 0 or 1");
+    assert!(
+        beta == 0.0 || beta == 1.0,
+        "matmul::{op} on a device: beta is {beta}, it must be 0 or 1"
+    );
     beta == 1.0
 }
 
