@@ -286,7 +286,9 @@ fn large_shapes_get_large_tiles() {
     };
     assert_eq!(tile(16384, 4096), (128, 128));
     assert_eq!(tile(16384, 1024), (128, 128));
-    assert_eq!(tile(64, 4096), (64, 64));
+    assert_eq!(tile(16384, 64), (64, 64));
+    assert_eq!(tile(64, 14336), (64, 64));
+    assert_eq!(tile(64, 4096), (64, 32));
     assert_eq!(tile(16384, 16), (64, 16));
     assert_eq!(tile(16384, 32), (64, 32));
     assert_eq!(LARGE.count(32768, 152_064), 256 * 1188);
