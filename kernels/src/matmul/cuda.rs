@@ -17,6 +17,8 @@
 
 pub mod adapter;
 #[cfg(test)]
+mod faults;
+#[cfg(test)]
 mod tests;
 
 use crate::args;
@@ -48,9 +50,9 @@ struct Tile {
 /// For most of the work. Four warps of 64 x 64 each: reading fragments from shared memory then takes as long as
 /// multiplying them on an H100, with smaller pieces longer; two such blocks fit in an SM.
 const LARGE: Tile = Tile { m: 128, n: 128, k: 32, warps: (2, 2), stages: 4 };
-/// Where there would be too few large tiles to occupy a GPU.
+/// Where there would be too few large ones.
 const SMALL: Tile = Tile { m: 64, n: 64, k: 64, warps: (2, 2), stages: 4 };
-/// For an adapter's rank: x is read once, and little more than memory counts.
+/// For an adapter's rank, where x is to be read once, and for few rows.
 const NARROW: [Tile; 2] = [
     Tile { m: 64, n: 16, k: 64, warps: (4, 1), stages: 4 },
     Tile { m: 64, n: 32, k: 64, warps: (4, 1), stages: 4 },
@@ -82,14 +84,15 @@ impl Tile {
         rows.div_ceil(self.m) * columns.div_ceil(self.n)
     }
 
-    /// The tile for an output.
+    /// The largest tile that fits an output and makes enough blocks to occupy a GPU.
     fn of(rows: u32, columns: u32) -> Self {
+        let enough = |tile: Self| tile.count(rows, columns) >= MULTIPROCESSORS;
         match columns {
             ..=16 => NARROW[0],
             17..=32 => NARROW[1],
-            33..=64 => SMALL,
-            _ if LARGE.count(rows, columns) >= MULTIPROCESSORS => LARGE,
-            _ => SMALL,
+            65.. if enough(LARGE) => LARGE,
+            _ if enough(SMALL) => SMALL,
+            _ => NARROW[1],
         }
     }
 }
@@ -265,7 +268,10 @@ fn short(side: usize) -> u32 {
 }
 
 fn adds(op: &str, beta: f32) -> bool {
-    assert!(beta == 0.0 || beta == 1.0, "matmul::{op} on a device: beta is {beta}, it must be 0 or 1");
+    assert!(
+        beta == 0.0 || beta == 1.0,
+        "matmul::{op} on a device: beta is {beta}, it must be 0 or 1"
+    );
     beta == 1.0
 }
 

@@ -52,7 +52,10 @@ impl<'a> Adapter<'a> {
         let rank = padded(rank);
         assert_shapes(
             op,
-            [("the adapter's left", left.len(), m, rank), ("its right", right.len(), columns, rank)],
+            [
+                ("the adapter's left", left.len(), m, rank),
+                ("its right", right.len(), columns, rank),
+            ],
         );
     }
 
@@ -166,7 +169,18 @@ impl Division {
         let (column_stride, rank_stride) = (strides.0 as i32, strides.1 as i32);
         let grid = [self.slabs as u32, self.spans as u32, self.parts as u32];
         let args = args![
-            v, u, b, tokens, wide, pitch, span, partial, rank, column_stride, rank_stride, du_partial
+            v,
+            u,
+            b,
+            tokens,
+            wide,
+            pitch,
+            span,
+            partial,
+            rank,
+            column_stride,
+            rank_stride,
+            du_partial
         ];
         gpu.launch(&kernel, grid, self.way.shared_bytes(), args)
     }
@@ -233,7 +247,10 @@ fn pack(
 ) -> Result<()> {
     assert_shapes(
         op,
-        [("the matrix", from.len(), rows, columns), ("the packed one", to.len(), to_rows, to_columns)],
+        [
+            ("the matrix", from.len(), rows, columns),
+            ("the packed one", to.len(), to_rows, to_columns),
+        ],
     );
     let grid = one_thread_each(to.len());
     let (rows, columns) = (rows as i32, columns as i32);
