@@ -29,8 +29,9 @@ struct Tensor {
     float copy_scale;
 };
 
-KERNEL(THREADS) step(const uint64_t* tensors, const uint32_t* pieces, float grad_scale, float decay, float one_minus_beta1,
-                     float beta2, float one_minus_beta2, float sqrt_correction2, float eps, float step_size) {
+KERNEL(THREADS) adamw_step(const uint64_t* tensors, const uint32_t* pieces, float grad_scale, float decay,
+                           float one_minus_beta1, float beta2, float one_minus_beta2, float sqrt_correction2, float eps,
+                           float step_size) {
     const Tensor& it = reinterpret_cast<const Tensor*>(tensors)[pieces[2 * blockIdx.x]];
     uint32_t first = pieces[2 * blockIdx.x + 1] * PIECE, end = min(first + PIECE, it.length);
     for (uint32_t i = first + threadIdx.x; i < end; i += THREADS) {
@@ -57,7 +58,7 @@ DEVICE double block_sum_f64(double x, double* scratch) {
 }
 
 // sums[block] = Σ grad² over the block's piece, in f64.
-KERNEL(THREADS) norm_squared(const uint64_t* tensors, const uint32_t* pieces, double* sums) {
+KERNEL(THREADS) adamw_norm_squared(const uint64_t* tensors, const uint32_t* pieces, double* sums) {
     const Tensor& it = reinterpret_cast<const Tensor*>(tensors)[pieces[2 * blockIdx.x]];
     uint32_t first = pieces[2 * blockIdx.x + 1] * PIECE, end = min(first + PIECE, it.length);
     double sum = 0.0;
@@ -67,7 +68,7 @@ KERNEL(THREADS) norm_squared(const uint64_t* tensors, const uint32_t* pieces, do
 }
 
 // total = Σ sums[0 .. n], by one block.
-KERNEL(THREADS) add_up(const double* sums, uint32_t n, double* total) {
+KERNEL(THREADS) adamw_add_up(const double* sums, uint32_t n, double* total) {
     double sum = 0.0;
     for (uint32_t i = threadIdx.x; i < n; i += THREADS) sum += sums[i];
     sum = block_sum_f64(sum, reinterpret_cast<double*>(dynamic_shared()));

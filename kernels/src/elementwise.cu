@@ -8,7 +8,7 @@
 // Traffic: 3 · 2 bytes an element for add, 2 · 2 for scale_rows.
 #include "tile.cuh"
 
-KERNEL(256) add(bf16* x, const bf16* y, size_t n) {
+KERNEL(256) elementwise_add(bf16* x, const bf16* y, size_t n) {
     size_t i = (size_t(blockIdx.x) * 256 + threadIdx.x) * 8;
     if (i + 8 <= n) {
         float a[8], b[8];
@@ -23,7 +23,7 @@ KERNEL(256) add(bf16* x, const bf16* y, size_t n) {
 }
 
 // One row a block.
-KERNEL(256) scale_rows(const bf16* x, const float* factors, bf16* y, uint32_t width) {
+KERNEL(256) elementwise_scale_rows(const bf16* x, const float* factors, bf16* y, uint32_t width) {
     float factor = factors[blockIdx.x];
     x += size_t(blockIdx.x) * width;
     y += size_t(blockIdx.x) * width;

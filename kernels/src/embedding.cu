@@ -13,7 +13,7 @@
 
 constexpr uint32_t NANS = 0xffffffffu;
 
-KERNEL(128) gather(const bf16* table, const uint32_t* ids, bf16* out, uint32_t width, uint32_t table_rows) {
+KERNEL(128) embedding_gather(const bf16* table, const uint32_t* ids, bf16* out, uint32_t width, uint32_t table_rows) {
     uint32_t id = ids[blockIdx.x];
     bool known = id < table_rows;
     table += known ? size_t(id) * width : 0;
@@ -26,8 +26,8 @@ KERNEL(128) gather(const bf16* table, const uint32_t* ids, bf16* out, uint32_t w
     }
 }
 
-KERNEL(128) scatter(const bf16* x, const uint32_t* starts, const uint32_t* readers, const float* factors, bf16* out,
-                    uint32_t width) {
+KERNEL(128) embedding_scatter(const bf16* x, const uint32_t* starts, const uint32_t* readers, const float* factors,
+                              bf16* out, uint32_t width) {
     uint32_t first = starts[blockIdx.x], end = starts[blockIdx.x + 1];
     out += size_t(blockIdx.x) * width;
     if (width % 8 == 0) {

@@ -40,15 +40,16 @@ DEVICE float quad_sum(float x) {
 
 // h [tokens, hidden], w [vocab, hidden], s [tokens, rank], b [vocab, rank]; `rank` 0: no adapter.
 // strips [tokens, ⌈vocab / 64⌉, 2], target_logits [tokens]; weights [tokens, pitch] with zeros from `vocab` on, or null.
-KERNEL(THREADS) logits(const bf16* h, const bf16* w, int hidden, const bf16* s, const bf16* b, int rank,
-                       const uint32_t* targets, float* strips, float* target_logits, bf16* weights, int tokens, int vocab,
-                       int pitch) {
+KERNEL(THREADS) logprob_logits(const bf16* h, const bf16* w, int hidden, const bf16* s, const bf16* b, int rank,
+                               const uint32_t* targets, float* strips, float* target_logits, bf16* weights, int tokens,
+                               int vocab, int pitch) {
     Corner corner = corner_of(blockIdx.x, tokens, vocab);
     float sums[DOWN][ACROSS][4] = {};
     sum_products<true>(dynamic_shared(), corner, {h, w, hidden}, {s, b, rank}, tokens, vocab, sums);
 
-    int lane = lane_index(), first_row = corner.row + warp_index() / WARPS_N * WARP_M + lane / 4;
-    int strip = corner.column / STRIP + warp_index() % WARPS_N, strip_count = divide_up(vocab, STRIP);
+    Corner part = corner_of_warp();
+    int lane = lane_index(), first_row = corner.row + part.row + lane / 4;
+    int strip = (corner.column + part.column) / STRIP, strip_count = divide_up(vocab, STRIP);
     int first_column = strip * STRIP + lane % 4 * 2;
 #pragma unroll
     for (int i = 0; i < DOWN; i++)
@@ -93,8 +94,8 @@ DEVICE float2 together(float2 a, float2 b) {
 }
 
 // logp, lse [tokens]: a warp a token.
-KERNEL(128) combine(const float* strips, const float* target_logits, const uint32_t* targets, float* logp, float* lse,
-                    int tokens, int vocab) {
+KERNEL(128) logprob_combine(const float* strips, const float* target_logits, const uint32_t* targets, float* logp,
+                            float* lse, int tokens, int vocab) {
     int row = int(blockIdx.x) * 4 + warp_index(), lane = lane_index();
     if (row >= tokens) return;
     int strip_count = divide_up(vocab, STRIP);
@@ -115,8 +116,8 @@ KERNEL(128) combine(const float* strips, const float* target_logits, const uint3
 }
 
 // weights [tokens, pitch] → dlogp · g in place; `dlogp` [tokens], or null for 1. A block a token.
-KERNEL(256) gradients(bf16* weights, const float* strips, const float* lse, const float* logp, const uint32_t* targets,
-                      const float* dlogp, int vocab, int pitch) {
+KERNEL(256) logprob_gradients(bf16* weights, const float* strips, const float* lse, const float* logp,
+                              const uint32_t* targets, const float* dlogp, int vocab, int pitch) {
     size_t row = blockIdx.x;
     int target = int(targets[row]), strip_count = divide_up(vocab, STRIP);
     float factor = dlogp ? dlogp[row] : 1.0f, total = lse[row];

@@ -30,7 +30,7 @@ DEVICE float2 slopes(float dout, float gate, float up) {
     return make_float2(dout * up * (it.sigma + it.silu * (1.0f - it.sigma)), dout * it.silu);
 }
 
-KERNEL(256) forward(const bf16* gate, const bf16* up, bf16* out, size_t n) {
+KERNEL(256) swiglu_forward(const bf16* gate, const bf16* up, bf16* out, size_t n) {
     size_t i = (size_t(blockIdx.x) * 256 + threadIdx.x) * 8;
     if (i + 8 <= n) {
         float g[8], u[8], o[8];
@@ -44,7 +44,7 @@ KERNEL(256) forward(const bf16* gate, const bf16* up, bf16* out, size_t n) {
     for (; i < n; i++) out[i] = to_bf16(activated(to_float(gate[i]), to_float(up[i])));
 }
 
-KERNEL(256) backward(const bf16* dout, const bf16* gate, const bf16* up, bf16* dgate, bf16* dup, size_t n) {
+KERNEL(256) swiglu_backward(const bf16* dout, const bf16* gate, const bf16* up, bf16* dgate, bf16* dup, size_t n) {
     size_t i = (size_t(blockIdx.x) * 256 + threadIdx.x) * 8;
     if (i + 8 <= n) {
         float d[8], g[8], u[8];

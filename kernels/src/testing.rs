@@ -5,8 +5,8 @@ use crate::cuda::{Fault, Gpu};
 use half::bf16;
 use rand::{Rng, RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ops::{Add, AddAssign, Div, Mul, Neg, Sub};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 
 /// A float in which a reference can be written once and evaluated in `f32` and in `f64`.
 pub(crate) trait Real:
@@ -123,7 +123,8 @@ pub(crate) fn assert_faults_are_caught(
             let Err(panic) = catch_unwind(AssertUnwindSafe(|| check(&gpu))) else { return false };
             let message = panic.downcast_ref::<String>().map_or("", String::as_str);
             // What is not there, or does not compile, would prove nothing.
-            let proves_nothing = message.ends_with("times, not once") || message.contains(" error: ");
+            let proves_nothing =
+                message.ends_with("times, not once") || message.contains(" error: ");
             assert!(!proves_nothing, "{message}");
             true
         });

@@ -9,12 +9,14 @@ use crate::cuda::{
 use crate::matmul::cuda::adapter::{
     self, add_to_gradient_of_a, add_to_gradient_of_b, workspace_of_a, workspace_of_b,
 };
-use crate::matmul::cuda::{Adapter, nn, nt};
+use crate::matmul::cuda::{Adapter, PRODUCT_HEADER, nn, nt};
 use half::bf16;
 
-const PRODUCT: (&str, &str) = ("product.cuh", include_str!("../cuda/product.cuh"));
-static SOURCE: Source =
-    Source { name: "logprob.cu", text: include_str!("../logprob.cu"), headers: &[TILE, PRODUCT] };
+static SOURCE: Source = Source {
+    name: "logprob.cu",
+    text: include_str!("../logprob.cu"),
+    headers: &[TILE, PRODUCT_HEADER],
+};
 
 /// Tokens and entries of a block's tile, depth and number of the slices in shared memory. Two such blocks
 /// fit in an SM, so that one's softmax runs beside the other's products.
@@ -35,9 +37,9 @@ const fn kernel(name: &'static str, threads: u32) -> Kernel {
         .define("WARPS_N", 2)
         .define("STAGES", STAGES as i64)
 }
-const LOGITS: Kernel = kernel("logits", 128);
-const COMBINE: Kernel = kernel("combine", 128);
-const GRADIENTS: Kernel = kernel("gradients", 256);
+const LOGITS: Kernel = kernel("logprob_logits", 128);
+const COMBINE: Kernel = kernel("logprob_combine", 128);
+const GRADIENTS: Kernel = kernel("logprob_gradients", 256);
 
 /// Every kernel of this file.
 pub const KERNELS: &[Kernel] = &[LOGITS, COMBINE, GRADIENTS];
@@ -231,8 +233,7 @@ impl Head<'_> {
             padded(vocab) as i32,
         ];
         gpu.launch(&LOGITS, [blocks(tiles, 1), 1, 1], SHARED_BYTES as u32, args)?;
-        let args =
-            args![&strips, &target_logits, targets, logp, &mut lse, m as i32, vocab as i32];
+        let args = args![&strips, &target_logits, targets, logp, &mut lse, m as i32, vocab as i32];
         gpu.launch(&COMBINE, [blocks(m, 4), 1, 1], 0, args)?;
         Ok(Softmax { strips, lse, low })
     }

@@ -132,7 +132,8 @@ impl OnDevice {
             let target = targets[t] as usize;
             plain.logp.push((logits[target] - top) - log_sum);
             let slopes = |factor: f32| -> Vec<f32> {
-                let slope = |v: usize| f32::from(u8::from(v == target)) - (logits[v] - top - log_sum).exp();
+                let slope =
+                    |v: usize| f32::from(u8::from(v == target)) - (logits[v] - top - log_sum).exp();
                 (0..vocab).map(|v| rounded(factor * slope(v))).collect()
             };
             let pulled = |slopes: &[f32]| -> Vec<f32> {
@@ -293,12 +294,20 @@ fn a_weight_that_is_not_filled_up_is_refused() {
 #[test]
 fn planted_faults_are_caught() {
     let faults = [
-        ("product.cuh", "        __syncthreads();\n        load(slice + STAGES - 1);", "        load(slice + STAGES - 1);"),
+        (
+            "product.cuh",
+            "        __syncthreads();\n        load(slice + STAGES - 1);",
+            "        load(slice + STAGES - 1);",
+        ),
         ("product.cuh", "copy_async_wait<STAGES - 2>();", "copy_async_wait<STAGES - 1>();"),
         ("logprob.cu", "if (column >= vocab) logit", "if (column > vocab) logit"),
         ("logprob.cu", "sum += low + high;", "sum = low + high;"),
         ("logprob.cu", "return x + __shfl_xor_sync(ALL_LANES, x, 2);", "return x;"),
-        ("logprob.cu", "strip < strip_count; strip += WARP", "strip + 1 < strip_count; strip += WARP"),
+        (
+            "logprob.cu",
+            "strip < strip_count; strip += WARP",
+            "strip + 1 < strip_count; strip += WARP",
+        ),
         ("logprob.cu", "column < pitch)\n", "column < vocab)\n"),
         ("logprob.cu", "-factor * expm1f(logp[row])", "factor * expm1f(logp[row])"),
         ("logprob.cu", "row < tokens ? int(targets[row]) : -1", "int(targets[row])"),
