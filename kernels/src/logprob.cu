@@ -121,6 +121,7 @@ KERNEL(256) logprob_gradients(bf16* weights, const float* strips, const float* l
     size_t row = blockIdx.x;
     int target = int(targets[row]), strip_count = divide_up(vocab, STRIP);
     float factor = dlogp ? dlogp[row] : 1.0f, total = lse[row];
+    float of_target = -factor * expm1f(logp[row]);
     for (int column = int(threadIdx.x) * 8; column < pitch; column += 256 * 8) {
         float largest = strips[(row * strip_count + column / STRIP) * 2];
         float scale = -factor * exp2_fast((largest - total) * LOG2_E), values[8];
@@ -128,7 +129,7 @@ KERNEL(256) logprob_gradients(bf16* weights, const float* strips, const float* l
         unpack8(load16(at), values);
 #pragma unroll
         for (int i = 0; i < 8; i++)
-            values[i] = column + i == target ? -factor * expm1f(logp[row]) : scale * values[i];
+            values[i] = column + i == target ? of_target : scale * values[i];
         store16(at, pack8(values));
     }
 }

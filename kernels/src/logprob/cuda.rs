@@ -9,7 +9,7 @@ use crate::cuda::{
 use crate::matmul::cuda::adapter::{
     self, add_to_gradient_of_a, add_to_gradient_of_b, workspace_of_a, workspace_of_b,
 };
-use crate::matmul::cuda::{Adapter, PRODUCT_HEADER, nn, nt};
+use crate::matmul::cuda::{Adapter, PRODUCT_HEADER, few, nn, nt};
 use half::bf16;
 
 static SOURCE: Source = Source {
@@ -134,6 +134,32 @@ pub fn forward_with_gradient(
         nn(gpu, &slopes, head.weight, unit_grad, m, entries, width, 0.0, part)?;
     }
     Ok(())
+}
+
+/// [`super::forward_logits`] in bf16: `logits = W h` for `hidden`: `[N, H]`, in one piece: for generation, where
+/// N is small. Overwrites `logits`: `[N, P]`, of which V entries of a row are logits.
+///
+/// # Errors
+/// As [`forward`].
+pub fn forward_logits(
+    gpu: &Gpu,
+    arena: &Arena,
+    hidden: &DeviceSlice<bf16>,
+    head: &Head,
+    logits: &mut DeviceSlice<bf16>,
+) -> Result<()> {
+    head.assert_valid();
+    let (width, entries) = (head.hidden, padded(head.vocab));
+    let n = hidden.len() / width;
+    assert_eq!(hidden.len(), n * width, "logprob: hidden must be [N, {width}]");
+    assert_eq!(logits.len(), n * entries, "logprob: logits must be [{n}, {entries}]");
+    let Some(LowRank { a, b, rank, .. }) = head.adapter else {
+        return few(gpu, hidden, head.weight, logits, n, width, entries, 0.0, None, None);
+    };
+    let mut low = arena.take(n * adapter::padded(rank))?;
+    few(gpu, hidden, a, &mut low, n, width, adapter::padded(rank), 0.0, None, None)?;
+    let part = Some(Adapter { left: &low, right: b, rank });
+    few(gpu, hidden, head.weight, logits, n, width, entries, 0.0, None, part)
 }
 
 /// [`super::adapter_backward`] in bf16: the adapter's gradients, from the loss's `dlogp`: `[N]`. The logits
@@ -272,7 +298,15 @@ impl Head<'_> {
         targets: &DeviceSlice<u32>,
         per_token: &DeviceSlice<f32>,
     ) {
-        let (n, width, entries) = (targets.len(), self.hidden, padded(self.vocab));
+        self.assert_valid();
+        let (n, width) = (targets.len(), self.hidden);
+        assert_eq!(hidden.len(), n * width, "logprob: hidden must be [{n}, {width}]");
+        assert_eq!(per_token.len(), n, "logprob: logp and dlogp must be [{n}]");
+        assert_aligned("logprob", [hidden]);
+    }
+
+    fn assert_valid(&self) {
+        let (width, entries) = (self.hidden, padded(self.vocab));
         assert!(self.vocab > 0 && width > 0 && self.tokens > 0, "logprob: an empty head");
         assert!(
             width.is_multiple_of(8),
@@ -280,9 +314,7 @@ impl Head<'_> {
         );
         assert!(entries * 2 <= i32::MAX as usize, "logprob: a vocabulary of {entries}");
         assert_eq!(self.weight.len(), entries * width, "logprob: W must be [{entries}, {width}]");
-        assert_eq!(hidden.len(), n * width, "logprob: hidden must be [{n}, {width}]");
-        assert_eq!(per_token.len(), n, "logprob: logp and dlogp must be [{n}]");
-        assert_aligned("logprob", [self.weight, hidden]);
+        assert_aligned("logprob", [self.weight]);
         if let Some(LowRank { a, b, rank, .. }) = self.adapter {
             let rank = adapter::padded(rank);
             assert_eq!(a.len(), rank * width, "logprob: A must be [{rank}, {width}]");
