@@ -6,15 +6,16 @@
 //   p = p (1 - lr weight_decay) - lr / (1 - beta1^step) · m / (sqrt(v) / sqrt(1 - beta2^step) + eps)
 //   copy = bf16(copy_scale · p)
 //
-// p, grad, m, v are f32; products read `copy`, a bf16 matrix whose rows begin `pitch` elements apart. What lies between a row's
-// end and the next row is not touched.
+// p, grad, m, v are f32; products read `copy`, a bf16 matrix whose rows begin `pitch` elements apart. What lies
+// between a row's end and the next row is not touched.
 //
-// Tensors differ in length from thousands to millions of elements, so the work is cut into pieces of PIECE elements of
-// one tensor: pieces[block] is (tensor, piece of it). A tensor is described by addresses and sizes in `tensors`, written once.
+// Tensors differ in length from thousands to millions of elements, so the work is cut into pieces of PIECE elements
+// of one tensor: pieces[block] is (tensor, piece of it). A tensor is described by addresses and sizes in `tensors`,
+// written once.
 //
-// Every operation is rounded by itself, in the twin's order, so the two give the same bits: __fmul_rn and __fadd_rn are never
-// contracted into a fused multiply-add.
-// Traffic: 28 bytes an element to read and write p, m, v and read grad, and 2 for the copy.
+// Every operation is rounded by itself, in the twin's order, so the two give the same bits: __fmul_rn and __fadd_rn
+// are never contracted into a fused multiply-add. Traffic: 28 bytes an element to read and write p, m, v and read
+// grad, and 2 for the copy.
 #include "device.cuh"
 
 constexpr uint32_t PIECE = 4096;

@@ -3,9 +3,9 @@
 //   add          x += y                                  [n]
 //   scale_rows   y[t, :] = factors[t] x[t, :]            [rows, width]
 //
-// bf16, computed in f32 and rounded once; factors are f32. Arrays begin at multiples of 16 bytes. Eight elements a thread in
-// one access; what a length that is no multiple of 8 leaves over is taken singly.
-// Traffic: 3 · 2 bytes an element for add, 2 · 2 for scale_rows.
+// bf16, computed in f32 and rounded once; factors are f32. Arrays begin at multiples of 16 bytes. Eight elements a
+// thread in one access; what a length that is no multiple of 8 leaves over is taken singly. Traffic: 3 · 2 bytes an
+// element for add, 2 · 2 for scale_rows.
 #include "tile.cuh"
 
 KERNEL(256) elementwise_add(bf16* x, const bf16* y, size_t n) {

@@ -3,9 +3,10 @@
 //   gather    out[t] = table[ids[t]]                                       [T, width] of [V, width]
 //   scatter   out[v] = Σ factors[t] x[t] over all t with ids[t] = v        the way back: [V, width] of [T, width]
 //
-// bf16; gather copies bits, scatter adds in f32 in the order of t and rounds once. Both overwrite all of `out`: a row to
-// which nothing is added becomes zeros. A row is written by one block, so nothing is added atomically: the host has
-// sorted the t by their id, and those of row v are readers[starts[v] .. starts[v + 1]]. `factors` may be null: all are 1.
+// bf16; gather copies bits, scatter adds in f32 in the order of t and rounds once. Both overwrite all of `out`: a row
+// to which nothing is added becomes zeros. A row is written by one block, so nothing is added atomically: the host
+// has sorted the t by their id, and those of row v are readers[starts[v] .. starts[v + 1]]. `factors` may be null:
+// all are 1.
 //
 // A kernel cannot refuse an id; one outside the table makes its row NaN, which no loss overlooks.
 // One row a block; sixteen bytes a thread in one access where the width is a multiple of 8.

@@ -1,13 +1,14 @@
-// The gated activation of the feed-forward block (Shazeer 2020, "GLU Variants Improve Transformer"); twin of swiglu.rs.
+// The gated activation of the feed-forward block (Shazeer 2020, "GLU Variants Improve Transformer"); twin of
+// swiglu.rs.
 //
 //   σ = 1 / (1 + e^-gate)
 //   forward    out   = gate σ up
 //   backward   dup   = dout gate σ
 //              dgate = dout up σ (1 + gate (1 - σ))
 //
-// All arrays are [n] bf16, computed in f32 and rounded once, and begin at multiples of 16 bytes; results are overwritten.
-// Eight elements a thread in one access; where n is no multiple of 8, the last thread takes what is left singly.
-// Traffic: 3 · 2 bytes an element forward, 5 · 2 backward.
+// All arrays are [n] bf16, computed in f32 and rounded once, and begin at multiples of 16 bytes; results are
+// overwritten. Eight elements a thread in one access; where n is no multiple of 8, the last thread takes what is left
+// singly. Traffic: 3 · 2 bytes an element forward, 5 · 2 backward.
 #include "tile.cuh"
 
 constexpr float LOG2_E = 1.4426950408889634f;

@@ -26,8 +26,8 @@ pub struct Tensor<'a> {
     pub grad: &'a DeviceSlice<f32>,
     pub m: &'a mut DeviceSlice<f32>,
     pub v: &'a mut DeviceSlice<f32>,
-    /// `[rows, pitch]`, or more rows: receives `copy_scale * param` for the products, at the beginning of each row;
-    /// all else in it stays as it is.
+    /// `[rows, pitch]`, or more rows: receives `copy_scale * param` for the products, at the beginning of
+    /// each row; all else in it stays as it is.
     pub copy: &'a mut DeviceSlice<bf16>,
     pub width: usize,
     /// At least `width`.
@@ -123,8 +123,8 @@ impl Tensor<'_> {
     }
 }
 
-/// [`super::step`] for all `tensors`, in one launch and with the same bits. Their copies for the products are
-/// written too.
+/// [`super::step`] for all `tensors`, in one launch and with the same bits. Their copies for the products
+/// are written too.
 ///
 /// # Errors
 /// The launch fails, or the device has no memory left for the table.

@@ -60,8 +60,8 @@ pub struct Head<'a> {
     pub hidden: usize,
     /// What is added to W, if anything.
     pub adapter: Option<LowRank<'a>>,
-    /// Most tokens at a time. More cost memory, 2 bytes for each entry of the vocabulary; fewer leave multiprocessors
-    /// idle. It changes no bit.
+    /// Most tokens at a time. More cost memory, 2 bytes for each entry of the vocabulary; fewer leave
+    /// multiprocessors idle. It changes no bit.
     pub tokens: usize,
 }
 
@@ -136,8 +136,8 @@ pub fn forward_with_gradient(
     Ok(())
 }
 
-/// [`super::forward_logits`] in bf16: `logits = W h` for `hidden`: `[N, H]`, in one piece: for generation, where
-/// N is small. Overwrites `logits`: `[N, P]`, of which V entries of a row are logits.
+/// [`super::forward_logits`] in bf16: `logits = W h` for `hidden`: `[N, H]`, in one piece: for generation,
+/// where N is small. Overwrites `logits`: `[N, P]`, of which V entries of a row are logits.
 ///
 /// # Errors
 /// As [`forward`].
@@ -163,8 +163,8 @@ pub fn forward_logits(
 }
 
 /// [`super::adapter_backward`] in bf16: the adapter's gradients, from the loss's `dlogp`: `[N]`. The logits
-/// are computed once more. Accumulates into `da`: `[r, H]` and `db`: `[P, r]`, both f32; what follows the V rows of `db`
-/// stays as it is. The head must have an adapter.
+/// are computed once more. Accumulates into `da`: `[r, H]` and `db`: `[P, r]`, both f32; what follows the V
+/// rows of `db` stays as it is. The head must have an adapter.
 ///
 /// # Errors
 /// As [`forward`].
@@ -264,8 +264,8 @@ impl Head<'_> {
         Ok(Softmax { strips, lse, low })
     }
 
-    /// [`Self::log_probs`], and `dlogp dlogp_t / dlogits_t`: `[m, P]` with zeros after V entries, `dlogp` being 1
-    /// where it is `None`; and what the softmax has of an adapter.
+    /// [`Self::log_probs`], and `dlogp dlogp_t / dlogits_t`: `[m, P]` with zeros after V entries, `dlogp`
+    /// being 1 where it is `None`; and what the softmax has of an adapter.
     fn logit_gradients(
         &self,
         gpu: &Gpu,

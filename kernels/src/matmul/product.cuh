@@ -1,4 +1,5 @@
-// The sums of a product's tile, in the registers of a block: what matmul.cu rounds and writes, and logprob.cu takes the softmax of.
+// The sums of a product's tile, in the registers of a block: what matmul.cu rounds and writes, and logprob.cu takes
+// the softmax of.
 //
 //     out [rows, columns] = left [rows, depth] right        right: [columns, depth] ("transposed") or [depth, columns]
 //

@@ -49,10 +49,6 @@ fn faults_in_the_sums_are_caught() {
     for fault in [
         // The barrier before a slice is read.
         (step, "copy_async_wait<STAGES - 2>();\n"),
-        (
-            "        __syncthreads();\n        load(slice + STAGES - 1);",
-            "        load(slice + STAGES - 1);",
-        ),
         // A wait.
         (step, "copy_async_wait<STAGES - 1>();\n        __syncthreads();\n"),
         ("        copy_async_commit();\n", ""),
