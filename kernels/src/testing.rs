@@ -6,6 +6,7 @@ use half::bf16;
 use rand::{Rng, RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use std::ops::{Add, AddAssign, Div, Mul, Neg, Sub};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 
 /// A float in which a reference can be written once and evaluated in `f32` and in `f64`.
 pub(crate) trait Real:
@@ -105,6 +106,32 @@ pub(crate) fn fails(check: impl FnOnce()) -> bool {
     std::panic::catch_unwind(std::panic::AssertUnwindSafe(check)).is_err()
 }
 
+/// Seeds for orders in which a kernel's threads run: in turn, and three that are drawn.
+pub(crate) const SEEDS: [u64; 4] = [0, 1, 2, 3];
+
+/// `check` passes, and panics in some order of threads when in one of `faults`, (file, right, wrong), what
+/// is right is replaced by what is wrong.
+#[track_caller]
+pub(crate) fn assert_faults_are_caught(
+    check: impl Fn(&Gpu),
+    faults: &[(&'static str, &'static str, &'static str)],
+) {
+    check(&gpu(0));
+    for &(file, right, wrong) in faults {
+        let caught = SEEDS.into_iter().any(|seed| {
+            let gpu = faulty_gpu(seed, file, right, wrong);
+            let Err(panic) = catch_unwind(AssertUnwindSafe(|| check(&gpu))) else { return false };
+            let message = panic.downcast_ref::<String>().map_or("", String::as_str);
+            // What is not there, or does not compile, would prove nothing.
+            let proves_nothing =
+                message.ends_with("times, not once") || message.contains(" error: ");
+            assert!(!proves_nothing, "{message}");
+            true
+        });
+        assert!(caught, "{file}: {wrong:?} for {right:?} is not caught");
+    }
+}
+
 /// Sum of twelve uniforms less six: close enough to normal, and never extreme.
 fn normal(rng: &mut impl Rng) -> f32 {
     (0..12).map(|_| rng.random::<f32>()).sum::<f32>() - 6.0
@@ -136,9 +163,9 @@ pub(crate) fn assert_accurate(what: &str, actual: &[f32], plain: &[f32], exact: 
     assert!(found <= allowed, "{what}: error {found:e}, allowed {allowed:e}");
 }
 
-/// Right in bf16 means the same, where plainly means: inputs in bf16, arithmetic in f32, the result rounded,
-/// and what else the kernel rounds on its way. Besides the largest error also the mean square counts, which a
-/// loss of precision everywhere cannot hide from behind one unlucky rounding.
+/// Right in bf16 means the same, where plainly means: inputs in bf16, arithmetic in f32, the result
+/// rounded, and what else the kernel rounds on its way. Besides the largest error also the mean square
+/// counts, which a loss of precision everywhere cannot hide from behind one unlucky rounding.
 #[track_caller]
 pub(crate) fn assert_accurate_bf16(what: &str, actual: &[bf16], plain: &[bf16], exact: &[f64]) {
     let (actual, plain) = (widen(actual), widen(plain));

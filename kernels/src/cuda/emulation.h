@@ -76,6 +76,8 @@ struct Entry {
     void (*call)(void** arguments);
 };
 
+struct Worker;
+
 // One launch; as many OS threads as like work at it, each through `emulation_run`.
 struct Launch {
     const Entry* entry;
@@ -85,6 +87,9 @@ struct Launch {
     uint64_t shared_bytes;
     uint64_t seed;
     uint64_t next_block;
+    // Those of the whole process, first null: every library has a copy of this file, and a worker is two thousand
+    // mappings, of which a process may have some ten thousands.
+    Worker** workers;
     uint32_t failed;
     // Where an access to global memory failed, or 0.
     uint64_t fault_address;
@@ -401,7 +406,8 @@ struct Worker {
     unsigned char signal_stack[64 << 10];
 };
 
-inline Worker* workers = nullptr;
+// What the launches of this library named.
+inline Worker** workers = nullptr;
 
 inline unsigned char* map(size_t bytes, int access) {
     void* memory = mmap(nullptr, bytes, access, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -413,7 +419,7 @@ inline unsigned char* map(size_t bytes, int access) {
 }
 
 inline Worker* take_worker() {
-    for (Worker* w = __atomic_load_n(&workers, __ATOMIC_ACQUIRE); w; w = w->next)
+    for (Worker* w = __atomic_load_n(workers, __ATOMIC_ACQUIRE); w; w = w->next)
         if (!__atomic_exchange_n(&w->busy, 1, __ATOMIC_ACQUIRE)) return w;
     Worker* w = (Worker*)map((sizeof(Worker) + PAGE - 1) / PAGE * PAGE, PROT_READ | PROT_WRITE);
     w->busy = 1;
@@ -421,8 +427,8 @@ inline Worker* take_worker() {
     w->stacks = (unsigned char*)(((uintptr_t)stacks + STACK - 1) / STACK * STACK);
     for (unsigned i = 0; i < MOST_THREADS; i++) mprotect(w->stacks + i * STACK, PAGE, PROT_NONE);
     w->shared = map(MOST_SHARED + 2 * SHARED_GUARD, PROT_NONE) + SHARED_GUARD;
-    w->next = __atomic_load_n(&workers, __ATOMIC_RELAXED);
-    while (!__atomic_compare_exchange_n(&workers, &w->next, w, false, __ATOMIC_RELEASE, __ATOMIC_RELAXED)) {}
+    w->next = __atomic_load_n(workers, __ATOMIC_RELAXED);
+    while (!__atomic_compare_exchange_n(workers, &w->next, w, false, __ATOMIC_RELEASE, __ATOMIC_RELAXED)) {}
     return w;
 }
 
@@ -455,7 +461,7 @@ constexpr int SIGNALS[3] = {SIGSEGV, SIGBUS, SIGFPE};
 
 // The worker on whose stacks a fault happened, if it was on any.
 inline Worker* worker_at(uintptr_t stack_pointer) {
-    for (Worker* w = __atomic_load_n(&workers, __ATOMIC_ACQUIRE); w; w = w->next)
+    for (Worker* w = __atomic_load_n(workers, __ATOMIC_ACQUIRE); w; w = w->next)
         if (stack_pointer - (uintptr_t)w->stacks < MOST_THREADS * STACK) return w;
     return nullptr;
 }
@@ -501,6 +507,7 @@ inline void catch_faults() {
 }
 
 inline void run(Launch& launch) {
+    __atomic_store_n(&workers, launch.workers, __ATOMIC_RELEASE);
     catch_faults();
     Worker& w = *take_worker();
     stack_t before, own = {};
@@ -529,9 +536,10 @@ inline void run(Launch& launch) {
 
 // ---- the table of kernels ----
 
-// What Rust's `cuda::args` calls the types: 1 bf16, 2 f32, 3 i32, 4 u32, 5 i64, 6 u64, 7 u8, 0 anything else.
+// What Rust's `cuda::args` calls the types: 1 bf16, 2 f32, 3 i32, 4 u32, 5 i64, 6 u64, 7 u8, 8 f64, 0 anything else.
 template <class T> constexpr uint8_t type_code() {
     if (std::is_same_v<T, float>) return 2;
+    if (std::is_same_v<T, double>) return 8;
     if (!std::is_integral_v<T>) return sizeof(T) == 2 && std::is_class_v<T> ? 1 : 0;
     if (sizeof(T) == 8) return std::is_signed_v<T> ? 5 : 6;
     if (sizeof(T) == 4) return std::is_signed_v<T> ? 3 : 4;

@@ -11,6 +11,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::ffi::{CStr, OsString, c_char, c_void};
 use std::path::Path;
 use std::process::Command;
+use std::sync::atomic::AtomicPtr;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 /// What an A100 allows a block.
@@ -27,6 +28,9 @@ pub(super) struct Emulator {
     #[cfg(test)]
     pub fault: Option<super::Fault>,
 }
+
+/// The list of `emulation::Worker`s, which all modules share.
+static WORKERS: AtomicPtr<c_void> = AtomicPtr::new(std::ptr::null_mut());
 
 type ModuleKey = (*const u8, [Option<(&'static str, i64)>; 8]);
 
@@ -71,6 +75,7 @@ struct Launch {
     shared_bytes: u64,
     seed: u64,
     next_block: u64,
+    workers: *mut *mut c_void,
     failed: u32,
     fault_address: u64,
     message: [u8; 1024],
@@ -217,6 +222,7 @@ impl Emulator {
             shared_bytes: shared_bytes.into(),
             seed: self.seed,
             next_block: 0,
+            workers: WORKERS.as_ptr(),
             failed: 0,
             fault_address: 0,
             message: [0; 1024],

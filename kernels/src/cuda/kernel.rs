@@ -26,6 +26,9 @@ pub struct Kernel {
 pub(super) const HEADERS: [(&str, &str); 2] =
     [("device.cuh", include_str!("device.cuh")), ("emulation.h", include_str!("emulation.h"))];
 
+/// For sources that work at tiles, or at eight numbers at a time.
+pub(crate) const TILE: (&str, &str) = ("tile.cuh", include_str!("tile.cuh"));
+
 impl Kernel {
     pub const fn new(source: &'static Source, name: &'static str, threads: u32) -> Self {
         Self { source, name, threads, defines: [None; 8] }

@@ -24,7 +24,7 @@ macro_rules! plain {
         }
     )*};
 }
-plain!(bf16 => Bf16, f32 => F32, i32 => I32, u32 => U32, i64 => I64, u64 => U64, u8 => U8);
+plain!(bf16 => Bf16, f32 => F32, f64 => F64, i32 => I32, u32 => U32, i64 => I64, u64 => U64, u8 => U8);
 
 /// Numbers on a device, as `[T]` is numbers in memory: `&buffer[..n]`, `&mut buffer[a..b]`.
 ///

@@ -38,6 +38,7 @@ pub use emulator::Compiler;
 pub use error::{Error, Result};
 #[cfg(test)]
 pub(crate) use fault::Fault;
+pub(crate) use kernel::TILE;
 pub use kernel::{Kernel, Source};
 pub use launch::{Args, Argument};
 pub use memory::{DeviceBuffer, DeviceSlice, Plain};
@@ -46,7 +47,17 @@ pub use nvrtc::Nvrtc;
 use std::sync::Arc;
 
 /// Every kernel of every op, for what has to be done with all: compiling them, checking their registers.
-pub const KERNELS: &[&[Kernel]] = &[&crate::rmsnorm::cuda::KERNELS];
+pub const KERNELS: &[&[Kernel]] = &[
+    crate::adamw::cuda::KERNELS,
+    crate::elementwise::cuda::KERNELS,
+    crate::embedding::cuda::KERNELS,
+    crate::logprob::cuda::KERNELS,
+    &crate::matmul::cuda::KERNELS,
+    &crate::matmul::cuda::adapter::KERNELS,
+    &crate::rmsnorm::cuda::KERNELS,
+    crate::rope::cuda::KERNELS,
+    crate::swiglu::cuda::KERNELS,
+];
 
 /// A device. A clone is the same one.
 #[derive(Clone)]
@@ -277,4 +288,26 @@ fn here(address: u64) -> *mut u8 {
 /// Both have `bytes` and do not overlap.
 unsafe fn copy(from: *const u8, to: *mut u8, bytes: usize) {
     unsafe { std::ptr::copy_nonoverlapping(from, to, bytes) };
+}
+
+/// Blocks of `each` items for `items` of them, as a grid counts them.
+pub(crate) fn blocks(items: usize, each: usize) -> u32 {
+    let blocks = items.div_ceil(each);
+    assert!(
+        blocks <= i32::MAX as usize,
+        "a grid of {blocks} blocks, a device has at most 2^31 - 1"
+    );
+    blocks as u32
+}
+
+/// Kernels read and write 16 bytes at a time: a slice that begins elsewhere is the caller's mistake.
+#[track_caller]
+pub(crate) fn assert_aligned<const N: usize>(op: &str, slices: [&DeviceSlice<half::bf16>; N]) {
+    for slice in slices {
+        let address = slice.address();
+        assert!(
+            address.is_multiple_of(16),
+            "{op}: a slice on the device begins at {address:#x}, it must be a multiple of 16 bytes"
+        );
+    }
 }
