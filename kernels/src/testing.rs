@@ -1,6 +1,8 @@
 //! What the tests of all ops share: random numbers, one reference for two precisions, and the rule by
 //! which a result counts as right.
 
+use crate::cuda::{Fault, Gpu};
+use half::bf16;
 use rand::{Rng, RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use std::ops::{Add, AddAssign, Div, Mul, Neg, Sub};
@@ -59,6 +61,45 @@ pub(crate) fn random_ids(n: usize, bound: usize, seed: u64) -> Vec<u32> {
     (0..n).map(|_| rng.random_range(0..bound as u32)).collect()
 }
 
+/// [`random`] numbers, rounded.
+pub(crate) fn random_bf16(n: usize, seed: u64) -> Vec<bf16> {
+    round(&random(n, seed))
+}
+
+/// To the nearest bf16.
+pub(crate) fn round(x: &[f32]) -> Vec<bf16> {
+    x.iter().map(|&x| bf16::from_f32(x)).collect()
+}
+
+pub(crate) fn widen(x: &[bf16]) -> Vec<f32> {
+    x.iter().map(|x| x.to_f32()).collect()
+}
+
+/// The device that tests of kernels run on: the emulated one, whose threads run in the order that the seed
+/// decides, or the first GPU where UFT_TEST_DEVICE is `cuda`.
+#[track_caller]
+pub(crate) fn gpu(seed: u64) -> Gpu {
+    let device = std::env::var("UFT_TEST_DEVICE").unwrap_or_default();
+    let gpu = match device.as_str() {
+        "" | "emulated" => Gpu::emulated(seed),
+        "cuda" => Gpu::open(0),
+        other => panic!("UFT_TEST_DEVICE is {other:?}, it may be emulated or cuda"),
+    };
+    gpu.unwrap_or_else(|error| panic!("{error}"))
+}
+
+/// The emulated device with a fault in one of its sources.
+#[track_caller]
+pub(crate) fn faulty_gpu(
+    seed: u64,
+    file: &'static str,
+    from: &'static str,
+    to: &'static str,
+) -> Gpu {
+    Gpu::emulated_with_fault(seed, Fault { file, from, to })
+        .unwrap_or_else(|error| panic!("{error}"))
+}
+
 /// Sum of twelve uniforms less six: close enough to normal, and never extreme.
 fn normal(rng: &mut impl Rng) -> f32 {
     (0..12).map(|_| rng.random::<f32>()).sum::<f32>() - 6.0
@@ -88,6 +129,28 @@ pub(crate) fn assert_accurate(what: &str, actual: &[f32], plain: &[f32], exact: 
     let allowed = 3.0 * error(plain, exact) + largest * f64::from(f32::EPSILON);
     let found = error(actual, exact);
     assert!(found <= allowed, "{what}: error {found:e}, allowed {allowed:e}");
+}
+
+/// Right in bf16 means the same, where plainly means: inputs in bf16, arithmetic in f32, the result rounded,
+/// and what else the kernel rounds on its way. Besides the largest error also the mean square counts, which a
+/// loss of precision everywhere cannot hide from behind one unlucky rounding.
+#[track_caller]
+pub(crate) fn assert_accurate_bf16(what: &str, actual: &[bf16], plain: &[bf16], exact: &[f64]) {
+    let (actual, plain) = (widen(actual), widen(plain));
+    // Half a unit in the last place.
+    let rounding = f64::from(bf16::EPSILON) / 2.0;
+    let largest = exact.iter().fold(0.0f64, |m, x| m.max(x.abs()));
+    let allowed = 3.0 * error(&plain, exact) + largest * rounding;
+    let found = error(&actual, exact);
+    assert!(found <= allowed, "{what}: error {found:e}, allowed {allowed:e}");
+    let mean_square = |x: &[f32]| {
+        let squares: f64 = x.iter().zip(exact).map(|(x, e)| (f64::from(*x) - e).powi(2)).sum();
+        (squares / exact.len().max(1) as f64).sqrt()
+    };
+    let scale = (exact.iter().map(|x| x * x).sum::<f64>() / exact.len().max(1) as f64).sqrt();
+    let (found, allowed) =
+        (mean_square(&actual), 2.0 * mean_square(&plain) + scale * rounding / 8.0);
+    assert!(found <= allowed, "{what}: root mean square error {found:e}, allowed {allowed:e}");
 }
 
 /// `gradient` is the slope of `f` at `x`: central differences in f64, every element.

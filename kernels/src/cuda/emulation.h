@@ -85,8 +85,7 @@ struct Launch {
     uint64_t seed;
     uint64_t next_block;
     uint32_t failed;
-    // Where an access failed, or 0; `fault_is_write` says which kind.
-    uint32_t fault_is_write;
+    // Where an access to global memory failed, or 0.
     uint64_t fault_address;
     char message[1024];
 };
@@ -730,8 +729,9 @@ inline uint32_t vote(const char* name, uint32_t lanes, bool predicate) {
 // Emulates `name`, a kernel of this file.
 #define EMULATED(name, threads) emulation::Emulated<&name>::entry(#name, threads)
 
-extern "C" __attribute__((visibility("default"))) inline void emulation_run(emulation::Launch* launch);
-inline void emulation_run(emulation::Launch* launch) { emulation::run(*launch); }
+extern "C" __attribute__((visibility("default"), used)) inline void emulation_run(emulation::Launch* launch) {
+    emulation::run(*launch);
+}
 
 // ---- CUDA's own names ----
 
