@@ -62,7 +62,7 @@ const KERNELS: [&str; 3] =
 
 fn case() -> Case {
     let layout = Layout::new(&[(150, vec![20, 70])]);
-    Case::new(layout, Heads { heads: 4, kv_heads: 2, head_dim: 16 }, Some(100))
+    Case::new(layout, Heads { heads: 4, kv_heads: 2, head_dim: 16 }, Some(111))
 }
 
 fn assert_all_show(faults: &[Fault]) {
@@ -121,7 +121,7 @@ fn a_lost_sum_shows() {
 #[test]
 fn a_fault_in_decoding_shows() {
     let heads = Heads { heads: 4, kv_heads: 2, head_dim: 16 };
-    let case = Case::new(Layout::new(&[(0, vec![330])]), heads, None);
+    let case = Case::new(Layout::new(&[(0, vec![300])]), heads, None);
     let loop_of = "for (int from = begin";
     let end = "// Everyone is done";
     for fault in [
