@@ -52,7 +52,7 @@ DEVICE void normalise(const uint4 (&x)[PIECES], const bf16* w, float eps, bf16* 
             squares += pair.x * pair.x + pair.y * pair.y;
         }
     }
-    float s = rsqrtf(team_sum(squares) / float(width) + eps);
+    float s = 1.0f / sqrtf(team_sum(squares) / float(width) + eps);
     if (!in_range) return;
     if (threadIdx.x % TEAM == 0) *inv_rms = s;
 #pragma unroll

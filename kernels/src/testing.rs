@@ -100,6 +100,11 @@ pub(crate) fn faulty_gpu(
         .unwrap_or_else(|error| panic!("{error}"))
 }
 
+/// Whether a check panics, as it must with a fault in the kernel.
+pub(crate) fn fails(check: impl FnOnce()) -> bool {
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(check)).is_err()
+}
+
 /// Sum of twelve uniforms less six: close enough to normal, and never extreme.
 fn normal(rng: &mut impl Rng) -> f32 {
     (0..12).map(|_| rng.random::<f32>()).sum::<f32>() - 6.0

@@ -52,12 +52,11 @@ impl Ranges {
         let bytes = rounded(bytes);
         let slot = self.free.partition_point(|&(other, _)| other < start);
         self.free.insert(slot, (start, bytes));
-        for left in [slot, slot.wrapping_sub(1)] {
-            if left + 1 < self.free.len()
-                && self.free[left].0 + self.free[left].1 == self.free[left + 1].0
-            {
-                self.free[left].1 += self.free[left + 1].1;
-                self.free.remove(left + 1);
+        // With the neighbour behind it, then with the one before it.
+        for left in (slot.saturating_sub(1)..=slot).rev() {
+            let end = self.free[left].0 + self.free[left].1;
+            if self.free.get(left + 1).is_some_and(|right| right.0 == end) {
+                self.free[left].1 += self.free.remove(left + 1).1;
             }
         }
         self.taken -= bytes;

@@ -8,8 +8,8 @@
 //   any other      each block draws one of: in turn, whoever became ready last, anyone; blocks run backwards if odd
 //
 // What a GPU leaves undefined is made to show:
-//   * shared memory is filled with 0xFF, NaN in bf16 and in f32, when a block starts, and lies between pages that cannot
-//     be accessed; where it does not fill its pages, what is left over is checked for writes when the block ends
+//   * shared memory is filled with 0xFF, NaN in bf16 and in f32, when a block starts, and lies between addresses that
+//     cannot be accessed; where it does not fill its pages, what is left over is checked for writes when the block ends
 //   * the target of an asynchronous copy is 0xFF from its start until the wait that promises it
 //   * a lane that reads from a lane outside the mask gets 0xFF
 //   * a collective that some lanes do not reach, misaligned wide accesses, division by zero, a full stack: errors
@@ -58,6 +58,7 @@ constexpr size_t STACK = 64 << 10;
 constexpr unsigned MOST_THREADS = 1024;
 // More than any GPU has; what a launch may ask for is limited by whoever launches.
 constexpr size_t MOST_SHARED = 256 << 10;
+constexpr size_t SHARED_GUARD = 1 << 20;
 constexpr int POISON = 0xff;
 
 // ---- what whoever launches sees ----
@@ -393,7 +394,7 @@ struct Worker {
     Worker* next;
     uint32_t busy;
     unsigned char* stacks;
-    // Between two pages that cannot be accessed; what is open depends on the launch.
+    // Between two guards; what is open depends on the launch.
     unsigned char* shared;
     size_t shared_open;
     Block block;
@@ -419,7 +420,7 @@ inline Worker* take_worker() {
     unsigned char* stacks = map((MOST_THREADS + 1) * STACK, PROT_READ | PROT_WRITE);
     w->stacks = (unsigned char*)(((uintptr_t)stacks + STACK - 1) / STACK * STACK);
     for (unsigned i = 0; i < MOST_THREADS; i++) mprotect(w->stacks + i * STACK, PAGE, PROT_NONE);
-    w->shared = map(MOST_SHARED + 2 * PAGE, PROT_NONE) + PAGE;
+    w->shared = map(MOST_SHARED + 2 * SHARED_GUARD, PROT_NONE) + SHARED_GUARD;
     w->next = __atomic_load_n(&workers, __ATOMIC_RELAXED);
     while (!__atomic_compare_exchange_n(&workers, &w->next, w, false, __ATOMIC_RELEASE, __ATOMIC_RELAXED)) {}
     return w;
@@ -475,7 +476,7 @@ inline void on_fault(int signal, siginfo_t* info, void* context) {
         record(w->block, at, "integer division by zero, which a GPU does not define");
     } else if (address - (uintptr_t)w->stacks < MOST_THREADS * STACK) {
         record(w->block, at, "stack overflow: more than %zu KiB of local variables", (STACK - PAGE) >> 10);
-    } else if (address - (uintptr_t)w->shared + PAGE < MOST_SHARED + 2 * PAGE) {
+    } else if (address - (uintptr_t)w->shared + SHARED_GUARD < MOST_SHARED + 2 * SHARED_GUARD) {
         record(w->block, at, "%s outside shared memory, at byte %lld of %llu", access,
                (long long)((const char*)address - (const char*)w->block.shared),
                (unsigned long long)launch.shared_bytes);

@@ -1,16 +1,18 @@
-//! Memory of the emulated device: every allocation lies between two pages that cannot be accessed, as
+//! Memory of the emulated device: every allocation lies between two stretches that cannot be accessed, as
 //! close to the second as 16-byte alignment allows, and is NaN until it is written.
 
 use super::{Error, Result};
 
 const PAGE: usize = 4096;
+/// Addresses only. An index that is wrong by a few rows still ends there and not in another buffer.
+const GUARD: usize = 1 << 20;
 /// What kernels may rely on; the driver gives more, but slices of a buffer do not have it.
 const ALIGNMENT: usize = 16;
 const POISON: u8 = 0xff;
 
 /// One allocation.
 pub(super) struct Guarded {
-    /// The first guard page.
+    /// The first guard.
     mapping: *mut u8,
     mapped: usize,
     start: *mut u8,
@@ -24,7 +26,7 @@ impl Guarded {
     pub fn new(len: usize) -> Result<Self> {
         let padded = len.div_ceil(ALIGNMENT) * ALIGNMENT;
         let open = padded.div_ceil(PAGE).max(1) * PAGE;
-        let mapped = open + 2 * PAGE;
+        let mapped = open + 2 * GUARD;
         let out_of_memory = || {
             let error = std::io::Error::last_os_error();
             Error::OutOfMemory(format!("the emulated device has no {len} bytes left: {error}"))
@@ -39,7 +41,7 @@ impl Guarded {
         let mapping: *mut u8 = mapping.cast();
         // SAFETY: all within the mapping.
         unsafe {
-            let middle = mapping.add(PAGE);
+            let middle = mapping.add(GUARD);
             if libc::mprotect(middle.cast(), open, libc::PROT_READ | libc::PROT_WRITE) != 0 {
                 let error = out_of_memory();
                 libc::munmap(mapping.cast(), mapped);
@@ -71,10 +73,10 @@ impl Guarded {
 
     /// What is open but belongs to nobody.
     fn around(&self) -> (&[u8], &[u8]) {
-        let end = self.mapping.addr() + self.mapped - PAGE;
+        let end = self.mapping.addr() + self.mapped - GUARD;
         // SAFETY: from the open pages' beginning to the memory, and from its end to theirs.
         unsafe {
-            let middle = self.mapping.add(PAGE);
+            let middle = self.mapping.add(GUARD);
             let before = self.start.addr() - middle.addr();
             let after = self.start.add(self.len);
             (

@@ -101,6 +101,12 @@ KERNEL(64) conversions(const float* in, const bf16* expected, int* out, int coun
     }
 }
 
+__attribute__((noinline)) float fill_stack(int t) {
+    volatile char local[100000];
+    for (int i = 0; i < 100000; i++) local[i] = char(i);
+    return local[t];
+}
+
 // Something wrong, by number.
 KERNEL(64) wrong(float* memory, int count, int what, int zero) {
     unsigned char* shared = dynamic_shared();
@@ -112,13 +118,10 @@ KERNEL(64) wrong(float* memory, int count, int what, int zero) {
     if (what == 3 && t == 33) floats[256] = 1;
     if (what == 4 && t == 33) memory[0] = floats[-2000];
     if (what == 5 && t == 33) memory[0] = float(t / zero);
-    if (what == 6 && t == 33) {
-        volatile char local[100000];
-        for (int i = 0; i < 100000; i++) local[i] = char(i);
-        memory[0] = local[t];
-    }
+    if (what == 6 && t == 33) memory[0] = fill_stack(t);
     if (what == 7 && t == 33) store16(memory + 1, make_uint4(0, 0, 0, 0));
     if (what == 8 && t < 16) __syncwarp();
+    if (what == 8 && t >= 16) __syncthreads();
     if (what == 9 && t < 40) __syncthreads();
     if (what == 9) __syncwarp();
     if (what == 10 && t % 2) __shfl_xor_sync(ALL_LANES, t, 1);

@@ -134,7 +134,8 @@ mod tests {
     use super::super::tests::{EPS, reference_backward, reference_forward};
     use super::*;
     use crate::testing::{
-        assert_accurate, assert_accurate_bf16, cast, gpu, poison, random_bf16, round, widen,
+        assert_accurate, assert_accurate_bf16, cast, fails, faulty_gpu, gpu, poison, random_bf16,
+        round, widen,
     };
 
     /// One of every team, full and not, and rows that do not fill the last block.
@@ -151,29 +152,32 @@ mod tests {
         (1, 16384),
     ];
 
+    fn check_forward(gpu: &Gpu, rows: usize, width: usize) {
+        let (x, w) = (random_bf16(rows * width, 1), random_bf16(width, 2));
+        let (on_x, on_w) = (gpu.uploaded(&x).unwrap(), gpu.uploaded(&w).unwrap());
+        let (mut y, mut inv_rms) = (gpu.alloc(rows * width).unwrap(), gpu.alloc(rows).unwrap());
+        forward(gpu, &on_x, &on_w, EPS, &mut y, &mut inv_rms).unwrap();
+
+        let (x, w) = (widen(&x), widen(&w));
+        let exact = reference_forward::<f64>(&cast(&x), &cast(&w));
+        let plain = round(&reference_forward::<f32>(&x, &w));
+        assert_accurate_bf16("y", &gpu.downloaded(&y).unwrap(), &plain, &exact);
+
+        let (mut plain_y, mut plain_roots) = (poison(rows * width), poison(rows));
+        crate::rmsnorm::forward(&x, &w, EPS, &mut plain_y, &mut plain_roots);
+        let roots = |x: &[f32]| {
+            1.0 / (x.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>() / width as f64
+                + f64::from(EPS))
+            .sqrt()
+        };
+        let exact: Vec<f64> = x.chunks(width).map(roots).collect();
+        assert_accurate("inv_rms", &gpu.downloaded(&inv_rms).unwrap(), &plain_roots, &exact);
+    }
+
     #[test]
     fn forward_agrees_with_f64() {
         for (seed, (rows, width)) in SHAPES.into_iter().enumerate() {
-            let gpu = gpu(seed as u64);
-            let (x, w) = (random_bf16(rows * width, 1), random_bf16(width, 2));
-            let (on_x, on_w) = (gpu.uploaded(&x).unwrap(), gpu.uploaded(&w).unwrap());
-            let (mut y, mut inv_rms) = (gpu.alloc(rows * width).unwrap(), gpu.alloc(rows).unwrap());
-            forward(&gpu, &on_x, &on_w, EPS, &mut y, &mut inv_rms).unwrap();
-
-            let (x, w) = (widen(&x), widen(&w));
-            let exact = reference_forward::<f64>(&cast(&x), &cast(&w));
-            let plain = round(&reference_forward::<f32>(&x, &w));
-            assert_accurate_bf16("y", &gpu.downloaded(&y).unwrap(), &plain, &exact);
-
-            let (mut plain_y, mut plain_roots) = (poison(rows * width), poison(rows));
-            crate::rmsnorm::forward(&x, &w, EPS, &mut plain_y, &mut plain_roots);
-            let roots = |x: &[f32]| {
-                1.0 / (x.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>() / width as f64
-                    + f64::from(EPS))
-                .sqrt()
-            };
-            let exact: Vec<f64> = x.chunks(width).map(roots).collect();
-            assert_accurate("inv_rms", &gpu.downloaded(&inv_rms).unwrap(), &plain_roots, &exact);
+            check_forward(&gpu(seed as u64), rows, width);
         }
     }
 
@@ -205,25 +209,47 @@ mod tests {
         }
     }
 
+    fn check_backward(gpu: &Gpu, rows: usize, width: usize) {
+        let n = rows * width;
+        let (x, w, dy, before) =
+            (random_bf16(n, 1), random_bf16(width, 2), random_bf16(n, 3), random_bf16(n, 4));
+        let (on_x, on_w, on_dy) =
+            (gpu.uploaded(&x).unwrap(), gpu.uploaded(&w).unwrap(), gpu.uploaded(&dy).unwrap());
+        let mut dx = gpu.uploaded(&before).unwrap();
+        let (mut y, mut inv_rms) = (gpu.alloc(n).unwrap(), gpu.alloc(rows).unwrap());
+        forward(gpu, &on_x, &on_w, EPS, &mut y, &mut inv_rms).unwrap();
+        backward(gpu, &on_dy, &on_x, &on_w, &inv_rms, &mut dx).unwrap();
+
+        let (x, w, dy, before) = (widen(&x), widen(&w), widen(&dy), widen(&before));
+        let exact = reference_backward::<f64>(&cast(&dy), &cast(&x), &cast(&w), &cast(&before));
+        let plain = round(&reference_backward::<f32>(&dy, &x, &w, &before));
+        assert_accurate_bf16("dx", &gpu.downloaded(&dx).unwrap(), &plain, &exact);
+    }
+
     #[test]
     fn backward_agrees_with_f64_and_accumulates() {
         for (seed, (rows, width)) in SHAPES.into_iter().enumerate() {
-            let gpu = gpu(seed as u64 + 2);
-            let n = rows * width;
-            let (x, w, dy, before) =
-                (random_bf16(n, 1), random_bf16(width, 2), random_bf16(n, 3), random_bf16(n, 4));
-            let (on_x, on_w, on_dy) =
-                (gpu.uploaded(&x).unwrap(), gpu.uploaded(&w).unwrap(), gpu.uploaded(&dy).unwrap());
-            let mut dx = gpu.uploaded(&before).unwrap();
-            let (mut y, mut inv_rms) = (gpu.alloc(n).unwrap(), gpu.alloc(rows).unwrap());
-            forward(&gpu, &on_x, &on_w, EPS, &mut y, &mut inv_rms).unwrap();
-            backward(&gpu, &on_dy, &on_x, &on_w, &inv_rms, &mut dx).unwrap();
-
-            let (x, w, dy, before) = (widen(&x), widen(&w), widen(&dy), widen(&before));
-            let exact = reference_backward::<f64>(&cast(&dy), &cast(&x), &cast(&w), &cast(&before));
-            let plain = round(&reference_backward::<f32>(&dy, &x, &w, &before));
-            assert_accurate_bf16("dx", &gpu.downloaded(&dx).unwrap(), &plain, &exact);
+            check_backward(&gpu(seed as u64 + 2), rows, width);
         }
+    }
+
+    #[test]
+    fn faults_are_seen() {
+        let faulty = |from, to| faulty_gpu(1, "rmsnorm.cu", from, to);
+        let gpu = faulty("make_float2(d.x + (s * ", "make_float2((s * ");
+        assert!(fails(|| check_backward(&gpu, 9, 256)), "what was there is overwritten");
+        let gpu = faulty("distance = TEAM / 2; distance", "distance = TEAM / 4; distance");
+        assert!(fails(|| check_forward(&gpu, 17, 128)), "half of a row is summed");
+        let gpu = faulty(
+            "if (!in_range || column(i) >= width) continue;\n        kept_x",
+            "if (!in_range) continue;\n        kept_x",
+        );
+        assert!(fails(|| check_backward(&gpu, 3, 904)), "numbers of the next row are summed");
+        let gpu = faulty(
+            "return block_sum(x, reinterpret_cast<float*>(dynamic_shared()));",
+            "return block_sum(x, reinterpret_cast<float*>(dynamic_shared()) + 1);",
+        );
+        assert!(fails(|| check_forward(&gpu, 2, 2048)), "shared memory is overrun");
     }
 
     #[test]
