@@ -46,7 +46,8 @@ pub use nvrtc::Nvrtc;
 use std::sync::Arc;
 
 /// Every kernel of every op, for what has to be done with all: compiling them, checking their registers.
-pub const KERNELS: &[&[Kernel]] = &[&crate::attention::cuda::KERNELS, &crate::rmsnorm::cuda::KERNELS];
+pub const KERNELS: &[&[Kernel]] =
+    &[&crate::attention::cuda::KERNELS, &crate::rmsnorm::cuda::KERNELS];
 
 /// A device. A clone is the same one.
 #[derive(Clone)]
