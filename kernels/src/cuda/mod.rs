@@ -49,6 +49,7 @@ use std::sync::Arc;
 /// Every kernel of every op, for what has to be done with all: compiling them, checking their registers.
 pub const KERNELS: &[&[Kernel]] = &[
     crate::adamw::cuda::KERNELS,
+    &crate::attention::cuda::KERNELS,
     crate::elementwise::cuda::KERNELS,
     crate::embedding::cuda::KERNELS,
     crate::logprob::cuda::KERNELS,
