@@ -44,6 +44,7 @@ pub mod adapter;
 pub mod batch;
 pub mod check;
 pub mod content;
+pub mod dual;
 pub mod export;
 pub mod extension;
 pub mod fault;
@@ -61,6 +62,7 @@ pub mod prelude {
     pub use crate::adapter::FeedbackAdapter;
     pub use crate::batch::{Batch, Segment, Step};
     pub use crate::content::Chat;
+    pub use crate::dual::{Dual64, DualNum, Summed};
     pub use crate::fault::Fault;
     pub use crate::math;
     pub use crate::needs::{Kinds, Needs};
