@@ -7,14 +7,14 @@ use crate::needs::Needs;
 
 /// The gradient against differences of the loss. Statistics of the step (`log_ratios`) may be
 /// constants for it or move with the log-probs, but one of the two everywhere.
-pub(super) fn gradient(make: Make, needs: Needs, random: &[Case], extreme: &[Case]) -> Outcome {
+pub(super) fn gradient(make: Make, needs: Needs, random: &[Case], edges: &[Case]) -> Outcome {
     let mut compare = |moving: bool| {
         let mut seen = Compared::default();
         for case in random {
             let tokens: Vec<usize> = (0..case.logps.len()).collect();
             seen.case(make, case, &tokens, moving)?;
         }
-        for case in extreme {
+        for case in edges {
             // The edges of each response; a log-prob of 0 cannot be moved both ways.
             let ends = case.segments.iter().flat_map(|s| [s.range().start, s.range().end - 1]);
             let tokens: Vec<usize> = ends.filter(|t| case.logps[*t] < -0.1).collect();

@@ -182,9 +182,6 @@ impl Segment {
 fn map(bytes: usize) -> MmapRaw {
     let memory = MmapOptions::new().len(bytes).no_reserve_swap().map_anon();
     let memory = memory.unwrap_or_else(|_| allocator::out_of_memory(bytes));
-    // A system without large pages does as well, only a little slower.
-    #[cfg(target_os = "linux")]
-    let _ = memory.advise(memmap2::Advice::HugePage);
     memory.into()
 }
 
@@ -193,6 +190,13 @@ impl Drop for Buffer {
         if let Ok(mut arena) = self.pool.arena.lock() {
             arena.segments[self.segment].give(self.units.clone());
         }
+    }
+}
+
+impl Buffer {
+    /// Number of elements, also in a pool that only counts.
+    pub fn count(&self) -> usize {
+        self.len
     }
 }
 
