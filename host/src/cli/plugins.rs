@@ -2,7 +2,7 @@
 
 use super::print;
 use crate::config::PluginRef;
-use crate::plugins::{Registry, role_name};
+use crate::plugins::{Registry, role_name, table};
 use crate::{Error, Result};
 use clap::{Args, Subcommand};
 use std::fmt::Write;
@@ -10,24 +10,10 @@ use std::path::PathBuf;
 use uft_core::abi::Role;
 use uft_core::check;
 
-/// The plugins that come with `uft`.
-pub const BUNDLED: [&str; 10] = [
-    "demonstrations",
-    "scores",
-    "labels",
-    "preferences",
-    "sft",
-    "uft-sft",
-    "una-score",
-    "una-binary",
-    "una-pairwise",
-    "kto",
-];
-
 #[derive(Subcommand)]
 pub enum PluginsCommand {
     /// Show what plugins export, with every parameter
-    List(PluginsArgs),
+    List(ListArgs),
     /// Check every objective: gradient against finite differences, extremes, split of the step
     Check(PluginsArgs),
 }
@@ -41,9 +27,19 @@ pub struct PluginsArgs {
     plugin_dirs: Vec<PathBuf>,
 }
 
+#[derive(Args)]
+pub struct ListArgs {
+    #[command(flatten)]
+    plugins: PluginsArgs,
+    /// Print the page plugins/README.md instead, which is of the bundled plugins
+    #[arg(long, conflicts_with_all = ["plugins", "plugin_dirs"])]
+    markdown: bool,
+}
+
 pub fn run(command: &PluginsCommand) -> Result<()> {
     match command {
-        PluginsCommand::List(args) => list(&args.load()?),
+        PluginsCommand::List(args) if args.markdown => print(&table::page()?),
+        PluginsCommand::List(args) => list(&args.plugins.load()?),
         PluginsCommand::Check(args) => check_all(args.load()?),
     }
 }
@@ -51,7 +47,7 @@ pub fn run(command: &PluginsCommand) -> Result<()> {
 impl PluginsArgs {
     fn load(&self) -> Result<Registry> {
         let mut registry = Registry::new(self.plugin_dirs.iter().cloned());
-        let bundled = BUNDLED.map(String::from);
+        let bundled = bundled::LIBRARIES.map(|library| library.name.to_owned());
         let names = if self.plugins.is_empty() { &bundled[..] } else { &self.plugins };
         for name in names {
             registry.load(name)?;

@@ -4,6 +4,7 @@ mod adapter;
 pub mod elf;
 pub mod library;
 pub mod objective;
+pub mod table;
 
 use crate::config::PluginRef;
 use crate::{Error, Result};
