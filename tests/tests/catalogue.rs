@@ -49,7 +49,7 @@ fn the_table_is_current() {
     let current = table::page().expect("the bundled plugins load");
     assert!(
         page == current,
-        "plugins/README.md is stale: uft plugins list --markdown > plugins/README.md"
+        "plugins/README.md is stale: uft plugin list --markdown > plugins/README.md"
     );
 }
 

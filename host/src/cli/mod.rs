@@ -6,7 +6,7 @@ mod generate;
 mod grad;
 mod mask;
 mod merge;
-mod plugins;
+mod plugin;
 mod score;
 mod train;
 mod verify_resume;
@@ -40,9 +40,9 @@ enum Command {
     Generate(generate::GenerateArgs),
     /// Write a model with an adapter merged into its weights
     Merge(merge::MergeArgs),
-    /// List plugins with their parameters, or check their gradients
-    #[command(subcommand)]
-    Plugins(plugins::PluginsCommand),
+    /// Make a plugin, list plugins with their parameters, or check them
+    #[command(subcommand, alias = "plugins")]
+    Plugin(plugin::PluginCommand),
     /// Print every configuration key with its meaning and default
     Config(config::ConfigArgs),
 }
@@ -82,7 +82,7 @@ impl Cli {
             Command::Grad(args) => grad::run(&args),
             Command::Generate(args) => generate::run(&args),
             Command::Merge(args) => merge::run(&args),
-            Command::Plugins(command) => plugins::run(&command),
+            Command::Plugin(command) => plugin::run(&command),
             Command::Config(args) => config::run(&args),
         }
     }

@@ -16,6 +16,11 @@ impl Adapter {
         Self { name: name.to_owned(), object }
     }
 
+    /// The plugin's object, for the check.
+    pub fn into_object(self) -> AdapterObject {
+        self.object
+    }
+
     /// The feedback kinds of its samples.
     pub fn offers(&self) -> Kinds {
         self.object.offers()

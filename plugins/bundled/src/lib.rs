@@ -15,11 +15,15 @@ pub struct Library {
 }
 
 /// In the order of the table in plugins/README.md: adapters, then objectives.
-pub const LIBRARIES: [Library; 14] = [
+pub const LIBRARIES: [Library; 15] = [
     Library { name: "demonstrations", entries: &["demonstrations"] },
     Library { name: "scores", entries: &["scores"] },
     Library { name: "labels", entries: &["labels"] },
     Library { name: "preferences", entries: &["preferences"] },
+    Library {
+        name: "datasets",
+        entries: &["ultrafeedback", "rankings", "oasst", "hh-rlhf", "tool-calls"],
+    },
     Library { name: "sft", entries: &["sft"] },
     Library { name: "uft-sft", entries: &["uft-sft"] },
     Library { name: "una-score", entries: &["una-score"] },

@@ -35,9 +35,14 @@ mod tests {
 
     #[test]
     fn turns_become_messages() {
-        let text = "\n\nHuman: Hi.\n\nHow are you?\n\nAssistant: Well.\n\nHuman:And now?\n\nAssistant:";
-        let turns =
-            [("user", "Hi.\n\nHow are you?"), ("assistant", "Well."), ("user", "And now?"), ("assistant", "")];
+        let text =
+            "\n\nHuman: Hi.\n\nHow are you?\n\nAssistant: Well.\n\nHuman:And now?\n\nAssistant:";
+        let turns = [
+            ("user", "Hi.\n\nHow are you?"),
+            ("assistant", "Well."),
+            ("user", "And now?"),
+            ("assistant", ""),
+        ];
         assert_eq!(Content::messages(parse("chosen", text).unwrap()), messages(&turns));
         assert_eq!(parse("chosen", text.trim_start()).unwrap().len(), 4);
         let fault = parse("chosen", "Well, Human: no").unwrap_err();

@@ -63,15 +63,21 @@ struct Node {
 
 impl Node {
     fn read(value: Option<&Value>) -> Result<Node, Fault> {
-        let wrong = || Fault::record("`prompt` must be a message with `text`, `role` and `replies`");
+        let wrong =
+            || Fault::record("`prompt` must be a message with `text`, `role` and `replies`");
         let fields = value.and_then(Value::as_object).ok_or_else(wrong)?;
         let text = fields.get("text").and_then(Value::as_str).ok_or_else(wrong)?;
         let role = match fields.get("role").and_then(Value::as_str) {
             Some("prompter") => "user",
             Some("assistant") => "assistant",
-            _ => return Err(Fault::record("a message has another `role` than prompter or assistant")),
+            _ => {
+                return Err(Fault::record(
+                    "a message has another `role` than prompter or assistant",
+                ));
+            }
         };
-        let replies = fields.get("replies").and_then(Value::as_array).map_or(&[][..], Vec::as_slice);
+        let replies =
+            fields.get("replies").and_then(Value::as_array).map_or(&[][..], Vec::as_slice);
         Ok(Node {
             message: Message::new(role, text),
             rank: fields.get("rank").and_then(Value::as_f64),
@@ -147,7 +153,8 @@ mod tests {
         let samples = &adapted::<Oasst>("{}", FIXTURE)[0];
         assert_eq!(samples.len(), 2);
         assert_eq!(samples[0].prompt, messages(&[("user", "Why is the sky blue?")]));
-        let scored = [("Air scatters blue light most.", 1.0), ("It is not.", 0.0), ("Physics.", 0.5)];
+        let scored =
+            [("Air scatters blue light most.", 1.0), ("It is not.", 0.0), ("Physics.", 0.5)];
         let scored = scored.map(|(text, score)| (text, Feedback::Score(score)));
         assert_eq!(responses(&samples[0]), scored);
         let history = [

@@ -56,11 +56,12 @@ impl Rankings {
         let answers = record.get("answers").and_then(Value::as_array);
         let answers =
             answers.ok_or_else(|| Fault::record(format!("`{name}` must be a list of answers")))?;
-        let read = |(i, answer): (usize, &Value)| {
-            match (answer["answer"].as_str(), answer["rank"].as_f64()) {
-                (Some(text), Some(rank)) => Ok((Content::text(text.trim()), rank)),
-                _ => Err(Fault::record(format!("`{name}[{i}]` has no `answer` and `rank`"))),
-            }
+        let read = |(i, answer): (usize, &Value)| match (
+            answer["answer"].as_str(),
+            answer["rank"].as_f64(),
+        ) {
+            (Some(text), Some(rank)) => Ok((Content::text(text.trim()), rank)),
+            _ => Err(Fault::record(format!("`{name}[{i}]` has no `answer` and `rank`"))),
         };
         let read = answers.iter().enumerate().map(read).collect::<Result<Vec<_>, _>>()?;
         let (responses, ranks): (Vec<Content>, Vec<f64>) = read.into_iter().unzip();

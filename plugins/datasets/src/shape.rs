@@ -68,7 +68,8 @@ impl Shape {
                 let two = |better: usize, worse: usize| {
                     let ((won, high), (lost, low)) = (&ranked[better], &ranked[worse]);
                     let margin = Some((high - low) as f32);
-                    let sample = empty.clone().response(won.clone(), Feedback::Chosen(margin.into()));
+                    let sample =
+                        empty.clone().response(won.clone(), Feedback::Chosen(margin.into()));
                     (high > low)
                         .then(|| sample.response(lost.clone(), Feedback::Rejected(margin.into())))
                 };

@@ -41,7 +41,9 @@ impl FeedbackAdapter for ToolCalls {
 
     fn adapt(&self, record: &Record) -> Result<Vec<Sample>, Fault> {
         let (field, mut turns) = match record.first_of(&["messages", "query"])? {
-            "query" => ("answers", vec![Message::new("user", record.text("query")?), calls(record)?]),
+            "query" => {
+                ("answers", vec![Message::new("user", record.text("query")?), calls(record)?])
+            }
             field => (field, record.messages(field)?),
         };
         let name = record.column(field);
@@ -146,7 +148,8 @@ fn schema(parameters: &Map<String, Value>) -> Value {
     let (mut properties, mut required) = (Map::new(), Vec::new());
     for (name, about) in parameters {
         let mut property = about.as_object().cloned().unwrap_or_default();
-        let python = property.get("type").and_then(Value::as_str).unwrap_or_default().to_lowercase();
+        let python =
+            property.get("type").and_then(Value::as_str).unwrap_or_default().to_lowercase();
         let optional = python.contains("optional") || property.contains_key("default");
         match TYPES.iter().find(|(begins, _)| python.starts_with(begins)) {
             Some((_, json)) => property.insert("type".into(), (*json).into()),
