@@ -55,11 +55,56 @@ pub struct Step<'a> {
     /// Segments of each kind, in the order of [`Kind::ALL`].
     pub by_kind: [u64; 5],
     /// With [`Needs::STEP_LOG_RATIOS`](crate::needs::Needs::STEP_LOG_RATIOS): `log pi - log
-    /// pi_ref` of every segment of the step, in nats; otherwise empty.
+    /// pi_ref` of every segment of the step, in nats; otherwise empty. With
+    /// [`Needs::STEP_RESPONSES`](crate::needs::Needs::STEP_RESPONSES) what [`Step::responses`]
+    /// reads follows.
     pub log_ratios: RSlice<'a, f64>,
     /// With [`Needs::MISMATCHED`](crate::needs::Needs::MISMATCHED): `log pi - log pi_ref` of
     /// every segment's prompt with a completion of the group before it; otherwise empty.
     pub mismatched: RSlice<'a, f64>,
+}
+
+impl Step<'_> {
+    /// Every response of the step, by [`Segment::in_step`]; none without
+    /// [`Needs::STEP_RESPONSES`](crate::needs::Needs::STEP_RESPONSES).
+    pub fn responses(&self) -> Vec<StepResponse> {
+        let n = self.segments as usize;
+        let columns: Vec<&[f64]> = self.log_ratios.as_slice().chunks(n.max(1)).collect();
+        let &[log_ratios, logps, kinds, groups] = columns.as_slice() else { return Vec::new() };
+        let response = |i: usize| StepResponse {
+            group: groups[i] as u32,
+            kind: Kind::ALL[kinds[i] as usize],
+            logp: logps[i],
+            log_ratio: log_ratios[i],
+        };
+        (0..n).map(response).collect()
+    }
+}
+
+/// A response of the step, whatever batch it is in.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct StepResponse {
+    /// [`Segment::group`].
+    pub group: u32,
+    /// [`Segment::kind`].
+    pub kind: Kind,
+    /// `log pi(y|x)` in nats.
+    pub logp: f64,
+    /// `log pi(y|x) - log pi_ref(y|x)` in nats.
+    pub log_ratio: f64,
+}
+
+impl StepResponse {
+    /// Responses as they stand in [`Step::log_ratios`], whose type is frozen: all log-ratios, then all
+    /// log-probs, kinds and groups as numbers.
+    pub fn columns(responses: &[StepResponse]) -> Vec<f64> {
+        let column = |of: fn(&StepResponse) -> f64| responses.iter().map(of);
+        column(|r| r.log_ratio)
+            .chain(column(|r| r.logp))
+            .chain(column(|r| r.kind as u8 as f64))
+            .chain(column(|r| r.group.into()))
+            .collect()
+    }
 }
 
 /// The part of a step that one call of [`Objective::evaluate`](crate::objective::Objective) sees.

@@ -167,9 +167,11 @@ impl Differences {
     /// At a kink of the loss every slope between those of its two sides is right. There the sides
     /// stay apart as the step shrinks; where the loss is smooth, their distance halves.
     fn is_subgradient(&self, slope: f64, scale: f64, allowed: f64) -> bool {
-        let [coarse, (left, right)] = self.sides;
-        let apart = (right - left).abs();
-        let kink = apart > 0.75 * (coarse.1 - coarse.0).abs() && apart > 0.05 * scale;
+        let [coarse, fine] = self.sides;
+        let apart = (fine.1 - fine.0).abs();
+        let kink = apart > 0.75 * (coarse.1 - coarse.0).abs() && apart > 1e-4 * scale;
+        // Each side extrapolated to a step of 0.
+        let (left, right) = (2.0 * fine.0 - coarse.0, 2.0 * fine.1 - coarse.1);
         kink && (left.min(right) - allowed..=left.max(right) + allowed).contains(&slope)
     }
 }

@@ -38,9 +38,10 @@ impl Selection {
             places[segment.in_step as usize] = Some(place as u32);
             by_kind[segment.kind as usize] += 1;
         }
+        // One number for each response, or several, one after the other.
         let statistics = |all: &[f64]| {
-            let of_all = own.iter().filter(|_| !all.is_empty());
-            of_all.map(|s| all[s.in_step as usize]).collect()
+            let columns = all.chunks(segments.len().max(1));
+            columns.flat_map(|column| own.iter().map(|s| column[s.in_step as usize])).collect()
         };
         Self {
             places,

@@ -14,7 +14,7 @@ use crate::model::{Lora, LoraGrads, Model, Packed};
 use crate::{Error, Result};
 use std::ops::Range;
 use uft_core::Needs;
-use uft_core::batch::{Batch, Segment};
+use uft_core::batch::{Batch, Segment, StepResponse};
 
 /// What a pass computes with.
 #[derive(Clone, Copy)]
@@ -232,6 +232,7 @@ impl Pass<'_> {
             log_ratios: vec![Vec::new(); sources.len()],
             mismatched: vec![Vec::new(); sources.len()],
         };
+        let mut responses: Vec<Vec<Option<StepResponse>>> = vec![Vec::new(); sources.len()];
         for index in plan.sources() {
             let source = &sources[index];
             if source.objective.needs(Needs::MISMATCHED) {
@@ -250,11 +251,10 @@ impl Pass<'_> {
                 statistics.mismatched[index] = ratios;
             }
             if source.objective.needs(Needs::STEP_LOG_RATIOS) {
-                statistics.log_ratios[index] = vec![0.0; plan.totals[index].segments as usize];
+                responses[index] = vec![None; plan.totals[index].segments as usize];
             }
         }
-        let wanted =
-            |&(s, ..): &(usize, &[usize], Range<usize>)| !statistics.log_ratios[s].is_empty();
+        let wanted = |&(s, ..): &(usize, &[usize], Range<usize>)| !responses[s].is_empty();
         let batches: Vec<&Vec<usize>> = plan
             .micro_batches
             .iter()
@@ -266,8 +266,7 @@ impl Pass<'_> {
             finite(&logps, "policy", sources, rows, plan, batch)?;
             for (index, members, tokens) in stretches(plan, batch) {
                 let ref_logps = collect_ref_logps(&sources[index], plan, members);
-                let ratios = &mut statistics.log_ratios[index];
-                if ratios.is_empty() {
+                if responses[index].is_empty() {
                     continue;
                 }
                 for segment in segments(plan, members) {
@@ -275,9 +274,23 @@ impl Pass<'_> {
                     let policy = sum(&logps[tokens.clone()][segment.range()]);
                     let reference =
                         if ref_logps.is_empty() { 0.0 } else { sum(&ref_logps[segment.range()]) };
-                    ratios[segment.in_step as usize] = policy - reference;
+                    responses[index][segment.in_step as usize] = Some(StepResponse {
+                        group: segment.group,
+                        kind: segment.kind,
+                        logp: policy,
+                        log_ratio: policy - reference,
+                    });
                 }
             }
+        }
+        for (index, responses) in responses.into_iter().enumerate() {
+            let every = responses.into_iter().map(|r| r.expect("every response is in a batch"));
+            let every: Vec<StepResponse> = every.collect();
+            statistics.log_ratios[index] =
+                match sources[index].objective.needs(Needs::STEP_RESPONSES) {
+                    true => StepResponse::columns(&every),
+                    false => every.iter().map(|r| r.log_ratio).collect(),
+                };
         }
         Ok(statistics)
     }

@@ -124,7 +124,7 @@ fn type_name(name: &str, source: &str) -> Result<String> {
             "lower-case letters and digits, with `-` between words, each beginning with a letter",
         ));
     }
-    if bundled::library_of(name).is_some() {
+    if bundled::LIBRARIES.iter().any(|library| library.name == name) {
         return Err(wrong("a plugin that comes with uft has this name"));
     }
     if RESERVED.contains(&name) {
