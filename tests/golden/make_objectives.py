@@ -42,6 +42,8 @@ def expectations(folder):
     yield dpo("info-nca", "sigmoid", 0.3)
     yield dpo("una-pairwise", "sigmoid", 0.3)
     yield dpo("ld-dpo", "sigmoid", 0.3, dict(alpha=0.4), ld_alpha=0.4)
+    yield dpo("aot", "aot", 0.3, smooth, **smooth)
+    yield dpo("aot-unpaired", "aot_unpaired", 0.3, smooth, **smooth)
     # Smoothed DPO is no longer a loss of TRL's, but its AOT on a batch of one pair is.
     yield ("una-pairwise", {"beta": 0.3, **smooth}, [], "pairs", f"{TRL}, DPOTrainer, aot_unpaired on one pair a batch",
            lambda prompts: torch.stack([peers.dpo([p], "aot_unpaired", 0.3, **smooth) for p in prompts]).mean())

@@ -15,7 +15,7 @@ pub struct Library {
 }
 
 /// In the order of the table in plugins/README.md: adapters, then objectives.
-pub const LIBRARIES: [Library; 15] = [
+pub const LIBRARIES: [Library; 16] = [
     Library { name: "demonstrations", entries: &["demonstrations"] },
     Library { name: "scores", entries: &["scores"] },
     Library { name: "labels", entries: &["labels"] },
@@ -47,6 +47,7 @@ pub const LIBRARIES: [Library; 15] = [
         ],
     },
     Library { name: "ld-dpo", entries: &["ld-dpo"] },
+    Library { name: "aot", entries: &["aot", "aot-unpaired"] },
     Library { name: "groupwise", entries: &["info-nca", "nca", "sppo", "apo-zero"] },
     Library { name: "pointwise", entries: &["bco", "ulma"] },
 ];
