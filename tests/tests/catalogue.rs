@@ -5,10 +5,12 @@ use serde_json::Value;
 use std::collections::BTreeSet;
 use uft::config::PluginRef;
 use uft::plugins::{Registry, table};
-use uft_core::Feedback;
+use uft_core::{Feedback, Kinds};
 use uft_core::abi::{ObjectiveObject, Role};
 use uft_core::check::{self, Case};
-use uft_tests::{golden, json, numbers, root};
+use uft_tests::{golden, json, lines, numbers, root, succeed};
+
+const UFT: &str = env!("CARGO_BIN_EXE_uft-under-test");
 
 /// Every bundled library, loaded.
 fn registry() -> Registry {
@@ -131,5 +133,72 @@ fn numbers_are_those_of_trl_and_of_the_papers_authors() {
             elsewhere.contains(&name) || compared.contains(name),
             "{name} is compared with none"
         );
+    }
+}
+
+/// A run with a source for every bundled objective, on the golden data that it takes.
+fn every_objective(micro_tokens: usize) -> String {
+    let model = golden("models/qwen2").display().to_string();
+    let mut run = format!(
+        "[model]\npath = \"{model}\"\nadapter = \"{model}/adapter\"\n\
+         [train]\noutput = \"out\"\nshuffle = false\nthreads = 2\nmicro_tokens = {micro_tokens}\n"
+    );
+    let registry = registry();
+    let mut sources = 0;
+    for (_, entry) in registry.entries().filter(|(_, e)| e.role == Role::Objective) {
+        let accepts = objective(&entry.name, &Value::Object(Default::default())).accepts();
+        let (file, adapter) = if accepts.contains(Kinds::PAIR) {
+            ("pairs", "preferences")
+        } else if accepts.contains(Kinds::SCORE) {
+            ("scores", "scores")
+        } else if accepts.contains(Kinds::BINARY) {
+            ("labels", "labels")
+        } else {
+            ("demos", "demonstrations")
+        };
+        let (name, file) = (&entry.name, golden(&format!("data/{file}.jsonl")));
+        run += &format!(
+            "[[data]]\nname = \"{name}\"\nfiles = [\"{}\"]\nadapter = \"{adapter}\"\nobjective = \"{name}\"\n",
+            file.display()
+        );
+        sources += 1;
+    }
+    // All eight rows of every source in one step.
+    run.replace("[train]\n", &format!("[train]\nbatch = {}\n", 8 * sources))
+}
+
+#[test]
+fn all_objectives_train_in_one_step_whatever_its_micro_batches_are() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let loss = |micro_tokens: usize| {
+        let path = dir.path().join("run.toml");
+        std::fs::write(&path, every_objective(micro_tokens)).expect("the run is written");
+        let out = dir.path().join("grad.safetensors");
+        let [path, out] = [&path, &out].map(|path| path.to_str().expect("a path"));
+        let printed = succeed(UFT, &["grad", path, "--out", out]);
+        lines(&printed)[0]["loss"].as_f64().expect("a loss")
+    };
+    let (large, small) = (loss(65_536), loss(256));
+    assert!((large - small).abs() <= 1e-6 * large.abs(), "{large} {small}");
+}
+
+#[test]
+fn records_of_published_data_sets_reach_the_model() {
+    let model = golden("models/qwen3").display().to_string();
+    for (file, format, responses) in [
+        ("ultrafeedback", "ultrafeedback", 8),
+        ("ultrafeedback", "{ plugin = \"ultrafeedback\", as = \"pair\" }", 4),
+        ("nectar", "rankings", 4),
+        ("rankings", "rankings", 5),
+        ("oasst", "oasst", 5),
+        ("oasst", "{ plugin = \"oasst\", as = \"demonstration\" }", 1),
+        ("hh-rlhf", "hh-rlhf", 4),
+        ("tool-calls", "tool-calls", 3),
+        ("xlam", "tool-calls", 1),
+    ] {
+        let data = root().join(format!("plugins/datasets/fixtures/{file}.jsonl"));
+        let data = data.display().to_string();
+        let arguments = ["score", "--model", &model, "--data", &data, "--format", format];
+        assert_eq!(lines(&succeed(UFT, &arguments)).len(), responses, "{file} as {format}");
     }
 }
