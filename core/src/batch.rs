@@ -95,15 +95,16 @@ pub struct StepResponse {
 }
 
 impl StepResponse {
-    /// Responses as they stand in [`Step::log_ratios`], whose type is frozen: all log-ratios, then all
-    /// log-probs, kinds and groups as numbers.
-    pub fn columns(responses: &[StepResponse]) -> Vec<f64> {
-        let column = |of: fn(&StepResponse) -> f64| responses.iter().map(of);
-        column(|r| r.log_ratio)
-            .chain(column(|r| r.logp))
-            .chain(column(|r| r.kind as u8 as f64))
-            .chain(column(|r| r.group.into()))
-            .collect()
+    /// Numbers of a response in [`Step::log_ratios`], whose type is frozen.
+    pub const COLUMNS: usize = 4;
+
+    /// Puts a response of `n` at its place in [`Step::log_ratios`]: all log-ratios come first, then, if
+    /// there is room for them, all log-probs, kinds and groups as numbers.
+    pub fn put(&self, log_ratios: &mut [f64], n: usize, place: usize) {
+        let numbers = [self.log_ratio, self.logp, f64::from(self.kind as u8), self.group.into()];
+        for (column, number) in log_ratios.chunks_mut(n).zip(numbers) {
+            column[place] = number;
+        }
     }
 }
 

@@ -125,7 +125,7 @@ impl Evaluation<'_> {
             let value = differentiate(&mut response, &mut slope, |one| loss(&one[0]));
             self.loss(value / n);
             self.gradient(segment, slope[0] / n);
-            self.single(batch, segment, &reward);
+            self.single(batch, &response[0], &reward);
         }
     }
 
@@ -139,13 +139,13 @@ impl Evaluation<'_> {
         loss: impl Fn(&Summed, &Summed) -> Dual64,
     ) {
         let (n, segments) = (batch.step.pairs as f64, batch.segments());
+        let responses: Vec<Summed> = segments.iter().map(|s| Summed::new(batch, s)).collect();
         let mut slopes = vec![0.0; segments.len()];
         for group in groups(segments) {
             let of = |kind| group.clone().filter(move |&i| segments[i].kind == kind);
             for chosen in of(Kind::Chosen) {
                 for rejected in of(Kind::Rejected) {
-                    let sides = [chosen, rejected].map(|i| &segments[i]);
-                    let mut pair = sides.map(|segment| Summed::new(batch, segment));
+                    let mut pair = [chosen, rejected].map(|i| responses[i]);
                     let mut slope = [0.0; 2];
                     let value =
                         differentiate(&mut pair, &mut slope, |pair| loss(&pair[0], &pair[1]));
@@ -153,7 +153,8 @@ impl Evaluation<'_> {
                     slopes[chosen] += slope[0];
                     slopes[rejected] += slope[1];
                     let [won, lost] = pair.map(|response| reward(&response).re);
-                    self.pair_metrics(batch, (sides[0], won), (sides[1], lost));
+                    let [chosen, rejected] = [chosen, rejected].map(|i| &segments[i]);
+                    self.pair_metrics(batch, (chosen, won), (rejected, lost));
                 }
             }
         }
@@ -178,16 +179,16 @@ impl Evaluation<'_> {
             let mut slopes = vec![0.0; segments.len()];
             let value = differentiate(&mut responses, &mut slopes, &loss);
             self.loss(value / n);
-            for (segment, slope) in segments.iter().zip(slopes) {
-                self.gradient(segment, slope / n);
-                self.single(batch, segment, &reward);
+            for (response, slope) in responses.iter().zip(slopes) {
+                self.gradient(response.segment, slope / n);
+                self.single(batch, response, &reward);
             }
         }
     }
 
-    fn single(&mut self, batch: &Batch, segment: &Segment, reward: impl Fn(&Summed) -> Dual64) {
-        let response = Summed::new(batch, segment);
-        self.response_metrics(batch, segment, reward(&response).re, response.is_desirable());
+    fn single(&mut self, batch: &Batch, response: &Summed, reward: impl Fn(&Summed) -> Dual64) {
+        let (reward, desirable) = (reward(response).re, response.is_desirable());
+        self.response_metrics(batch, response.segment, reward, desirable);
     }
 }
 

@@ -33,6 +33,9 @@
 //! # fn main() {}
 //! ```
 //!
+//! An objective that reads only summed log-probs need not write its gradient: see [`dual`]. [`check`]
+//! tries whatever is written, as `uft plugin check` does.
+//!
 //! The crate does no input or output. `abi_stable` is used here and nowhere else in the tree.
 
 #![warn(missing_docs)]

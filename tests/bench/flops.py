@@ -56,9 +56,10 @@ def needed(model, task, groups, epochs):
         for index, (prompt, responses) in enumerate(groups):
             flops = model.sequences(prompt, responses, True, True)
             # With labels, each prompt meets the completion of the row before it, under the policy and the reference.
+            # The policy's prompts are those of the training pass.
             others = groups[index - 1][1] if task == "labels" else []
             if others:
-                flops += model.sequences(prompt, others, True, False)
+                flops += model.sequences(prompt, responses + others, True, False) - model.sequences(prompt, responses, True, False)
             if task != "sft" and epoch == 0:
                 flops += model.sequences(prompt, responses + others, False, False)
             out.append(flops)

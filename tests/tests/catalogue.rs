@@ -5,9 +5,9 @@ use serde_json::Value;
 use std::collections::BTreeSet;
 use uft::config::PluginRef;
 use uft::plugins::{Registry, table};
-use uft_core::{Feedback, Kinds};
 use uft_core::abi::{ObjectiveObject, Role};
 use uft_core::check::{self, Case};
+use uft_core::{Feedback, Kinds};
 use uft_tests::{golden, json, lines, numbers, root, succeed};
 
 const UFT: &str = env!("CARGO_BIN_EXE_uft-under-test");

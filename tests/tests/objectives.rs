@@ -141,22 +141,35 @@ fn a_parameter_follows_its_schedule() {
     let objective = format!(r#"{{ plugin = "una-pairwise", beta = {beta} }}"#);
     let (guard, steps) = train(&objective, &[]);
     let seen: Vec<f64> = steps.iter().map(|line| of(line, "rows/una-pairwise/beta")).collect();
-    assert_eq!(seen, [0.1, 0.3, 0.5, 0.5]);
-    // The reward of a step is beta times a log-ratio, at the beta of that step: a run that has it from
-    // the beginning, on the same adapter, says the same.
-    let out = guard.path().join("out");
-    let again = |beta: f64| {
+    let apart = seen.iter().zip([0.1, 0.3, 0.5, 0.5]).map(|(seen, beta)| (seen - beta).abs());
+    assert!(seen.len() == 4 && apart.fold(0.0, f64::max) < 1e-12, "{seen:?}");
+    // A trained adapter that stands still, all rows in every step: each loss is that of a run whose beta
+    // never was another.
+    let (adapter, pairs) = (guard.path().join("out"), golden("data/pairs.jsonl"));
+    let rows = std::fs::read_to_string(&pairs).expect("the pairs").lines().count();
+    let losses = |objective: &str| -> Vec<f64> {
         let (_guard, dir) = temporary();
-        let adapter = format!("model.adapter={}", out.display());
-        let objective = format!(r#"{{ plugin = "una-pairwise", beta = {beta} }}"#);
-        let pairs = golden("data/pairs.jsonl");
-        let run = write_run(&dir, &pairs, "preferences", &objective, "");
-        let grad = dir.join("g.safetensors");
-        let grad = grad.to_str().expect("text");
-        let said = succeed(UFT, &["grad", &run, "--set", &adapter, "--out", grad]);
-        of(&serde_json::from_str(&said).expect("JSON"), "loss")
+        let run = write_run(&dir, &pairs, "preferences", objective, "");
+        let set = [
+            format!("model.adapter={}", adapter.display()),
+            format!("train.batch={rows}"),
+            "train.lr=0.0".to_owned(),
+        ];
+        let set = set.iter().flat_map(|set| ["--set", set]);
+        succeed(UFT, &["train", &run].into_iter().chain(set).collect::<Vec<_>>());
+        let metrics = std::fs::read_to_string(dir.join("out/metrics.jsonl")).expect("metrics");
+        lines(&metrics).iter().map(|line| of(line, "loss")).collect()
     };
-    assert!(again(0.5) != again(0.1), "the adapter has been trained");
+    let seen = losses(&objective);
+    let fixed = [0.1, 0.3, 0.5].map(|beta| {
+        let losses = losses(&format!(r#"{{ plugin = "una-pairwise", beta = {beta} }}"#));
+        assert!(losses.iter().all(|loss| *loss == losses[0]), "{losses:?}");
+        losses[0]
+    });
+    assert!(fixed[0] != fixed[1] && fixed[1] != fixed[2], "{fixed:?}");
+    for (seen, fixed) in seen.iter().zip([fixed[0], fixed[1], fixed[2], fixed[2]]) {
+        assert!((seen - fixed).abs() < 1e-12, "{seen} {fixed}");
+    }
 }
 
 #[test]

@@ -25,7 +25,7 @@ fn blocks(page: &str) -> Vec<Block> {
                 blocks.push(Block { language, file, text: String::new() });
                 inside = true;
             }
-            (Some(_), true) => inside = false,
+            (Some(_), true) => (inside, before) = (false, ""),
             (None, true) => {
                 let block = blocks.last_mut().expect("inside of one");
                 block.text.push_str(line);

@@ -106,9 +106,13 @@ impl Case {
             let log_ratio = logp - sum(&self.ref_logps[s.range()]);
             StepResponse { group: s.group, kind: s.kind, logp, log_ratio }
         };
-        let responses: Vec<StepResponse> = self.segments.iter().map(response).collect();
-        self.log_ratios = responses.iter().map(|r| r.log_ratio).collect();
-        self.responses = StepResponse::columns(&responses);
+        let n = self.segments.len();
+        let mut columns = vec![0.0; StepResponse::COLUMNS * n];
+        for (place, segment) in self.segments.iter().enumerate() {
+            response(segment).put(&mut columns, n, place);
+        }
+        self.log_ratios = columns[..n].to_vec();
+        self.responses = columns;
     }
 
     /// Number of groups.

@@ -105,8 +105,8 @@ section! {
         epochs: f64 = 1.0,
         /// Groups (a prompt with its responses) per optimizer step.
         batch: usize = 8,
-        /// Most tokens in one forward and backward pass. Memory grows with it; the gradient does not
-        /// depend on it.
+        /// Most tokens in one forward and backward pass; fewer are taken where more would be no faster. Memory
+        /// grows with it; the gradient does not depend on it.
         micro_tokens: usize = 4096,
         /// Layers whose activations are computed again on the way back instead of being kept: "auto" (as few
         /// as make the run fit into memory), "none" or "all". No number depends on it.

@@ -196,6 +196,13 @@ impl Drop for Buffer {
     }
 }
 
+impl Buffer {
+    /// Number of elements, also in a pool that only counts.
+    pub fn count(&self) -> usize {
+        self.len
+    }
+}
+
 impl Deref for Buffer {
     type Target = [f32];
 

@@ -8,7 +8,7 @@ use super::frozen::Frozen;
 use super::layer::{Context, Layer, LayerTape};
 use super::linear::Product;
 use super::lora::{Adapter, Lora, LoraGrads};
-use super::packed::{NeededRows, Packed};
+use super::packed::{NeededRows, Packed, WithOthers};
 use super::targets::Site;
 use crate::config::Gain;
 use crate::{Result, signals};
@@ -79,8 +79,8 @@ impl Options {
 
 /// A forward pass, kept for [`Model::backward`].
 #[derive(Debug)]
-pub struct Tape<'p> {
-    packed: &'p Packed,
+pub struct Tape {
+    packed: Packed,
     needed: NeededRows,
     /// From the lowest layer with an adapter upwards.
     layers: Vec<Kept>,
@@ -104,7 +104,7 @@ enum Kept {
     Input(Buffer),
 }
 
-impl Tape<'_> {
+impl Tape {
     /// `[M]`: the log-prob of every target, in the order of the batch's targets.
     pub fn logps(&self) -> &[f32] {
         &self.logps
@@ -139,34 +139,104 @@ impl Model {
     /// # Errors
     /// If a signal arrives (see [`signals`]), which is asked for between layers, here and in the rest.
     pub fn logps(&self, packed: &Packed, lora: Option<&Lora>) -> Result<Vec<f32>> {
-        let mut logps = vec![0.0; packed.targets.rows.len()];
-        if !logps.is_empty() {
-            let top = self.run(packed, lora, |_| ())?;
-            let head = self.head(lora);
-            let mut chunk = self.pool.take(head.chunk_len(logps.len()));
-            let targets = &packed.targets.tokens;
-            logprob::forward(&top.hidden, targets, &head, &mut chunk, &mut logps);
+        if packed.targets.rows.is_empty() {
+            return Ok(Vec::new());
         }
-        Ok(logps)
+        let top = self.run(packed, lora, |_| ())?;
+        Ok(self.head_logps(&top.hidden, &packed.targets.tokens, lora))
+    }
+
+    /// `hidden`: `[M, H]`, what the head gets, `tokens`: `[M]`.
+    fn head_logps(&self, hidden: &[f32], tokens: &[u32], lora: Option<&Lora>) -> Vec<f32> {
+        let mut logps = vec![0.0; tokens.len()];
+        let head = self.head(lora);
+        let mut chunk = self.pool.take(head.chunk_len(logps.len()));
+        logprob::forward(hidden, tokens, &head, &mut chunk, &mut logps);
+        logps
     }
 
     /// The log-prob of every target, with what [`Self::backward`] needs. The batch must have targets.
     ///
     /// # Errors
     /// As [`Self::logps`].
-    pub fn forward<'p>(&self, packed: &'p Packed, lora: &Lora) -> Result<Tape<'p>> {
+    pub fn forward(&self, packed: Packed, lora: &Lora) -> Result<Tape> {
+        let mut layers = Vec::new();
+        let top = self.run(&packed, Some(lora), self.keep(lora, &mut layers, |tape| tape))?;
+        Ok(self.tape(packed, layers, top, lora))
+    }
+
+    /// As [`Self::forward`] of a batch's own groups, and the log-probs of the others, `[M of all - M of own]`
+    /// in the order of `all`: the same bits as apart, with their prompts computed once.
+    ///
+    /// # Errors
+    /// As [`Self::logps`].
+    pub fn forward_with_others(&self, batch: WithOthers, lora: &Lora) -> Result<(Tape, Vec<f32>)> {
+        let WithOthers { own, all, rows, targets, .. } = batch;
+        let (h, pool) = (self.config.hidden, &self.pool);
+        let needed = self.needed(&own);
+        // Where a row of `own` that goes on is among those of `all`.
+        let all_needed = self.needed(&all).rows;
+        let going_on: Vec<u32> = needed
+            .rows
+            .iter()
+            .map(|&row| all_needed.binary_search(&rows[row as usize]).expect("of both") as u32)
+            .collect();
+        let last_layer = self.layers.len() - 1;
+        let mut layers = Vec::new();
+        let mut index = 0..;
+        let own_rows = |tape: LayerTape| {
+            let last = index.next() == Some(last_layer);
+            let after = if last { &going_on } else { &rows };
+            tape.of_rows(&rows, after, pool)
+        };
+        let top = self.run(&all, Some(lora), self.keep(lora, &mut layers, own_rows))?;
+
+        let part = |from: &[f32], rows: &[u32], width: usize| {
+            let mut part = pool.take(rows.len() * width);
+            embedding::gather(from, rows, &mut part);
+            part
+        };
+        let others: Vec<u32> = (0..all.targets.rows.len() as u32)
+            .filter(|target| targets.binary_search(target).is_err())
+            .collect();
+        let own_top = Top {
+            needed,
+            last: part(&top.last, &going_on, h),
+            inv_rms: part(&top.inv_rms, &going_on, 1),
+            hidden: part(&top.hidden, &targets, h),
+        };
+        let hidden = part(&top.hidden, &others, h);
+        drop(top);
+        let tokens: Vec<u32> = others.iter().map(|&t| all.targets.tokens[t as usize]).collect();
+        let logps = self.head_logps(&hidden, &tokens, Some(lora));
+        drop(hidden);
+        Ok((self.tape(own, layers, own_top, lora), logps))
+    }
+
+    /// What to do with the blocks' tapes, lowest first: none is kept below the lowest adapter, and the lowest
+    /// of those above leave only their input.
+    fn keep<'t>(
+        &self,
+        lora: &Lora,
+        layers: &'t mut Vec<Kept>,
+        mut part: impl FnMut(LayerTape) -> LayerTape + 't,
+    ) -> impl FnMut(LayerTape) + 't {
+        let mut below = self.options.lowest_layer(lora);
+        let recomputed = self.options.recomputed_layers;
+        move |tape| {
+            let tape = part(tape);
+            match below {
+                0 if layers.len() < recomputed => layers.push(Kept::Input(tape.into_input())),
+                0 => layers.push(Kept::Tape(Box::new(tape))),
+                _ => below -= 1,
+            }
+        }
+    }
+
+    /// The log-probs of a batch's targets, and everything together for the way back.
+    fn tape(&self, packed: Packed, layers: Vec<Kept>, top: Top, lora: &Lora) -> Tape {
         let targets = &packed.targets;
         assert!(!targets.rows.is_empty(), "a batch without trained tokens");
-        let lowest = self.options.lowest_layer(lora);
-        let mut layers = Vec::with_capacity(self.layers.len() - lowest);
-        let mut below = lowest;
-        let top = self.run(packed, Some(lora), |tape| match below {
-            0 if layers.len() < self.options.recomputed_layers => {
-                layers.push(Kept::Input(tape.into_input()));
-            }
-            0 => layers.push(Kept::Tape(Box::new(tape))),
-            _ => below -= 1,
-        })?;
         let Top { needed, last, inv_rms, hidden } = top;
         let mut logps = vec![0.0; targets.rows.len()];
         let mut unit_grad = self.pool.take(hidden.len());
@@ -181,7 +251,15 @@ impl Model {
             &mut unit_grad,
         );
         let hidden = Some(hidden).filter(|_| head.adapter.is_some());
-        Ok(Tape { packed, needed, layers, last, inv_rms, hidden, unit_grad, logps })
+        Tape { packed, needed, layers, last, inv_rms, hidden, unit_grad, logps }
+    }
+
+    /// The rows that go on after the last block's attention.
+    fn needed(&self, packed: &Packed) -> NeededRows {
+        match self.options.skipped_gradients {
+            true => NeededRows::of(&packed.targets),
+            false => NeededRows::all(packed),
+        }
     }
 
     /// Embedding, blocks and final norm; every block's tape goes to `keep`, lowest first.
@@ -192,10 +270,7 @@ impl Model {
         mut keep: impl FnMut(LayerTape),
     ) -> Result<Top> {
         let (h, pool) = (self.config.hidden, &self.pool);
-        let needed = match self.options.skipped_gradients {
-            true => NeededRows::of(&packed.targets),
-            false => NeededRows::all(packed),
-        };
+        let needed = self.needed(packed);
         let pruned = (needed.rows.len() < packed.rows()).then_some(needed.rows.as_slice());
         let mut x = pool.take(packed.rows() * h);
         embedding::gather(&self.embedding, &packed.tokens, &mut x);

@@ -72,6 +72,36 @@ impl LayerTape {
     pub fn into_input(self) -> Buffer {
         self.x
     }
+
+    /// The tape of some of the rows alone, which attend to none of the others; `needed` are those of them
+    /// that go on after the attention, counted among all that do.
+    pub fn of_rows(self, rows: &[u32], needed: &[u32], pool: &Pool) -> Self {
+        let (total, going_on) = (self.inputs.inv_rms.len(), self.outputs.inv_rms.len());
+        let part =
+            |buffer: Buffer, rows: &[u32], total| gather(&buffer, rows, buffer.len() / total, pool);
+        let of_all = |buffer| part(buffer, rows, total);
+        let of_going_on = |buffer| part(buffer, needed, going_on);
+        // Given back and taken in the order in which they were taken.
+        let x = of_all(self.x);
+        let AttentionInputs { inv_rms, q, k, v, head_norms, u } = self.inputs;
+        let [inv_rms, q, k, v] = [inv_rms, q, k, v].map(of_all);
+        let u = u.map(|u| u.map(of_all));
+        let head_norms = head_norms.map(|norms| {
+            norms.map(|HeadNorm { before, inv_rms }| HeadNorm {
+                before: of_all(before),
+                inv_rms: of_all(inv_rms),
+            })
+        });
+        let inputs = AttentionInputs { inv_rms, q, k, v, head_norms, u };
+        let [attended, lse] = [self.attended, self.lse].map(of_all);
+        let Outputs { mid, inv_rms, gate, up, u: [u_o, u_gate, u_up, u_down] } = self.outputs;
+        let mid = of_going_on(mid);
+        let u_o = u_o.map(of_going_on);
+        let [inv_rms, gate, up] = [inv_rms, gate, up].map(of_going_on);
+        let [u_gate, u_up, u_down] = [u_gate, u_up, u_down].map(|u| u.map(of_going_on));
+        let outputs = Outputs { mid, inv_rms, gate, up, u: [u_o, u_gate, u_up, u_down] };
+        Self { x, inputs, attended, lse, outputs }
+    }
 }
 
 /// Queries, keys and values, ready for attention.

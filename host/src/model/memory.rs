@@ -40,6 +40,14 @@ impl Size {
             longest: longest.unwrap_or(0),
         }
     }
+
+    /// Whether another is at least as large in every way.
+    pub fn is_within(&self, other: &Self) -> bool {
+        self.rows <= other.rows
+            && self.needed <= other.needed
+            && self.targets <= other.targets
+            && self.longest <= other.longest
+    }
 }
 
 impl Add for Size {
@@ -128,19 +136,61 @@ impl<'a> Shadow<'a> {
 
     /// [`super::Model::forward`] and [`super::Model::backward`].
     pub fn step(&self, size: Size, lora: &Lora) {
-        let (size, pool, h) = (self.widened(size), &self.pool, self.config.hidden);
-        let lowest = self.options.lowest_layer(lora);
-        let (mut layers, mut below) = (Vec::new(), lowest);
-        let [last, inv_rms, hidden] = self.run(size, Some(lora), |mut tape: Tape| match below {
-            0 => {
-                if layers.len() < self.options.recomputed_layers {
-                    // Its first buffer is the block's input.
-                    tape.truncate(1);
+        let size = self.widened(size);
+        let mut layers = Vec::new();
+        let top = self.run(size, Some(lora), self.keep(lora, &mut layers, |tape| tape));
+        self.rest_of_step(size, layers, top, lora);
+    }
+
+    /// [`super::Model::forward_with_others`] of all that there is, and [`super::Model::backward`] of its own.
+    pub fn step_with_others(&self, own: Size, all: Size, lora: &Lora) {
+        let (own, all) = (self.widened(own), self.widened(all));
+        let (pool, h) = (&self.pool, self.config.hidden);
+        let mut layers = Vec::new();
+        let mut index = 0..;
+        let own_rows = |tape: Tape| {
+            let index = index.next().expect("endless");
+            Block::new(self, all, index, Some(lora)).of_rows(tape, own)
+        };
+        let [last, inv_rms, hidden] =
+            self.run(all, Some(lora), self.keep(lora, &mut layers, own_rows));
+        let own_top = [own.needed * h, own.needed, own.targets * h].map(|len| pool.take(len));
+        let others = pool.take((all.targets - own.targets) * h);
+        drop((last, inv_rms, hidden));
+        drop(self.chunk(all.targets - own.targets));
+        drop(others);
+        self.rest_of_step(own, layers, own_top, lora);
+    }
+
+    /// What to do with the blocks' tapes, as in [`super::Model`].
+    fn keep<'t>(
+        &self,
+        lora: &Lora,
+        layers: &'t mut Vec<Tape>,
+        mut part: impl FnMut(Tape) -> Tape + 't,
+    ) -> impl FnMut(Tape) + 't {
+        let mut below = self.options.lowest_layer(lora);
+        let recomputed = self.options.recomputed_layers;
+        move |tape| {
+            let mut tape = part(tape);
+            match below {
+                0 => {
+                    if layers.len() < recomputed {
+                        // Its first buffer is the block's input.
+                        tape.truncate(1);
+                    }
+                    layers.push(tape);
                 }
-                layers.push(tape);
+                _ => below -= 1,
             }
-            _ => below -= 1,
-        });
+        }
+    }
+
+    /// The head, and the way back.
+    fn rest_of_step(&self, size: Size, mut layers: Vec<Tape>, top: [Buffer; 3], lora: &Lora) {
+        let (pool, h) = (&self.pool, self.config.hidden);
+        let lowest = self.options.lowest_layer(lora);
+        let [last, inv_rms, hidden] = top;
         let unit_grad = pool.take(size.targets * h);
         let chunk = self.chunk(size.targets);
         let head = lora.index(Site::Head);
@@ -240,6 +290,24 @@ impl<'a> Block<'a> {
         (y, tape)
     }
 
+    /// The tape of `own` alone; this block's is of all rows.
+    fn of_rows(&self, tape: Tape, own: Size) -> Tape {
+        // Its first buffers are of all rows, those from mid on of the rows that go on.
+        let going_on = tape.len() - self.outputs();
+        let after = self.pruned.unwrap_or(self.rows);
+        let own_after = if self.pruned.is_some() { own.needed } else { own.rows };
+        let part = |(index, buffer): (usize, Buffer)| match index < going_on {
+            true => self.pool.take(buffer.count() / self.rows * own.rows),
+            false => self.pool.take(buffer.count() / after * own_after),
+        };
+        tape.into_iter().enumerate().map(part).collect()
+    }
+
+    /// Buffers of a tape that are of the rows that go on: mid, its norm, gate, up, and the adapters' u.
+    fn outputs(&self) -> usize {
+        4 + [O, Gate, Up, Down].into_iter().filter(|p| self.rank(*p).is_some()).count()
+    }
+
     fn again(&self, x: Buffer) -> Tape {
         let mut tape = self.before_down(x);
         let after = self.pruned.unwrap_or(self.rows);
@@ -259,9 +327,12 @@ impl<'a> Block<'a> {
         tape.extend([query, key, key].map(|width| pool.take(rows * width)));
         tape.extend([Q, K, V].into_iter().flat_map(|p| self.project(p, rows)));
         if config.qk_norm {
-            for width in [query, key] {
-                tape.push(pool.take(rows * width));
-                tape.push(pool.take(rows * width / config.heads.head_dim));
+            // q and k stand after x and its norm.
+            for (at, width) in [(2, query), (3, key)] {
+                let normed = pool.take(rows * width);
+                let inv_rms = pool.take(rows * width / config.heads.head_dim);
+                let before = std::mem::replace(&mut tape[at], normed);
+                tape.extend([before, inv_rms]);
             }
         }
         drop(h);

@@ -1,6 +1,7 @@
 //! A packed micro-batch: groups laid out without padding, and which rows predict which tokens.
 
 use crate::group::Group;
+use std::ops::Range;
 use uft_kernels::layout::Layout;
 
 /// T rows of tokens with their layout, and M targets.
@@ -20,6 +21,21 @@ pub struct Targets {
     pub rows: Vec<u32>,
     /// `[M]`.
     pub tokens: Vec<u32>,
+}
+
+/// A batch with others beside it, which share its prompts.
+#[derive(Debug)]
+pub struct WithOthers {
+    /// What the way back is for.
+    pub own: Packed,
+    /// Everything.
+    pub all: Packed,
+    /// `[T of own]`: where its rows are in `all`.
+    pub rows: Vec<u32>,
+    /// `[M of own]`: where its targets are in `all`.
+    pub targets: Vec<u32>,
+    /// Where each other's targets are in `all`.
+    pub of_others: Vec<Range<usize>>,
 }
 
 impl Packed {
@@ -64,6 +80,39 @@ impl Packed {
     pub fn with_prompt_copies(groups: &[&Group]) -> Self {
         let alone: Vec<Group> = groups.iter().flat_map(|group| group.alone()).collect();
         Self::new(&alone.iter().collect::<Vec<_>>())
+    }
+
+    /// Packs groups together with others, which only the way forward is for: of each the number of its group,
+    /// with which it shares the prompt.
+    ///
+    /// # Panics
+    /// If an other's prompt is not that of its group.
+    pub fn with_others(groups: &[&Group], others: &[(usize, &Group)]) -> WithOthers {
+        let mut joint: Vec<Group> = groups.iter().map(|&group| group.clone()).collect();
+        for &(of, other) in others {
+            assert_eq!(joint[of].prompt, other.prompt, "others share their group's prompt");
+            joint[of].branches.extend(other.branches.iter().cloned());
+        }
+        let all = Self::new(&joint.iter().collect::<Vec<_>>());
+        let (mut rows, mut targets) = (Vec::new(), Vec::new());
+        let mut of_others = vec![0..0; others.len()];
+        let mut target = 0;
+        for (index, (group, place)) in groups.iter().zip(&all.layout.groups).enumerate() {
+            let branches = &place.branches[..group.branches.len()];
+            let own = place.prompt_len + branches.iter().map(|b| b.len).sum::<usize>();
+            rows.extend(place.start as u32..(place.start + own) as u32);
+            let own: usize = group.segments().map(|s| s.tokens()).sum();
+            targets.extend(target as u32..(target + own) as u32);
+            target += own;
+            for (range, (_, other)) in
+                of_others.iter_mut().zip(others).filter(|(_, (of, _))| *of == index)
+            {
+                let tokens: usize = other.segments().map(|s| s.tokens()).sum();
+                *range = target..target + tokens;
+                target += tokens;
+            }
+        }
+        WithOthers { own: Self::new(groups), all, rows, targets, of_others }
     }
 
     /// One text without branches, nothing trained: a prompt to be continued.

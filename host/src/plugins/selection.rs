@@ -92,3 +92,72 @@ impl Selection {
         chosen
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use uft_core::Kind;
+
+    /// Two prompts with a pair each, and a demonstration; responses of 1, 2, 3, 4 and 5 tokens.
+    fn segments() -> Vec<Segment> {
+        use Kind::{Chosen, Demonstration, Rejected};
+        let kinds = [(0, Chosen), (0, Rejected), (1, Demonstration), (2, Rejected), (2, Chosen)];
+        let mut start = 0;
+        let segment = |(place, (group, kind)): (usize, (u32, Kind))| {
+            let tokens = place as u32 + 1;
+            start += tokens;
+            let start = start - tokens;
+            Segment { group, in_step: place as u32, start, tokens, kind, value: 0.0 }
+        };
+        kinds.into_iter().enumerate().map(segment).collect()
+    }
+
+    #[test]
+    fn what_is_selected_is_a_step_of_its_own() {
+        let (segments, ratios, mismatched) = (segments(), [0.0, 1.0, 2.0, 3.0, 4.0], [5.0; 5]);
+        let step = Step {
+            number: 3,
+            steps: 9,
+            training: true,
+            groups: 3,
+            segments: 5,
+            pairs: 2,
+            tokens: 15,
+            by_kind: [1, 0, 0, 2, 2],
+            log_ratios: ratios[..].into(),
+            mismatched: mismatched[..].into(),
+        };
+        let chosen = Selection::new(&step, &segments, Kinds::DEMONSTRATION | Kinds::CHOSEN);
+        let seen = chosen.step(&step);
+        assert_eq!((seen.number, seen.steps, seen.training), (3, 9, true));
+        assert_eq!((seen.groups, seen.segments, seen.pairs, seen.tokens), (3, 3, 0, 9));
+        assert_eq!(seen.by_kind, [1, 0, 0, 2, 0]);
+        assert_eq!(seen.log_ratios.as_slice(), [0.0, 2.0, 4.0]);
+        assert_eq!(seen.mismatched.as_slice(), [5.0; 3]);
+        let pairs = Selection::new(&step, &segments, Kinds::PAIR);
+        assert_eq!((pairs.step(&step).pairs, pairs.step(&step).groups), (2, 2));
+        assert!(!pairs.is_empty() && Selection::new(&step, &segments, Kinds::SCORE).is_empty());
+
+        // A batch of the last two prompts, in the other order.
+        let part: Vec<Segment> = [3, 4, 2].into_iter().map(|i: usize| segments[i]).collect();
+        let mut start = 0;
+        let moved = part.iter().map(|s| {
+            start += s.tokens;
+            Segment { start: start - s.tokens, ..*s }
+        });
+        let moved: Vec<Segment> = moved.collect();
+        let logps: Vec<f32> = (0..12).map(|t| t as f32).collect();
+        let batch = Batch {
+            step,
+            segment_list: moved.as_slice().into(),
+            logps: logps.as_slice().into(),
+            ref_logps: (&[][..]).into(),
+        };
+        let own = chosen.of(&batch);
+        let places: Vec<(u32, u32)> = own.segments.iter().map(|s| (s.in_step, s.start)).collect();
+        assert_eq!(places, [(2, 0), (1, 5)]);
+        assert_eq!(own.logps, [4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 11.0]);
+        assert_eq!(own.ranges, [4..9, 9..12]);
+        assert!(own.ref_logps.is_empty());
+    }
+}

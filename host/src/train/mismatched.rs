@@ -5,13 +5,14 @@
 use super::micro;
 use super::pass::Pass;
 use super::plan::{Plan, Rows};
+use super::statistics::Mismatched;
 use crate::Result;
 use crate::data::Source;
 use crate::group::{Branch, Group, Segment};
 use uft_core::Feedback;
 
 /// One group per response of the source in the pass: its prompt, and a completion of the group before.
-pub fn groups(source: &Source, index: usize, rows: Rows, plan: &Plan) -> Vec<Group> {
+pub fn of(source: &Source, index: usize, rows: Rows, plan: &Plan) -> Mismatched {
     let examples = source.rows(rows);
     let members: Vec<usize> =
         plan.groups.iter().filter(|g| g.item.source == index).map(|g| g.item.row).collect();
@@ -30,7 +31,7 @@ pub fn groups(source: &Source, index: usize, rows: Rows, plan: &Plan) -> Vec<Gro
         let others = before(g);
         group.iter().enumerate().map(|(i, (prompt, _))| (prompt, &others[i % others.len()].1))
     });
-    mismatched
+    let groups = mismatched
         .map(|(prompt, completion)| {
             let trained = vec![0..completion.len()];
             // The feedback is not looked at: only the log-ratio is.
@@ -38,7 +39,8 @@ pub fn groups(source: &Source, index: usize, rows: Rows, plan: &Plan) -> Vec<Gro
             let branches = vec![Branch { tokens: completion.clone(), segments }];
             Group { prompt: prompt.clone(), branches }
         })
-        .collect()
+        .collect();
+    Mismatched { groups, ref_logps: Vec::new() }
 }
 
 /// Every response of a group as the tokens before it and its own.
@@ -55,27 +57,31 @@ fn responses(group: &Group) -> Vec<(Vec<u32>, Vec<u32>)> {
     group.branches.iter().flat_map(of_branch).collect()
 }
 
-/// `log pi - log pi_ref` of every group's completion, in nats, with the reference's log-probs given; no
-/// gradient.
+/// `log pi - log pi_ref` of some of the completions, in nats; no gradient.
 ///
 /// # Errors
 /// If a signal arrives.
-pub fn log_ratios(pass: &Pass, groups: &[Group], ref_logps: &[Box<[f32]>]) -> Result<Vec<f64>> {
-    let loads: Vec<usize> = groups.iter().map(Group::rows).collect();
+pub fn log_ratios(pass: &Pass, of: &Mismatched, some: &[usize]) -> Result<Vec<f64>> {
+    let groups: Vec<&Group> = some.iter().map(|&i| &of.groups[i]).collect();
+    let loads: Vec<usize> = groups.iter().map(|group| group.rows()).collect();
     let mut ratios = vec![0.0; groups.len()];
     for batch in micro::split(&loads, pass.micro_tokens, pass.without) {
-        let packed = pass.pack(&batch.iter().map(|&g| &groups[g]).collect::<Vec<_>>());
+        let packed = pass.pack(&batch.iter().map(|&g| groups[g]).collect::<Vec<_>>());
         let policy = pass.model.logps(&packed, Some(pass.policy))?;
-        let mut start = 0;
+        let mut rest = policy.as_slice();
         for g in batch {
-            let tokens = groups[g].branches[0].tokens.len();
-            let range = start..start + tokens;
-            let difference = policy[range].iter().zip(&ref_logps[g]);
-            ratios[g] = difference.map(|(p, r)| f64::from(*p) - f64::from(*r)).sum();
-            start += tokens;
+            let reference = &of.ref_logps[some[g]];
+            let (own, after) = rest.split_at(reference.len());
+            rest = after;
+            ratios[g] = log_ratio(own, reference);
         }
     }
     Ok(ratios)
+}
+
+/// `log pi - log pi_ref` of a completion's tokens together.
+pub fn log_ratio(policy: &[f32], reference: &[f32]) -> f64 {
+    policy.iter().zip(reference).map(|(p, r)| f64::from(*p) - f64::from(*r)).sum()
 }
 
 #[cfg(test)]

@@ -16,6 +16,7 @@ mod reference_pass;
 pub mod report;
 pub mod schedule;
 pub mod setup;
+mod statistics;
 
 use crate::config::NonFinite;
 use crate::config::schema::TrainSection;

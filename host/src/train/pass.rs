@@ -7,6 +7,7 @@ use super::optimizer;
 use super::plan::{At, Plan, Planned, Rows};
 use super::reference::ReferenceLogps;
 use super::reference_pass::{self, Wanted};
+use super::statistics::{Mismatched, Statistics};
 use crate::config::{Gain, Mixing};
 use crate::data::{Example, Item, Source};
 use crate::group::Group;
@@ -14,7 +15,7 @@ use crate::model::{Lora, LoraGrads, Model, Packed};
 use crate::{Error, Result};
 use std::ops::Range;
 use uft_core::Needs;
-use uft_core::batch::{Batch, Segment, StepResponse};
+use uft_core::batch::{Batch, Segment};
 
 /// What a pass computes with.
 #[derive(Clone, Copy)]
@@ -62,15 +63,17 @@ impl Pass<'_> {
         known: &mut ReferenceLogps,
         mut grads: Option<&mut LoraGrads>,
     ) -> Result<Outcome> {
-        let mut plan = Plan::new(sources, rows, items, self.micro_tokens, self.without);
-        let mismatched: Vec<Vec<Group>> = (0..sources.len())
+        let hidden = self.model.config.hidden;
+        let mut plan = Plan::new(sources, rows, items, self.micro_tokens, hidden, self.without);
+        let mut mismatched: Vec<Mismatched> = (0..sources.len())
             .map(|index| match sources[index].objective.needs(Needs::MISMATCHED) {
-                true => mismatched::groups(&sources[index], index, rows, &plan),
-                false => Vec::new(),
+                true => mismatched::of(&sources[index], index, rows, &plan),
+                false => Mismatched::default(),
             })
             .collect();
-        let ref_logps = self.reference_logps(sources, rows, &mut plan, &mismatched, known)?;
-        let statistics = self.statistics(sources, rows, &plan, &mismatched, &ref_logps)?;
+        self.reference_logps(sources, rows, &mut plan, &mut mismatched, known)?;
+        let (statistics, mut early) =
+            self.statistics(sources, rows, &plan, &mismatched, grads.is_some())?;
         for source in plan.sources() {
             let step = statistics.step(&plan, source, self.at);
             let Source { objective, name, .. } = &mut sources[source];
@@ -84,18 +87,23 @@ impl Pass<'_> {
             trained: plan.totals.iter().map(|t| t.tokens).sum(),
             ..Outcome::default()
         };
-        for batch in &plan.micro_batches {
-            let packed = self.pack(&groups(sources, rows, &plan, batch));
-            let (tape, logps) = match &grads {
-                Some(_) => {
-                    let tape = self.model.forward(&packed, self.policy)?;
-                    let logps = tape.logps().to_vec();
-                    (Some(tape), logps)
-                }
-                None => (None, self.model.logps(&packed, Some(self.policy))?),
+        // The one whose tape is held goes first.
+        let first = early.as_ref().map(|early| early.batch);
+        let others = (0..plan.micro_batches.len()).filter(|batch| Some(*batch) != first);
+        for index in first.into_iter().chain(others) {
+            let batch = &plan.micro_batches[index];
+            let packed = || self.pack(&groups(sources, rows, &plan, batch));
+            let (tape, logps) = match (&grads, early.take()) {
+                (Some(_), Some(early)) => (Some(early.tape), None),
+                (Some(_), None) => (Some(self.model.forward(packed(), self.policy)?), None),
+                (None, _) => (None, Some(self.model.logps(&packed(), Some(self.policy))?)),
+            };
+            let logps = match (&tape, &logps) {
+                (Some(tape), _) => tape.logps(),
+                (None, logps) => logps.as_deref().unwrap_or_default(),
             };
             let dlogps =
-                self.objectives(sources, rows, &plan, batch, &logps, &statistics, &mut outcome)?;
+                self.objectives(sources, rows, &plan, batch, logps, &statistics, &mut outcome)?;
             if let (Some(tape), Some(grads)) = (tape, grads.as_deref_mut()) {
                 self.model.backward(tape, &dlogps, self.policy, grads)?;
                 if !optimizer::norm(grads).is_finite() {
@@ -118,18 +126,18 @@ impl Pass<'_> {
         }
     }
 
-    /// The reference log-probs of the plan's groups, which get them, and of every source's mismatched ones:
-    /// a row's own next to those with its prompt.
+    /// The reference log-probs of the plan's groups and of every source's mismatched ones, which get them: a
+    /// row's own next to those with its prompt.
     fn reference_logps(
         &self,
         sources: &[Source],
         rows: Rows,
         plan: &mut Plan,
-        mismatched: &[Vec<Group>],
+        mismatched: &mut [Mismatched],
         known: &mut ReferenceLogps,
-    ) -> Result<Vec<Vec<Box<[f32]>>>> {
+    ) -> Result<()> {
         let (mut wanted, mut of) = (Vec::new(), Vec::new());
-        let mut left: Vec<_> = mismatched.iter().map(|groups| groups.iter()).collect();
+        let mut left: Vec<_> = mismatched.iter().map(|m| m.groups.iter()).collect();
         for (index, planned) in plan.groups.iter().enumerate() {
             let source = planned.item.source;
             if !sources[source].needs_reference() {
@@ -143,16 +151,14 @@ impl Pass<'_> {
                 of.push((source, None));
             }
         }
-        let mut of_mismatched = vec![Vec::new(); sources.len()];
-        for (logps, (source, own)) in
-            reference_pass::logps(self, &wanted, known)?.into_iter().zip(of)
-        {
+        let found = reference_pass::logps(self, &wanted, known)?;
+        for (logps, (source, own)) in found.into_iter().zip(of) {
             match own {
                 Some(index) => plan.groups[index].ref_logps = Some(logps),
-                None => of_mismatched[source].push(logps),
+                None => mismatched[source].ref_logps.push(logps),
             }
         }
-        Ok(of_mismatched)
+        Ok(())
     }
 
     /// Evaluates every objective of a micro-batch; the gradient comes back in the order of `logps`.
@@ -218,104 +224,21 @@ impl Pass<'_> {
                 }
             }
     }
-
-    /// What objectives need of the whole step before their first batch.
-    fn statistics(
-        &self,
-        sources: &[Source],
-        rows: Rows,
-        plan: &Plan,
-        mismatched: &[Vec<Group>],
-        ref_logps: &[Vec<Box<[f32]>>],
-    ) -> Result<Statistics> {
-        let mut statistics = Statistics {
-            log_ratios: vec![Vec::new(); sources.len()],
-            mismatched: vec![Vec::new(); sources.len()],
-        };
-        let mut responses: Vec<Vec<Option<StepResponse>>> = vec![Vec::new(); sources.len()];
-        for index in plan.sources() {
-            let source = &sources[index];
-            if source.objective.needs(Needs::MISMATCHED) {
-                let ratios = mismatched::log_ratios(self, &mismatched[index], &ref_logps[index])?;
-                let examples = source.rows(rows);
-                // One per response, in the order of the plan.
-                let own = plan.groups.iter().filter(|g| g.item.source == index);
-                let places = own.flat_map(|g| g.segments.iter().map(move |_| g.item.row));
-                if let Some((_, row)) = ratios.iter().zip(places).find(|(r, _)| !r.is_finite()) {
-                    return Err(Error::non_finite(format!(
-                        "log-probs of a mismatched completion to the prompt of {} are not finite; is the model \
-                         whole, is the learning rate too high?",
-                        examples[row].origin
-                    )));
-                }
-                statistics.mismatched[index] = ratios;
-            }
-            if source.objective.needs(Needs::STEP_LOG_RATIOS) {
-                responses[index] = vec![None; plan.totals[index].segments as usize];
-            }
-        }
-        let wanted = |&(s, ..): &(usize, &[usize], Range<usize>)| !responses[s].is_empty();
-        let batches: Vec<&Vec<usize>> = plan
-            .micro_batches
-            .iter()
-            .filter(|batch| stretches(plan, batch).any(|s| wanted(&s)))
-            .collect();
-        for batch in batches {
-            let packed = self.pack(&groups(sources, rows, plan, batch));
-            let logps = self.model.logps(&packed, Some(self.policy))?;
-            finite(&logps, "policy", sources, rows, plan, batch)?;
-            for (index, members, tokens) in stretches(plan, batch) {
-                let ref_logps = collect_ref_logps(&sources[index], plan, members);
-                if responses[index].is_empty() {
-                    continue;
-                }
-                for segment in segments(plan, members) {
-                    let sum = |values: &[f32]| values.iter().map(|&v| f64::from(v)).sum::<f64>();
-                    let policy = sum(&logps[tokens.clone()][segment.range()]);
-                    let reference =
-                        if ref_logps.is_empty() { 0.0 } else { sum(&ref_logps[segment.range()]) };
-                    responses[index][segment.in_step as usize] = Some(StepResponse {
-                        group: segment.group,
-                        kind: segment.kind,
-                        logp: policy,
-                        log_ratio: policy - reference,
-                    });
-                }
-            }
-        }
-        for (index, responses) in responses.into_iter().enumerate() {
-            let every = responses.into_iter().map(|r| r.expect("every response is in a batch"));
-            let every: Vec<StepResponse> = every.collect();
-            statistics.log_ratios[index] =
-                match sources[index].objective.needs(Needs::STEP_RESPONSES) {
-                    true => StepResponse::columns(&every),
-                    false => every.iter().map(|r| r.log_ratio).collect(),
-                };
-        }
-        Ok(statistics)
-    }
-}
-
-/// Numbers over the whole step, by source (see [`uft_core::batch::Step`]).
-struct Statistics {
-    log_ratios: Vec<Vec<f64>>,
-    mismatched: Vec<Vec<f64>>,
-}
-
-impl Statistics {
-    fn step(&self, plan: &Plan, source: usize, at: At) -> uft_core::batch::Step<'_> {
-        plan.totals[source].step(at, &self.log_ratios[source], &self.mismatched[source])
-    }
 }
 
 /// The groups of a micro-batch in packing order.
-fn groups<'s>(sources: &'s [Source], rows: Rows, plan: &Plan, batch: &[usize]) -> Vec<&'s Group> {
+pub(super) fn groups<'s>(
+    sources: &'s [Source],
+    rows: Rows,
+    plan: &Plan,
+    batch: &[usize],
+) -> Vec<&'s Group> {
     let item = |&g: &usize| plan.groups[g].item;
     batch.iter().map(item).map(|i| &sources[i.source].rows(rows)[i.row].group).collect()
 }
 
 /// A micro-batch's stretches of equal source: the source, its groups, its tokens in the log-probs.
-fn stretches<'b>(
+pub(super) fn stretches<'b>(
     plan: &Plan,
     batch: &'b [usize],
 ) -> impl Iterator<Item = (usize, &'b [usize], Range<usize>)> {
@@ -329,7 +252,7 @@ fn stretches<'b>(
 }
 
 /// The segments of neighbouring groups, with `start` counted from the first group's first token.
-fn segments(plan: &Plan, members: &[usize]) -> Vec<Segment> {
+pub(super) fn segments(plan: &Plan, members: &[usize]) -> Vec<Segment> {
     let mut start = 0;
     let mut out = Vec::new();
     for &g in members {
@@ -341,7 +264,7 @@ fn segments(plan: &Plan, members: &[usize]) -> Vec<Segment> {
 }
 
 /// Reference log-probs of neighbouring groups; empty if the objective reads none.
-fn collect_ref_logps(source: &Source, plan: &Plan, members: &[usize]) -> Vec<f32> {
+pub(super) fn collect_ref_logps(source: &Source, plan: &Plan, members: &[usize]) -> Vec<f32> {
     if !source.needs_reference() {
         return Vec::new();
     }
@@ -356,7 +279,7 @@ fn places(sources: &[Source], rows: Rows, items: &[Item]) -> String {
 }
 
 /// Stops with the rows whose log-probs are not finite.
-fn finite(
+pub(super) fn finite(
     logps: &[f32],
     whose: &str,
     sources: &[Source],

@@ -53,10 +53,11 @@ fn the_check_passes_sound_objectives_and_finds_a_wrong_gradient() {
     assert_eq!(output.status.code(), Some(PLUGIN));
     let report = String::from_utf8(output.stdout).expect("text");
     assert!(report.contains("\n  FAIL  gradient: random step 1, response 0: "), "{report}");
-    assert_eq!(report.matches("FAIL").count(), 1, "{report}");
+    assert_eq!(report.matches("FAIL").count(), 2, "{report}");
+    assert!(report.contains("  FAIL  odd records: {"), "{report}");
     assert_eq!(
         String::from_utf8_lossy(&output.stderr).trim_end(),
-        "error: the check failed for: faulty"
+        "error: the check failed for: objective `faulty`, adapter `faulty`"
     );
 }
 

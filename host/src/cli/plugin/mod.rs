@@ -134,7 +134,7 @@ impl CheckArgs {
             };
             print(&format!("{report}\n"))?;
             if !report.passed() {
-                failed.push(name.as_str());
+                failed.push(format!("{} `{name}`", role_name(*role)));
             }
         }
         match failed.as_slice() {

@@ -37,7 +37,7 @@ fn gradients_are_those_of_transformers_and_peft() {
         for (objective, file) in [("sft", "demos"), ("sft-turns", "turns")] {
             let groups: Vec<Group> = responses(&all, file).iter().map(group).collect();
             let packed = pack(&groups);
-            let tape = model.forward(&packed, &lora).unwrap();
+            let tape = model.forward(packed.clone(), &lora).unwrap();
             let count = tape.logps().len();
             let mut got = LoraGrads::zeros(&lora);
             model.backward(tape, &vec![-1.0 / count as f32; count], &lora, &mut got).unwrap();

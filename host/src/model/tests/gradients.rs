@@ -124,7 +124,9 @@ fn gradients_accumulate() {
     let dlogp = uneven(packed.targets.rows.len());
     let mut once = gradient(&model, &packed, &lora, &dlogp);
     let mut twice = once.clone();
-    model.backward(model.forward(&packed, &lora).unwrap(), &dlogp, &lora, &mut twice).unwrap();
+    model
+        .backward(model.forward(packed.clone(), &lora).unwrap(), &dlogp, &lora, &mut twice)
+        .unwrap();
     for (once, twice) in lora.grad_tensors(&once).zip(lora.grad_tensors(&twice)) {
         let doubled: Vec<f32> = once.data.iter().map(|g| 2.0 * g).collect();
         assert!(relative(twice.data, &doubled) < 1e-6, "{}", once.name);

@@ -2,6 +2,7 @@
 //! an adapter that adds nothing.
 
 use super::*;
+use crate::model::packed::WithOthers;
 
 fn rows(name: &str, file: &str) -> Vec<Value> {
     expected(name, "responses.json")[file].as_array().unwrap().clone()
@@ -71,7 +72,11 @@ fn an_adapter_that_adds_nothing_changes_no_bit() {
                 let packed = pack(&rows(name, file).iter().map(shared_group).collect::<Vec<_>>());
                 let base = model.logps(&packed, None).unwrap();
                 assert_eq!(base, model.logps(&packed, Some(&lora)).unwrap(), "{name} {file}");
-                assert_eq!(base, model.forward(&packed, &lora).unwrap().logps(), "{name} {file}");
+                assert_eq!(
+                    base,
+                    model.forward(packed.clone(), &lora).unwrap().logps(),
+                    "{name} {file}"
+                );
             }
         }
     }
@@ -86,11 +91,44 @@ fn with_and_without_a_tape_are_the_same_bits() {
         let lora = peft::load(&model_dir(name).join(adapter), &model.config).unwrap();
         let packed = pack(&rows(name, "pairs").iter().map(shared_group).collect::<Vec<_>>());
         let logps = model.logps(&packed, Some(&lora)).unwrap();
-        assert_eq!(logps, model.forward(&packed, &lora).unwrap().logps(), "{name}");
+        assert_eq!(logps, model.forward(packed.clone(), &lora).unwrap().logps(), "{name}");
         assert_eq!(logps, model.logps(&packed, Some(&lora)).unwrap(), "{name}, a second time");
         let dlogp = uneven(logps.len());
         let first = gradient(&model, &packed, &lora, &dlogp);
         assert_eq!(first, gradient(&model, &packed, &lora, &dlogp), "{name}");
+    }
+}
+
+/// Two groups, of which every one but the last response is an other that goes beside them, and a third
+/// without others.
+pub(super) fn with_others(name: &str) -> WithOthers {
+    let groups: Vec<Group> = rows(name, "pairs")[..3].iter().map(shared_group).collect();
+    let alone: Vec<Vec<Group>> = groups.iter().map(|group| group.alone().collect()).collect();
+    let own: Vec<&Group> = [&alone[0][0], &alone[1][1], &alone[2][0]].into();
+    Packed::with_others(&own, &[(0, &alone[0][1]), (1, &alone[1][0])])
+}
+
+/// Others beside a batch change no bit of its log-probs and its gradient, nor it any of theirs.
+#[test]
+fn others_beside_a_batch_change_no_bit() {
+    for name in MODELS {
+        let mut model = Model::load(&model_dir(name)).unwrap();
+        let lora = peft::load(&model_dir(name).join("adapter"), &model.config).unwrap();
+        for (recomputed_layers, skipped_gradients) in [(0, true), (1, true), (0, false)] {
+            model.options = Options { recomputed_layers, skipped_gradients, ..Options::default() };
+            let batch = with_others(name);
+            let (own, of_others) = (batch.own.clone(), batch.of_others.clone());
+            let all = model.logps(&batch.all, Some(&lora)).unwrap();
+            let (tape, others) = model.forward_with_others(batch, &lora).unwrap();
+            assert_eq!(tape.logps(), model.logps(&own, Some(&lora)).unwrap(), "{name}");
+            let expected: Vec<f32> =
+                of_others.into_iter().flat_map(|range| all[range].to_vec()).collect();
+            assert_eq!(others, expected, "{name}");
+            let dlogp = uneven(own.targets.rows.len());
+            let mut grads = LoraGrads::zeros(&lora);
+            model.backward(tape, &dlogp, &lora, &mut grads).unwrap();
+            assert_eq!(grads, gradient(&model, &own, &lora, &dlogp), "{name}");
+        }
     }
 }
 

@@ -1,6 +1,7 @@
 //! The memory that a pass is said to take against what it takes.
 
 use super::gradients::{adapter, batch};
+use super::identities::with_others;
 use super::*;
 use crate::model::buffers::Pool;
 use crate::model::memory::{Shadow, Size};
@@ -46,6 +47,19 @@ fn every_pass_takes_what_its_shadow_says() {
                     let took =
                         measured(&mut model, |model| drop(gradient(model, &packed, &lora, &dlogp)));
                     assert_eq!(planned, took, "a step of {what}");
+
+                    let others = with_others(name);
+                    let (own, all) = (Size::of(&others.own), Size::of(&others.all));
+                    let shadow = Shadow::new(&model.config, options, true);
+                    shadow.step_with_others(own, all, &lora);
+                    let planned = shadow.peak();
+                    let dlogp = uneven(own.targets);
+                    let took = measured(&mut model, |model| {
+                        let (tape, _) =
+                            model.forward_with_others(with_others(name), &lora).unwrap();
+                        model.backward(tape, &dlogp, &lora, &mut LoraGrads::zeros(&lora)).unwrap();
+                    });
+                    assert_eq!(planned, took, "a step with others of {what}");
                 }
             }
         }

@@ -8,7 +8,11 @@ fn results(model: &Model, packed: &Packed, lora: &Lora) -> (Vec<f32>, Vec<f32>, 
     let dlogp = uneven(packed.targets.rows.len());
     let logps = |lora| model.logps(packed, lora).unwrap();
     let (with, without) = (logps(Some(lora)), logps(None));
-    assert_eq!(with, model.forward(packed, lora).unwrap().logps(), "with and without a tape");
+    assert_eq!(
+        with,
+        model.forward(packed.clone(), lora).unwrap().logps(),
+        "with and without a tape"
+    );
     (with, without, gradient(model, packed, lora, &dlogp))
 }
 

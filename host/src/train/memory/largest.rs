@@ -2,6 +2,7 @@
 
 use super::super::plan::{Plan, Rows};
 use super::super::setup::Stage;
+use super::super::statistics::WIDEST;
 use crate::config::Gain;
 use crate::data::{Example, Item, Source};
 use crate::group::Group;
@@ -18,6 +19,8 @@ const DRAWN: u64 = 100_000;
 pub struct Largest {
     /// Of the way forward and back.
     pub steps: Vec<Size>,
+    /// Of the way forward with others beside the batch, which is first, and back without them.
+    pub with_others: Vec<[Size; 2]>,
     /// Of log-probs alone: evaluation, mismatched completions.
     pub forward: Vec<Size>,
 }
@@ -56,8 +59,14 @@ impl Sizes {
 }
 
 impl Largest {
-    /// Goes through all stages of a run with micro-batches of at most `micro_tokens` rows.
-    pub fn of(sources: &[Source], stages: &[Stage], sizes: &Sizes, micro_tokens: usize) -> Self {
+    /// Goes through all stages of a run with micro-batches of at most `micro_tokens` rows of `hidden`.
+    pub fn of(
+        sources: &[Source],
+        stages: &[Stage],
+        sizes: &Sizes,
+        micro_tokens: usize,
+        hidden: usize,
+    ) -> Self {
         let mut largest = Self::default();
         for stage in stages {
             let without = &stage.train.without;
@@ -66,14 +75,24 @@ impl Largest {
             let mut most = 0;
             for _ in 0..steps.min(DRAWN) {
                 let items = order.batch(stage.train.batch);
-                let sizes =
-                    micro_batches(sources, Rows::Train, &items, sizes, micro_tokens, without);
+                let others = others(sources, &items, sizes, without);
+                let sizes = micro_batches(sources, &items, sizes, micro_tokens, hidden, without);
                 most = most.max(sizes.iter().map(|size| size.rows).sum());
-                sizes.into_iter().for_each(|size| keep(&mut largest.steps, size));
+                for size in sizes {
+                    keep(&mut largest.steps, size);
+                    if others > 0 {
+                        largest.keep_with_others(size, others, micro_tokens);
+                    }
+                }
             }
             if steps > DRAWN {
                 most = stage.train.batch * longest;
-                keep(&mut largest.steps, at_most(longest, most, micro_tokens, without));
+                let size = at_most(longest, most, micro_tokens, without);
+                keep(&mut largest.steps, size);
+                let any = |&source: &usize| has_others(&sources[source], without);
+                if stage.sources.iter().any(any) {
+                    largest.keep_with_others(size, most, micro_tokens);
+                }
             }
             // Of a step's rows the reference pass takes those that are not known.
             keep(&mut largest.forward, at_most(longest, most, micro_tokens, without));
@@ -103,6 +122,18 @@ impl Largest {
         largest
     }
 
+    /// Adds a micro-batch with up to `rows` of others beside it.
+    fn keep_with_others(&mut self, own: Size, rows: usize, micro_tokens: usize) {
+        let rows = rows.min((WIDEST * micro_tokens).saturating_sub(own.rows));
+        let others = Size { rows, needed: rows, targets: rows, longest: own.longest + rows };
+        let new = [own, own + others];
+        let inside = |a: &[Size; 2], b: &[Size; 2]| a[0].is_within(&b[0]) && a[1].is_within(&b[1]);
+        if !self.with_others.iter().any(|pair| inside(&new, pair)) {
+            self.with_others.retain(|pair| !inside(pair, &new));
+            self.with_others.push(new);
+        }
+    }
+
     /// Without those that are smaller than another in every way.
     pub fn reduced(&self) -> Self {
         let reduce = |sizes: &[Size]| {
@@ -110,7 +141,7 @@ impl Largest {
             sizes.iter().for_each(|size| keep(&mut kept, *size));
             kept
         };
-        Self { steps: reduce(&self.steps), forward: reduce(&self.forward) }
+        Self { steps: reduce(&self.steps), forward: reduce(&self.forward), ..Self::default() }
     }
 
     /// The micro-batch with the most rows.
@@ -125,16 +156,17 @@ impl Largest {
     }
 }
 
+/// The micro-batches of a step.
 fn micro_batches(
     sources: &[Source],
-    rows: Rows,
     items: &[Item],
     sizes: &Sizes,
     micro_tokens: usize,
+    hidden: usize,
     without: &[Gain],
 ) -> Vec<Size> {
-    let plan = Plan::new(sources, rows, items, micro_tokens, without);
-    let size = |g: &usize| sizes.get(plan.groups[*g].item, rows);
+    let plan = Plan::new(sources, Rows::Train, items, micro_tokens, hidden, without);
+    let size = |g: &usize| sizes.get(plan.groups[*g].item, Rows::Train);
     let sum = |batch: &Vec<usize>| batch.iter().map(size).fold(Size::default(), |a, b| a + b);
     plan.micro_batches.iter().map(sum).collect()
 }
@@ -174,13 +206,26 @@ fn mismatched(
     at_most(longest, batch * responses * longest, micro_tokens, without)
 }
 
+/// Whether mismatched completions may go beside a source's batches.
+fn has_others(source: &Source, without: &[Gain]) -> bool {
+    source.objective.needs(Needs::MISMATCHED) && !without.contains(&Gain::SharedPrompts)
+}
+
+/// Rows of a step's mismatched completions. Where every group has one, they are the step's own; otherwise
+/// this is a bound.
+fn others(sources: &[Source], items: &[Item], sizes: &Sizes, without: &[Gain]) -> usize {
+    let own = items.iter().filter(|item| has_others(&sources[item.source], without));
+    let size = |item: &Item| sizes.get(*item, Rows::Train).targets;
+    let most_responses =
+        |item: &Item| sources[item.source].train[item.row].group.segments().count();
+    let responses = own.clone().map(most_responses).max().unwrap_or(0);
+    own.map(size).sum::<usize>() * responses
+}
+
 /// Adds a size, unless another is as large in every way, and drops those that it outgrows.
 fn keep(sizes: &mut Vec<Size>, new: Size) {
-    let within = |a: &Size, b: &Size| {
-        a.rows <= b.rows && a.needed <= b.needed && a.targets <= b.targets && a.longest <= b.longest
-    };
-    if new.rows > 0 && !sizes.iter().any(|size| within(&new, size)) {
-        sizes.retain(|size| !within(size, &new));
+    if new.rows > 0 && !sizes.iter().any(|size| new.is_within(size)) {
+        sizes.retain(|size| !size.is_within(&new));
         sizes.push(new);
     }
 }

@@ -68,7 +68,7 @@ impl MemoryPlan {
         let machine =
             machine::available().map(|bytes| bytes as usize).into_iter().chain(limit).min();
         let sizes = Sizes::of(planner.sources, &train.without);
-        let largest = Largest::of(planner.sources, planner.stages, &sizes, train.micro_tokens);
+        let largest = planner.largest(&sizes, train.micro_tokens);
 
         let mut parts = planner.fixed(resident.now as usize);
         let fixed: usize = parts.iter().map(|(_, bytes, _)| bytes).sum();
@@ -217,6 +217,10 @@ impl Planner<'_> {
         }
     }
 
+    fn largest(&self, sizes: &Sizes, micro_tokens: usize) -> Largest {
+        Largest::of(self.sources, self.stages, sizes, micro_tokens, self.model.hidden)
+    }
+
     fn choice(&self, largest: &Largest, recomputed_layers: usize) -> Choice {
         let options = self.options(recomputed_layers);
         let previous = self.stages.iter().any(|s| s.train.reference == Reference::Previous);
@@ -224,6 +228,9 @@ impl Planner<'_> {
             let shadow = Shadow::new(self.model, options, with_chunk);
             for size in &largest.steps {
                 shadow.step(*size, self.lora);
+            }
+            for [own, all] in &largest.with_others {
+                shadow.step_with_others(*own, *all, self.lora);
             }
             for size in largest.steps.iter().chain(&largest.forward) {
                 shadow.logps(*size, Some(self.lora));
@@ -238,8 +245,8 @@ impl Planner<'_> {
 
     fn kernels(&self, largest: &Largest, options: &Options) -> usize {
         let ModelConfig { hidden, intermediate, heads, .. } = self.model;
-        let Largest { steps, forward } = largest;
-        let all = || steps.iter().chain(forward);
+        let Largest { steps, with_others, forward } = largest;
+        let all = || steps.iter().chain(forward).chain(with_others.iter().flatten());
         let rows = all().map(|size| size.rows).max().unwrap_or(0);
         let targets = all().map(|size| size.targets).max().unwrap_or(0);
         let chunk = options.chunk();
@@ -260,7 +267,7 @@ impl Planner<'_> {
         let train = &self.config.train;
         let all = self.reached_layers();
         let with = |micro_tokens: usize| {
-            let largest = Largest::of(self.sources, self.stages, sizes, micro_tokens);
+            let largest = self.largest(sizes, micro_tokens);
             fits(&self.choice(&largest, all))
         };
         let recompute = match train.recompute {
@@ -280,7 +287,7 @@ impl Planner<'_> {
         let up_to = |length: usize| {
             let shorter = sizes.alone(self.sources).filter(|(longest, _)| *longest <= length);
             let steps: Vec<_> = shorter.map(|(_, size)| size).collect();
-            let largest = Largest { steps, forward: vec![] };
+            let largest = Largest { steps, ..Largest::default() };
             let fit = fits(&self.choice(&largest.reduced(), all));
             if fit {
                 rows.set(largest.most_rows().rows);
