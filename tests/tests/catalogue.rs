@@ -21,10 +21,22 @@ fn registry() -> Registry {
     registry
 }
 
-fn objective(name: &str, params: &Value) -> ObjectiveObject {
+/// A bundled objective, by its name alone.
+fn objective(registry: &mut Registry, name: &str, params: &Value) -> ObjectiveObject {
     let params = toml::Table::try_from(params).expect("parameters are a table");
     let plugin = PluginRef { plugin: name.to_owned(), params };
-    Registry::new([]).objective(&plugin).expect("a bundled objective").into_object()
+    registry.objective(&plugin).expect("a bundled objective").into_object()
+}
+
+/// The names of all bundled objectives.
+fn objectives(registry: &Registry) -> Vec<String> {
+    let of_role = registry.entries().filter(|(_, e)| e.role == Role::Objective);
+    of_role.map(|(_, e)| e.name.to_string()).collect()
+}
+
+/// No parameters.
+fn defaults() -> Value {
+    Value::Object(Default::default())
 }
 
 #[test]
@@ -68,11 +80,10 @@ fn every_objective_says_its_formula_and_its_paper() {
 
 #[test]
 fn every_objective_passes_the_check() {
-    let registry = registry();
-    for (_, entry) in registry.entries().filter(|(_, e)| e.role == Role::Objective) {
-        let none = Value::Object(Default::default());
-        let mut make = || Ok(objective(&entry.name, &none));
-        check::check_objective(&entry.name, &mut make).expect_passed();
+    let mut registry = registry();
+    for name in objectives(&registry) {
+        let mut make = || Ok(objective(&mut registry, &name, &defaults()));
+        check::check_objective(&name, &mut make).expect_passed();
     }
 }
 
@@ -102,10 +113,10 @@ fn step(described: &Value) -> Case {
 #[test]
 fn numbers_are_those_of_trl_and_of_the_papers_authors() {
     let golden = json(&golden("objectives.json"));
-    let mut compared = BTreeSet::new();
+    let (mut compared, mut by_name) = (BTreeSet::new(), Registry::new([]));
     for expected in golden["expected"].as_array().expect("expectations") {
         let name = expected["objective"].as_str().expect("a name");
-        let mut objective = objective(name, &expected["params"]);
+        let mut objective = objective(&mut by_name, name, &expected["params"]);
         for before in expected["before"].as_array().expect("steps") {
             let before = step(&golden["steps"][before.as_str().expect("a name")]);
             before.run(&mut objective).expect("a step");
@@ -126,13 +137,9 @@ fn numbers_are_those_of_trl_and_of_the_papers_authors() {
     }
     // The others' are in tests/golden/expected, at the end of a model.
     let elsewhere = ["sft", "uft-sft", "una-score", "una-binary", "kto"];
-    let registry = registry();
-    for (_, entry) in registry.entries().filter(|(_, e)| e.role == Role::Objective) {
-        let name = entry.name.as_str();
-        assert!(
-            elsewhere.contains(&name) || compared.contains(name),
-            "{name} is compared with none"
-        );
+    for name in objectives(&registry()) {
+        let is = elsewhere.contains(&name.as_str()) || compared.contains(&name);
+        assert!(is, "{name} is compared with nothing");
     }
 }
 
@@ -143,10 +150,10 @@ fn every_objective(micro_tokens: usize) -> String {
         "[model]\npath = \"{model}\"\nadapter = \"{model}/adapter\"\n\
          [train]\noutput = \"out\"\nshuffle = false\nthreads = 2\nmicro_tokens = {micro_tokens}\n"
     );
-    let registry = registry();
-    let mut sources = 0;
-    for (_, entry) in registry.entries().filter(|(_, e)| e.role == Role::Objective) {
-        let accepts = objective(&entry.name, &Value::Object(Default::default())).accepts();
+    let mut registry = registry();
+    let names = objectives(&registry);
+    for name in &names {
+        let accepts = objective(&mut registry, name, &defaults()).accepts();
         let (file, adapter) = if accepts.contains(Kinds::PAIR) {
             ("pairs", "preferences")
         } else if accepts.contains(Kinds::SCORE) {
@@ -156,15 +163,14 @@ fn every_objective(micro_tokens: usize) -> String {
         } else {
             ("demos", "demonstrations")
         };
-        let (name, file) = (&entry.name, golden(&format!("data/{file}.jsonl")));
+        let file = golden(&format!("data/{file}.jsonl"));
         run += &format!(
             "[[data]]\nname = \"{name}\"\nfiles = [\"{}\"]\nadapter = \"{adapter}\"\nobjective = \"{name}\"\n",
             file.display()
         );
-        sources += 1;
     }
     // All eight rows of every source in one step.
-    run.replace("[train]\n", &format!("[train]\nbatch = {}\n", 8 * sources))
+    run.replace("[train]\n", &format!("[train]\nbatch = {}\n", 8 * names.len()))
 }
 
 #[test]
