@@ -87,10 +87,8 @@ fn a_sum_is_its_objectives_each_on_the_responses_that_it_takes() {
     let pairs = golden("data/pairs.jsonl");
     let dpo = gradient(&pairs, "preferences", DPO);
     let sft = gradient(&chosen(&dir), "demonstrations", "\"sft\"");
-    let both = format!(
-        r#"[{{ plugin = "una-pairwise", beta = 0.5, weight = 0.8 }}, {{ plugin = "sft", weight = 0.25 }}]"#
-    );
-    let sum = gradient(&pairs, "preferences", &both);
+    let both = r#"[{ plugin = "una-pairwise", beta = 0.5, weight = 0.8 }, { plugin = "sft", weight = 0.25 }]"#;
+    let sum = gradient(&pairs, "preferences", both);
     assert!(
         (sum.0 - (0.8 * dpo.0 + 0.25 * sft.0)).abs() < 1e-6 * sum.0,
         "{} {} {}",

@@ -1,7 +1,7 @@
 //! Plugins without a fault: listed, checked, several in one library, with statistics of the step and
 //! with state.
 
-use super::{CONFIG, NON_FINITE, PLUGIN, Source, UFT, faulty, library, refused, temporary, text};
+use super::{NON_FINITE, PLUGIN, Source, UFT, faulty, library, refused, temporary, text};
 use std::path::{Path, PathBuf};
 use uft_tests::{golden, lines, succeed, tensors};
 
