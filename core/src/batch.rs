@@ -186,3 +186,35 @@ pub struct Outcome {
     /// The batch's share of the step's metrics.
     pub metrics: RVec<Metric>,
 }
+
+#[cfg(test)]
+mod tests {
+    use crate::check::Case;
+    use crate::needs::Needs;
+    use crate::sample::{Feedback, Kind};
+
+    #[test]
+    fn the_responses_of_a_step_stand_behind_its_log_ratios() {
+        let case = Case::new()
+            .group(&[
+                (Feedback::Rejected(None.into()), &[-2.0], &[-1.5]),
+                (Feedback::Chosen(None.into()), &[-1.0, -0.5], &[-2.0, -1.0]),
+            ])
+            .group(&[(Feedback::Score(0.25), &[-4.0], &[-4.0])]);
+        let step = case.step(Needs::STEP_RESPONSES.complete());
+        let responses = step.responses();
+        let seen: Vec<_> =
+            responses.iter().map(|r| (r.group, r.kind, r.logp, r.log_ratio)).collect();
+        let expected = [
+            (0, Kind::Rejected, -2.0, -0.5),
+            (0, Kind::Chosen, -1.5, 1.5),
+            (1, Kind::Score, -4.0, 0.0),
+        ];
+        assert_eq!(seen, expected);
+        assert_eq!(step.log_ratios[..3], case.log_ratios);
+        // One that asks for less sees less.
+        let step = case.step(Needs::STEP_LOG_RATIOS.complete());
+        assert_eq!(step.log_ratios.as_slice(), case.log_ratios);
+        assert!(step.responses().is_empty());
+    }
+}

@@ -189,6 +189,29 @@ fn all_objectives_train_in_one_step_whatever_its_micro_batches_are() {
 }
 
 #[test]
+fn objectives_that_see_the_whole_step_see_it_in_a_sum_too() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let (model, data) = (golden("models/qwen2"), golden("data/pairs.jsonl"));
+    let loss = |objective: &str| {
+        let [model, data] = [&model, &data].map(|path| path.display().to_string());
+        let run = format!(
+            "[model]\npath = \"{model}\"\nadapter = \"{model}/adapter\"\n\
+             [train]\noutput = \"out\"\nbatch = 8\nthreads = 2\nmicro_tokens = 256\n\
+             [[data]]\nname = \"pairs\"\nfiles = [\"{data}\"]\nadapter = \"preferences\"\nobjective = {objective}\n"
+        );
+        let path = dir.path().join("run.toml");
+        std::fs::write(&path, run).expect("the run is written");
+        let out = dir.path().join("grad.safetensors");
+        let [path, out] = [&path, &out].map(|path| path.to_str().expect("a path"));
+        let printed = succeed(UFT, &["grad", path, "--out", out]);
+        lines(&printed)[0]["loss"].as_f64().expect("a loss")
+    };
+    let apart = loss("\"aot\"") + loss("\"bco\"");
+    let sum = loss("[{ plugin = \"aot\" }, { plugin = \"bco\" }]");
+    assert!((sum - apart).abs() <= 1e-6 * apart, "{sum} {apart}");
+}
+
+#[test]
 fn records_of_published_data_sets_reach_the_model() {
     let model = golden("models/qwen3").display().to_string();
     for (file, format, responses) in [

@@ -182,7 +182,7 @@ impl Case {
     }
 
     /// The step as the host describes it to an objective with these needs.
-    pub(super) fn step(&self, needs: Needs) -> Step<'_> {
+    pub(crate) fn step(&self, needs: Needs) -> Step<'_> {
         let mut by_kind = [0; 5];
         self.segments.iter().for_each(|s| by_kind[s.kind as usize] += 1);
         let mismatched = if needs.contains(Needs::MISMATCHED) { &self.mismatched[..] } else { &[] };
