@@ -9,6 +9,8 @@
 //! p = p - lr / (1 - beta1^step) * m / (sqrt(v) / sqrt(1 - beta2^step) + eps)
 //! ```
 
+pub mod cuda;
+
 use crate::math::vectorised;
 use crate::parallel::elements_per_task;
 use rayon::prelude::*;
@@ -48,22 +50,28 @@ struct Factors {
     step_size: f32,
 }
 
+impl Factors {
+    fn of(settings: &AdamW) -> Self {
+        assert!(settings.step > 0, "adamw: steps count from 1");
+        let exponent = settings.step as f64;
+        Self {
+            grad_scale: settings.grad_scale as f32,
+            decay: (1.0 - settings.lr * settings.weight_decay) as f32,
+            one_minus_beta1: (1.0 - settings.beta1) as f32,
+            beta2: settings.beta2 as f32,
+            one_minus_beta2: (1.0 - settings.beta2) as f32,
+            sqrt_correction2: (1.0 - settings.beta2.powf(exponent)).sqrt() as f32,
+            eps: settings.eps as f32,
+            step_size: (settings.lr / (1.0 - settings.beta1.powf(exponent))) as f32,
+        }
+    }
+}
+
 /// Updates `param` and its moments `m`, `v` in place from `grad`, all of one length.
 pub fn step(param: &mut [f32], grad: &[f32], m: &mut [f32], v: &mut [f32], settings: &AdamW) {
     let lengths = [grad.len(), m.len(), v.len()];
     assert_eq!(lengths, [param.len(); 3], "adamw: lengths differ from param's");
-    assert!(settings.step > 0, "adamw: steps count from 1");
-    let exponent = settings.step as f64;
-    let factors = Factors {
-        grad_scale: settings.grad_scale as f32,
-        decay: (1.0 - settings.lr * settings.weight_decay) as f32,
-        one_minus_beta1: (1.0 - settings.beta1) as f32,
-        beta2: settings.beta2 as f32,
-        one_minus_beta2: (1.0 - settings.beta2) as f32,
-        sqrt_correction2: (1.0 - settings.beta2.powf(exponent)).sqrt() as f32,
-        eps: settings.eps as f32,
-        step_size: (settings.lr / (1.0 - settings.beta1.powf(exponent))) as f32,
-    };
+    let factors = Factors::of(settings);
     if param.len() <= TASK {
         return step_block(param, grad, m, v, factors);
     }
@@ -117,7 +125,7 @@ mod tests {
     use super::*;
     use crate::testing::{error, random};
 
-    const SETTINGS: AdamW = AdamW {
+    pub(super) const SETTINGS: AdamW = AdamW {
         lr: 2e-3,
         beta1: 0.9,
         beta2: 0.999,

@@ -1,5 +1,7 @@
 //! Sums and multiples of whole arrays.
 
+pub mod cuda;
+
 use crate::math::vectorised;
 use crate::parallel::elements_per_task;
 use rayon::prelude::*;

@@ -1,5 +1,7 @@
 //! The token embedding: `out[t] = table[ids[t]]`. The table is frozen, so there is no way back.
 
+pub mod cuda;
+
 use crate::matmul::Weight;
 use crate::parallel::rows_per_task;
 use rayon::prelude::*;

@@ -14,6 +14,7 @@
 
 pub mod adamw;
 pub mod attention;
+pub mod cuda;
 pub mod elementwise;
 pub mod embedding;
 pub mod layout;

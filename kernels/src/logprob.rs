@@ -25,6 +25,8 @@
 //! `dB` needs every probability once more after the loss is known, so [`adapter_backward`] recomputes
 //! the logits; a head without an adapter never does.
 
+pub mod cuda;
+
 use crate::math::{dot, exp, exp_and_sum, max, sum_exp, vectorised};
 use crate::matmul::{Weight, nn, nt, nt_few, tn};
 use rayon::prelude::*;

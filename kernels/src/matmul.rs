@@ -21,6 +21,7 @@
 //! * an adapter's gradient is collected over few rows at a time, no more than the processor can hold
 //!   page addresses for, with the long side split over the threads.
 
+pub mod cuda;
 mod few;
 mod view;
 mod weight;

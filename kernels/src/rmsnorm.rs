@@ -8,6 +8,8 @@
 //! A row is as wide as the weight, whatever it stands for: a token's hidden state, or one head of a
 //! query where q and k are normalised. The weight is frozen, so it has no gradient.
 
+pub mod cuda;
+
 use crate::math::{dot, dot3, vectorised};
 use crate::parallel::rows_per_task;
 use rayon::prelude::*;
@@ -81,9 +83,9 @@ mod tests {
     use super::*;
     use crate::testing::{Real, assert_accurate, cast, poison, random};
 
-    const EPS: f32 = 1e-5;
+    pub(super) const EPS: f32 = 1e-5;
 
-    fn reference_forward<R: Real>(x: &[R], w: &[R]) -> Vec<R> {
+    pub(super) fn reference_forward<R: Real>(x: &[R], w: &[R]) -> Vec<R> {
         let n = R::of(w.len() as f64);
         x.chunks(w.len())
             .flat_map(|x| {
@@ -95,7 +97,7 @@ mod tests {
             .collect()
     }
 
-    fn reference_backward<R: Real>(dy: &[R], x: &[R], w: &[R], dx: &[R]) -> Vec<R> {
+    pub(super) fn reference_backward<R: Real>(dy: &[R], x: &[R], w: &[R], dx: &[R]) -> Vec<R> {
         let n = R::of(w.len() as f64);
         let mut out = dx.to_vec();
         for (row, x) in x.chunks(w.len()).enumerate() {

@@ -9,6 +9,8 @@
 //! The way back is the rotation by the negative angle, with the same scale (YaRN's attention
 //! factor; 1 for everything else).
 
+pub mod cuda;
+
 use crate::math::vectorised;
 use crate::parallel::rows_per_task;
 use rayon::prelude::*;
@@ -125,11 +127,11 @@ mod tests {
     use super::*;
     use crate::testing::{error, random, random_ids};
 
-    fn frequencies(head_dim: usize) -> Vec<f64> {
+    pub(super) fn frequencies(head_dim: usize) -> Vec<f64> {
         (0..head_dim / 2).map(|i| 10_000f64.powf(-2.0 * i as f64 / head_dim as f64)).collect()
     }
 
-    fn reference(
+    pub(super) fn reference(
         x: &[f32],
         heads: usize,
         positions: &[u32],

@@ -7,6 +7,8 @@
 //!            dgate = dout up σ (1 + gate (1 - σ))
 //! ```
 
+pub mod cuda;
+
 use crate::math::{exp, vectorised};
 use crate::parallel::elements_per_task;
 use rayon::prelude::*;
@@ -75,11 +77,15 @@ mod tests {
         x / (R::of(1.0) + (-x).exp())
     }
 
-    fn reference_forward<R: Real>(gate: &[R], up: &[R]) -> Vec<R> {
+    pub(super) fn reference_forward<R: Real>(gate: &[R], up: &[R]) -> Vec<R> {
         gate.iter().zip(up).map(|(g, u)| silu(*g) * *u).collect()
     }
 
-    fn reference_backward<R: Real>(dout: &[R], gate: &[R], up: &[R]) -> (Vec<R>, Vec<R>) {
+    pub(super) fn reference_backward<R: Real>(
+        dout: &[R],
+        gate: &[R],
+        up: &[R],
+    ) -> (Vec<R>, Vec<R>) {
         let one = R::of(1.0);
         let each = (0..dout.len()).map(|i| {
             let sigma = one / (one + (-gate[i]).exp());

@@ -1,9 +1,12 @@
 //! What the tests of all ops share: random numbers, one reference for two precisions, and the rule by
 //! which a result counts as right.
 
+use crate::cuda::{Fault, Gpu};
+use half::bf16;
 use rand::{Rng, RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use std::ops::{Add, AddAssign, Div, Mul, Neg, Sub};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 
 /// A float in which a reference can be written once and evaluated in `f32` and in `f64`.
 pub(crate) trait Real:
@@ -59,6 +62,76 @@ pub(crate) fn random_ids(n: usize, bound: usize, seed: u64) -> Vec<u32> {
     (0..n).map(|_| rng.random_range(0..bound as u32)).collect()
 }
 
+/// [`random`] numbers, rounded.
+pub(crate) fn random_bf16(n: usize, seed: u64) -> Vec<bf16> {
+    round(&random(n, seed))
+}
+
+/// To the nearest bf16.
+pub(crate) fn round(x: &[f32]) -> Vec<bf16> {
+    x.iter().map(|&x| bf16::from_f32(x)).collect()
+}
+
+pub(crate) fn widen(x: &[bf16]) -> Vec<f32> {
+    x.iter().map(|x| x.to_f32()).collect()
+}
+
+/// The device that tests of kernels run on: the emulated one, whose threads run in the order that the seed
+/// decides, or the first GPU where UFT_TEST_DEVICE is `cuda`.
+#[track_caller]
+pub(crate) fn gpu(seed: u64) -> Gpu {
+    let device = std::env::var("UFT_TEST_DEVICE").unwrap_or_default();
+    let gpu = match device.as_str() {
+        "" | "emulated" => Gpu::emulated(seed),
+        "cuda" => Gpu::open(0),
+        other => panic!("UFT_TEST_DEVICE is {other:?}, it may be emulated or cuda"),
+    };
+    gpu.unwrap_or_else(|error| panic!("{error}"))
+}
+
+/// The emulated device with a fault in one of its sources.
+#[track_caller]
+pub(crate) fn faulty_gpu(
+    seed: u64,
+    file: &'static str,
+    from: &'static str,
+    to: &'static str,
+) -> Gpu {
+    Gpu::emulated_with_fault(seed, Fault { file, from, to })
+        .unwrap_or_else(|error| panic!("{error}"))
+}
+
+/// Whether a check panics, as it must with a fault in the kernel.
+pub(crate) fn fails(check: impl FnOnce()) -> bool {
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(check)).is_err()
+}
+
+/// Seeds for orders in which a kernel's threads run: in turn, and three that are drawn.
+pub(crate) const SEEDS: [u64; 4] = [0, 1, 2, 3];
+
+/// `check` passes, and panics in some order of threads when in one of `faults`, (file, right, wrong), what
+/// is right is replaced by what is wrong.
+#[track_caller]
+pub(crate) fn assert_faults_are_caught(
+    check: impl Fn(&Gpu),
+    faults: &[(&'static str, &'static str, &'static str)],
+) {
+    check(&gpu(0));
+    for &(file, right, wrong) in faults {
+        let caught = SEEDS.into_iter().any(|seed| {
+            let gpu = faulty_gpu(seed, file, right, wrong);
+            let Err(panic) = catch_unwind(AssertUnwindSafe(|| check(&gpu))) else { return false };
+            let message = panic.downcast_ref::<String>().map_or("", String::as_str);
+            // What is not there, or does not compile, would prove nothing.
+            let proves_nothing =
+                message.ends_with("times, not once") || message.contains(" error: ");
+            assert!(!proves_nothing, "{message}");
+            true
+        });
+        assert!(caught, "{file}: {wrong:?} for {right:?} is not caught");
+    }
+}
+
 /// Sum of twelve uniforms less six: close enough to normal, and never extreme.
 fn normal(rng: &mut impl Rng) -> f32 {
     (0..12).map(|_| rng.random::<f32>()).sum::<f32>() - 6.0
@@ -88,6 +161,28 @@ pub(crate) fn assert_accurate(what: &str, actual: &[f32], plain: &[f32], exact: 
     let allowed = 3.0 * error(plain, exact) + largest * f64::from(f32::EPSILON);
     let found = error(actual, exact);
     assert!(found <= allowed, "{what}: error {found:e}, allowed {allowed:e}");
+}
+
+/// Right in bf16 means the same, where plainly means: inputs in bf16, arithmetic in f32, the result
+/// rounded, and what else the kernel rounds on its way. Besides the largest error also the mean square
+/// counts, which a loss of precision everywhere cannot hide from behind one unlucky rounding.
+#[track_caller]
+pub(crate) fn assert_accurate_bf16(what: &str, actual: &[bf16], plain: &[bf16], exact: &[f64]) {
+    let (actual, plain) = (widen(actual), widen(plain));
+    // Half a unit in the last place.
+    let rounding = f64::from(bf16::EPSILON) / 2.0;
+    let largest = exact.iter().fold(0.0f64, |m, x| m.max(x.abs()));
+    let allowed = 3.0 * error(&plain, exact) + largest * rounding;
+    let found = error(&actual, exact);
+    assert!(found <= allowed, "{what}: error {found:e}, allowed {allowed:e}");
+    let mean_square = |x: &[f32]| {
+        let squares: f64 = x.iter().zip(exact).map(|(x, e)| (f64::from(*x) - e).powi(2)).sum();
+        (squares / exact.len().max(1) as f64).sqrt()
+    };
+    let scale = (exact.iter().map(|x| x * x).sum::<f64>() / exact.len().max(1) as f64).sqrt();
+    let (found, allowed) =
+        (mean_square(&actual), 2.0 * mean_square(&plain) + scale * rounding / 8.0);
+    assert!(found <= allowed, "{what}: root mean square error {found:e}, allowed {allowed:e}");
 }
 
 /// `gradient` is the slope of `f` at `x`: central differences in f64, every element.

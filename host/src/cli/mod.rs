@@ -2,6 +2,7 @@
 
 mod check;
 mod config;
+mod device;
 mod generate;
 mod grad;
 mod mask;
@@ -43,6 +44,8 @@ enum Command {
     /// Make a plugin, list plugins with their parameters, or check them
     #[command(subcommand, alias = "plugins")]
     Plugin(plugin::PluginCommand),
+    /// Show which GPUs and which compilers for their kernels were found
+    Device(device::DeviceArgs),
     /// Print every configuration key with its meaning and default
     Config(config::ConfigArgs),
 }
@@ -83,6 +86,7 @@ impl Cli {
             Command::Generate(args) => generate::run(&args),
             Command::Merge(args) => merge::run(&args),
             Command::Plugin(command) => plugin::run(&command),
+            Command::Device(args) => device::run(&args),
             Command::Config(args) => config::run(&args),
         }
     }

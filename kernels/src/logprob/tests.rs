@@ -1,24 +1,24 @@
 use super::*;
 use crate::testing::{Real, assert_accurate, assert_is_slope, cast, poison, random, random_ids};
 
-struct Case {
-    hidden: Vec<f32>,
-    targets: Vec<u32>,
-    weight: Vec<f32>,
-    a: Vec<f32>,
-    b: Vec<f32>,
-    dlogp: Vec<f32>,
-    vocab: usize,
-    width: usize,
-    rank: usize,
+pub(super) struct Case {
+    pub hidden: Vec<f32>,
+    pub targets: Vec<u32>,
+    pub weight: Vec<f32>,
+    pub a: Vec<f32>,
+    pub b: Vec<f32>,
+    pub dlogp: Vec<f32>,
+    pub vocab: usize,
+    pub width: usize,
+    pub rank: usize,
     chunk: Chunk,
 }
 
-const SCALE: f32 = 0.5;
+pub(super) const SCALE: f32 = 0.5;
 
 impl Case {
     /// `rank` 0 means no adapter.
-    fn new(n: usize, vocab: usize, width: usize, rank: usize) -> Self {
+    pub fn new(n: usize, vocab: usize, width: usize, rank: usize) -> Self {
         let small = |n, seed| -> Vec<f32> { random(n, seed).iter().map(|x| 0.3 * x).collect() };
         Self {
             hidden: random(n * width, 1),
@@ -54,7 +54,7 @@ impl Case {
         poison(self.head().chunk_len(n))
     }
 
-    fn reference<R: Real>(&self) -> Reference<R> {
+    pub fn reference<R: Real>(&self) -> Reference<R> {
         self.reference_at(&cast(&self.hidden), &cast(&self.a), &cast(&self.b))
     }
 
@@ -112,12 +112,12 @@ impl Case {
     }
 }
 
-struct Reference<R> {
-    logits: Vec<R>,
-    logp: Vec<R>,
-    unit_grad: Vec<R>,
-    da: Vec<R>,
-    db: Vec<R>,
+pub(super) struct Reference<R> {
+    pub logits: Vec<R>,
+    pub logp: Vec<R>,
+    pub unit_grad: Vec<R>,
+    pub da: Vec<R>,
+    pub db: Vec<R>,
 }
 
 fn check(case: &Case) {

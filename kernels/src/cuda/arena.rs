@@ -1,0 +1,206 @@
+//! One allocation that buffers are taken from and given back to, so that a step allocates nothing.
+//!
+//! Where a buffer lies depends on nothing but the buffers taken and given back before. [`Ranges`] is that
+//! bookkeeping alone: going through a step with it finds out beforehand how large the arena has to be, to
+//! the byte.
+
+use super::memory::{DeviceBuffer, Owner};
+use super::{Error, Gpu, Plain, Result};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// Buffers begin at multiples of this, as those of the driver do.
+const ALIGNMENT: usize = 256;
+
+/// Which ranges of `capacity` bytes are taken: first fit.
+#[derive(Debug)]
+pub struct Ranges {
+    capacity: usize,
+    /// Start and length, rising; neighbours are one.
+    free: Vec<(usize, usize)>,
+    taken: usize,
+    high_water: usize,
+}
+
+impl Ranges {
+    pub fn new(capacity: usize) -> Self {
+        let capacity = capacity / ALIGNMENT * ALIGNMENT;
+        Self { capacity, free: vec![(0, capacity)], taken: 0, high_water: 0 }
+    }
+
+    /// Ranges without end, to find out how many bytes a step needs: [`Ranges::high_water`].
+    pub fn counting() -> Self {
+        Self::new(usize::MAX)
+    }
+
+    /// Where `bytes` lie, or nothing if there is no such stretch.
+    pub fn take(&mut self, bytes: usize) -> Option<usize> {
+        let bytes = rounded(bytes);
+        let slot = self.free.iter().position(|&(_, len)| len >= bytes)?;
+        let (start, len) = self.free[slot];
+        if len == bytes {
+            self.free.remove(slot);
+        } else {
+            self.free[slot] = (start + bytes, len - bytes);
+        }
+        self.taken += bytes;
+        self.high_water = self.high_water.max(start + bytes);
+        Some(start)
+    }
+
+    /// Gives back what [`Ranges::take`] gave.
+    pub fn give_back(&mut self, start: usize, bytes: usize) {
+        let bytes = rounded(bytes);
+        let slot = self.free.partition_point(|&(other, _)| other < start);
+        self.free.insert(slot, (start, bytes));
+        // With the neighbour behind it, then with the one before it.
+        for left in (slot.saturating_sub(1)..=slot).rev() {
+            let end = self.free[left].0 + self.free[left].1;
+            if self.free.get(left + 1).is_some_and(|right| right.0 == end) {
+                self.free[left].1 += self.free.remove(left + 1).1;
+            }
+        }
+        self.taken -= bytes;
+    }
+
+    /// Bytes from the beginning to the end of the farthest range that was ever taken.
+    pub fn high_water(&self) -> usize {
+        self.high_water
+    }
+}
+
+/// At least one unit: two buffers never have the same place.
+fn rounded(bytes: usize) -> usize {
+    bytes.max(1).div_ceil(ALIGNMENT) * ALIGNMENT
+}
+
+/// Memory of a device for buffers of any type. A clone is the same arena.
+#[derive(Clone)]
+pub struct Arena(Arc<Inner>);
+
+struct Inner {
+    gpu: Gpu,
+    /// None on the emulated device, where every buffer is a mapping of its own with guards around it.
+    memory: Option<DeviceBuffer<u8>>,
+    ranges: Mutex<Ranges>,
+}
+
+/// A buffer's place in an arena, and the arena.
+pub(super) struct Place {
+    arena: Arena,
+    start: usize,
+    bytes: usize,
+}
+
+impl Arena {
+    /// # Errors
+    /// The device has no `bytes` left.
+    pub fn new(gpu: &Gpu, bytes: usize) -> Result<Self> {
+        let memory = if gpu.is_emulated() { None } else { Some(gpu.alloc(bytes)?) };
+        let ranges = Mutex::new(Ranges::new(bytes));
+        Ok(Self(Arc::new(Inner { gpu: gpu.clone(), memory, ranges })))
+    }
+
+    /// Memory for `len` numbers, until it is dropped. Launches are in order, so what was given back may be
+    /// taken again while the launches that use it are still under way.
+    ///
+    /// # Errors
+    /// No stretch of that length is free.
+    pub fn take<T: Plain>(&self, len: usize) -> Result<DeviceBuffer<T>> {
+        let bytes = len * size_of::<T>();
+        let start = {
+            let mut ranges = self.ranges();
+            ranges.take(bytes).ok_or_else(|| {
+                Error::OutOfMemory(format!(
+                    "the arena of {} bytes, {} of them taken, has no stretch of {bytes} left",
+                    ranges.capacity, ranges.taken
+                ))
+            })?
+        };
+        // From here on the place is given back whatever happens.
+        let mut place = Place { arena: self.clone(), start, bytes };
+        let address = match &self.0.memory {
+            Some(memory) => Ok(memory.address() + start as u64),
+            None => self.0.gpu.allocate(bytes),
+        };
+        match address {
+            Ok(address) => Ok(DeviceBuffer::new(address, len, Owner::Arena(place))),
+            Err(error) => {
+                place.give_back_range();
+                Err(error)
+            }
+        }
+    }
+
+    /// Bytes that were ever needed.
+    pub fn high_water(&self) -> usize {
+        self.ranges().high_water()
+    }
+
+    fn ranges(&self) -> MutexGuard<'_, Ranges> {
+        self.0.ranges.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Place {
+    pub(super) fn give_back(&mut self, address: u64) {
+        if self.arena.0.memory.is_none() {
+            self.arena.0.gpu.free(address);
+        }
+        self.give_back_range();
+    }
+
+    fn give_back_range(&mut self) {
+        self.arena.ranges().give_back(self.start, self.bytes);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_given_back_is_one_stretch_again() {
+        let mut ranges = Ranges::new(4 * ALIGNMENT + 7);
+        let starts: Vec<_> = (0..4).map(|_| ranges.take(ALIGNMENT).unwrap()).collect();
+        assert_eq!(starts, [0, 256, 512, 768]);
+        assert_eq!(ranges.take(1), None);
+        for i in [1, 3, 0, 2] {
+            ranges.give_back(starts[i], ALIGNMENT);
+        }
+        assert_eq!(ranges.free, [(0, 4 * ALIGNMENT)]);
+        assert_eq!((ranges.taken, ranges.high_water()), (0, 4 * ALIGNMENT));
+    }
+
+    #[test]
+    fn counting_finds_what_the_arena_must_hold() {
+        let step = |ranges: &mut Ranges| -> Option<()> {
+            let a = ranges.take(1000)?;
+            let b = ranges.take(5000)?;
+            ranges.give_back(a, 1000);
+            let c = ranges.take(300)?;
+            let d = ranges.take(900)?;
+            assert!(c == 0 && d == 6144, "first fit: {c} {d}");
+            ranges.give_back(b, 5000);
+            Some(())
+        };
+        let mut counting = Ranges::counting();
+        step(&mut counting).unwrap();
+        let needed = counting.high_water();
+        assert_eq!(step(&mut Ranges::new(needed)), Some(()));
+        assert_eq!(step(&mut Ranges::new(needed - 1)), None);
+    }
+
+    #[test]
+    fn buffers_come_from_the_arena_and_go_back() {
+        let gpu = crate::testing::gpu(0);
+        let arena = Arena::new(&gpu, 1024).unwrap();
+        let a = arena.take::<f32>(100).unwrap();
+        let b = arena.take::<half::bf16>(100).unwrap();
+        assert_ne!(a.address(), b.address());
+        let refused = arena.take::<u32>(100).err().unwrap();
+        assert!(matches!(&refused, Error::OutOfMemory(text) if text.contains("no stretch of 400")));
+        drop(a);
+        arena.take::<u32>(100).unwrap();
+        assert_eq!(arena.high_water(), 768);
+    }
+}

@@ -1,0 +1,349 @@
+//! The device that is none: kernels compiled by the system's C++ compiler and executed by emulation.h, with
+//! a thread of CUDA as a fiber. Made to find mistakes, not to be fast.
+
+use super::guarded::Guarded;
+use super::kernel::{Kernel, Module};
+use super::launch::{Args, Parameter, Type};
+use super::{Error, Properties, Result, cache};
+use libloading::Library;
+use rayon::prelude::*;
+use std::collections::{BTreeMap, HashMap};
+use std::ffi::{CStr, OsString, c_char, c_void};
+use std::path::Path;
+use std::process::Command;
+use std::sync::atomic::AtomicPtr;
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+
+/// What an A100 allows a block.
+const SHARED_BYTES: u32 = 163 << 10;
+const OPTIONS: &str = "-std=c++17 -O2 -shared -fPIC -fvisibility=hidden -fno-stack-protector \
+                       -fstack-clash-protection -fcf-protection=none -U_FORTIFY_SOURCE -Wl,-Bsymbolic";
+
+pub(super) struct Emulator {
+    seed: u64,
+    compiler: &'static Compiler,
+    pub properties: Properties,
+    memory: Mutex<BTreeMap<u64, Guarded>>,
+    modules: Mutex<HashMap<ModuleKey, Loaded>>,
+    #[cfg(test)]
+    pub fault: Option<super::Fault>,
+}
+
+/// The list of `emulation::Worker`s, which all modules share.
+static WORKERS: AtomicPtr<c_void> = AtomicPtr::new(std::ptr::null_mut());
+
+type ModuleKey = (*const u8, [Option<(&'static str, i64)>; 8]);
+
+/// A compiled module, which stays in the process: its fault handler may be asked at any time.
+#[derive(Clone, Copy)]
+struct Loaded {
+    entries: *const Entry,
+    run: unsafe extern "C" fn(*mut Launch),
+}
+
+// SAFETY: pointers into a library that is never closed, to constants.
+unsafe impl Send for Emulator {}
+// SAFETY: as above; what changes is behind locks.
+unsafe impl Sync for Emulator {}
+
+/// `emulation::Entry`.
+#[repr(C)]
+struct Entry {
+    name: *const c_char,
+    threads: u32,
+    parameter_count: u32,
+    parameters: *const RawParameter,
+    call: unsafe extern "C" fn(*mut *mut c_void),
+}
+
+/// `emulation::Parameter`.
+#[repr(C)]
+struct RawParameter {
+    size: u8,
+    is_pointer: u8,
+    is_writable: u8,
+    of: u8,
+}
+
+/// `emulation::Launch`.
+#[repr(C)]
+struct Launch {
+    entry: *const Entry,
+    arguments: *mut *mut c_void,
+    grid: [u32; 3],
+    threads: u32,
+    shared_bytes: u64,
+    seed: u64,
+    next_block: u64,
+    workers: *mut *mut c_void,
+    failed: u32,
+    fault_address: u64,
+    message: [u8; 1024],
+}
+
+/// The C++ compiler.
+pub struct Compiler {
+    pub command: OsString,
+    /// The first line of what it says of itself.
+    pub version: String,
+}
+
+impl Compiler {
+    /// $CXX, or g++, asked once.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn find() -> Result<&'static Self> {
+        static FOUND: OnceLock<Result<Compiler>> = OnceLock::new();
+        let found = FOUND.get_or_init(|| {
+            let named = std::env::var_os("CXX").filter(|name| !name.is_empty());
+            let command = named.unwrap_or_else(|| "g++".into());
+            let asked = Command::new(&command).arg("--version").output();
+            let version = asked.ok().filter(|output| output.status.success()).and_then(|output| {
+                String::from_utf8_lossy(&output.stdout).lines().next().map(str::to_owned)
+            });
+            match version {
+                Some(version) => Ok(Self { command, version }),
+                None => Err(Error::Missing(format!(
+                    "the emulated device needs a C++ compiler, and {} does not run: install g++, or set CXX",
+                    command.display()
+                ))),
+            }
+        });
+        found.as_ref().map_err(Clone::clone)
+    }
+
+    /// Makes a library of the module, with a table of its kernels.
+    fn compile(&self, module: &Module, to: &Path) -> Result<()> {
+        let failed = |e: std::io::Error| Error::Failed(format!("{}: {e}", to.display()));
+        let folder = to.with_extension("sources");
+        std::fs::create_dir_all(&folder).map_err(failed)?;
+        let mut table = format!("#include \"{}\"\n", module.source.name);
+        table += "extern \"C\" __attribute__((visibility(\"default\")))\n";
+        table += "const emulation::Entry emulation_entries[] = {\n";
+        for (name, threads) in module.kernels()? {
+            table += &format!("    EMULATED({name}, ({threads})),\n");
+        }
+        table += "    {}\n};\n";
+        let main = folder.join("table.cpp");
+        std::fs::write(&main, table).map_err(failed)?;
+        for (name, text) in module.headers().chain([(module.source.name, module.source.text)]) {
+            std::fs::write(folder.join(name), text).map_err(failed)?;
+        }
+        let output = Command::new(&self.command)
+            .args(OPTIONS.split_whitespace())
+            .args(module.options())
+            .arg(main)
+            .arg("-o")
+            .arg(to)
+            .output()
+            .map_err(failed)?;
+        let _ = std::fs::remove_dir_all(&folder);
+        if output.status.success() {
+            return Ok(());
+        }
+        let said = String::from_utf8_lossy(&output.stderr);
+        Err(Error::Failed(format!("{}: {}", module.source.name, said.trim_end())))
+    }
+
+    fn cached(&self, module: &Module) -> Result<std::path::PathBuf> {
+        let text = module.text();
+        let parts = [self.version.as_bytes(), OPTIONS.as_bytes(), text.as_bytes()];
+        cache::get_or_make(module.stem(), &parts, "so", |path| self.compile(module, path))
+    }
+}
+
+impl Emulator {
+    pub fn new(seed: u64) -> Result<Self> {
+        if !cfg!(all(target_os = "linux", target_arch = "x86_64")) {
+            let message = "the emulated device needs Linux on x86-64; use device = \"cpu\"";
+            return Err(Error::Missing(message.into()));
+        }
+        let properties = Properties {
+            name: "emulated".into(),
+            compute_capability: (8, 0),
+            memory: physical_memory(),
+            multiprocessors: rayon::current_num_threads() as u32,
+            shared_bytes: SHARED_BYTES,
+        };
+        let compiler = Compiler::find()?;
+        let (memory, modules) = (Mutex::default(), Mutex::default());
+        Ok(Self {
+            seed,
+            compiler,
+            properties,
+            memory,
+            modules,
+            #[cfg(test)]
+            fault: None,
+        })
+    }
+
+    pub fn allocate(&self, bytes: usize) -> Result<u64> {
+        let memory = Guarded::new(bytes)?;
+        let address = memory.address();
+        self.allocations().insert(address, memory);
+        Ok(address)
+    }
+
+    pub fn free(&self, address: u64) {
+        self.allocations().remove(&address);
+    }
+
+    fn allocations(&self) -> MutexGuard<'_, BTreeMap<u64, Guarded>> {
+        self.memory.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Runs every block, on the threads of rayon's current pool.
+    pub fn launch(
+        &self,
+        kernel: &Kernel,
+        grid: [u32; 3],
+        shared_bytes: u32,
+        args: &Args,
+    ) -> Result<()> {
+        let loaded = self.load(&kernel.module())?;
+        let entry = loaded.find(kernel)?;
+        args.check(kernel, &entry.parameters())?;
+        if kernel.threads > entry.threads {
+            let (given, most) = (kernel.threads, entry.threads);
+            let name = kernel.name;
+            return Err(Error::Failed(format!(
+                "kernel {name}: {given} threads, it is compiled for {most}"
+            )));
+        }
+        let mut pointers: Vec<*mut c_void> =
+            args.list.iter().map(|arg| arg.bytes.as_ptr().cast_mut().cast()).collect();
+        let mut launch = Launch {
+            entry,
+            arguments: pointers.as_mut_ptr(),
+            grid,
+            threads: kernel.threads,
+            shared_bytes: shared_bytes.into(),
+            seed: self.seed,
+            next_block: 0,
+            workers: WORKERS.as_ptr(),
+            failed: 0,
+            fault_address: 0,
+            message: [0; 1024],
+        };
+        let shared = Shared(&raw mut launch);
+        let blocks = grid.iter().map(|&n| n as usize).product::<usize>();
+        let workers = rayon::current_num_threads().min(blocks);
+        // SAFETY: the launch outlives the loop, and its fields that change are atomic to those who work at
+        // it. Arguments are as the kernel's parameters are, checked above.
+        (0..workers).into_par_iter().with_max_len(1).for_each(|_| unsafe {
+            let shared = &shared;
+            (loaded.run)(shared.0);
+        });
+        if launch.failed != 0 {
+            let message = CStr::from_bytes_until_nul(&launch.message).unwrap_or_default();
+            let place = self.describe(launch.fault_address);
+            let message = message.to_string_lossy();
+            return Err(Error::Failed(format!("{message}{place} (seed {})", self.seed)));
+        }
+        self.check_overruns(kernel, args)
+    }
+
+    fn load(&self, module: &Module) -> Result<Loaded> {
+        let mut modules = self.modules.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(loaded) = modules.get(&module.key()) {
+            return Ok(*loaded);
+        }
+        #[cfg(not(test))]
+        let path = self.compiler.cached(module)?;
+        #[cfg(test)]
+        let path = self.compiler.cached(&super::Fault::planted(self.fault.as_ref(), module))?;
+        let failed = |e: libloading::Error| Error::Failed(format!("{}: {e}", path.display()));
+        // SAFETY: compiled from sources that are part of this program; loading it runs nothing of note.
+        let loaded = unsafe {
+            let library = Library::new(&path).map_err(failed)?;
+            let entries: *const Entry = *library.get(b"emulation_entries").map_err(failed)?;
+            let run = *library.get(b"emulation_run").map_err(failed)?;
+            std::mem::forget(library);
+            Loaded { entries, run }
+        };
+        modules.insert(module.key(), loaded);
+        Ok(loaded)
+    }
+
+    /// Where an address lies from the nearest allocation, or nothing if there is no address.
+    fn describe(&self, address: u64) -> String {
+        if address == 0 {
+            return String::new();
+        }
+        let allocations = self.allocations();
+        let before = allocations.range(..=address).next_back();
+        let after = allocations.range(address..).next();
+        let past = before.map(|(start, memory)| (address - start - memory.len() as u64, memory));
+        let ahead = after.map(|(start, memory)| (start - address, memory));
+        match (past, ahead) {
+            (Some((past, memory)), ahead) if ahead.is_none_or(|(ahead, _)| past <= ahead) => {
+                format!(", {past} bytes past the end of a buffer of {} bytes", memory.len())
+            }
+            (_, Some((ahead, memory))) => {
+                format!(", {ahead} bytes before a buffer of {} bytes", memory.len())
+            }
+            (Some(_), None) | (None, None) => ", where no buffer is".into(),
+        }
+    }
+
+    /// Writes next to a buffer that did not reach the pages where they fault.
+    fn check_overruns(&self, kernel: &Kernel, args: &Args) -> Result<()> {
+        let allocations = self.allocations();
+        for (number, arg) in args.list.iter().enumerate().filter(|(_, arg)| arg.writable) {
+            let address = u64::from_ne_bytes(arg.bytes);
+            let buffer = allocations.range(..=address).next_back();
+            if let Some(place) = buffer.and_then(|(_, memory)| memory.overrun()) {
+                return Err(Error::Failed(format!(
+                    "kernel {}: wrote outside argument {number}'s buffer, {place} (seed {})",
+                    kernel.name, self.seed
+                )));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A launch that several threads work at.
+struct Shared(*mut Launch);
+// SAFETY: what those who work at it change, they change atomically.
+unsafe impl Sync for Shared {}
+
+impl Loaded {
+    fn find(&self, kernel: &Kernel) -> Result<&'static Entry> {
+        let mut entry = self.entries;
+        // SAFETY: the table ends with an entry without a name, and is never unloaded.
+        unsafe {
+            while !(*entry).name.is_null() {
+                if CStr::from_ptr((*entry).name).to_bytes() == kernel.name.as_bytes() {
+                    return Ok(&*entry);
+                }
+                entry = entry.add(1);
+            }
+        }
+        let (name, file) = (kernel.name, kernel.source.name);
+        Err(Error::Failed(format!("{file} has no kernel {name}")))
+    }
+}
+
+impl Entry {
+    fn parameters(&self) -> Vec<Parameter> {
+        // SAFETY: as many as the entry says.
+        let raw =
+            unsafe { std::slice::from_raw_parts(self.parameters, self.parameter_count as usize) };
+        raw.iter()
+            .map(|p| Parameter {
+                size: p.size.into(),
+                details: Some((p.is_pointer != 0, Type::of_number(p.of), p.is_writable != 0)),
+            })
+            .collect()
+    }
+}
+
+fn physical_memory() -> u64 {
+    // SAFETY: two numbers of the system.
+    let (pages, size) =
+        unsafe { (libc::sysconf(libc::_SC_PHYS_PAGES), libc::sysconf(libc::_SC_PAGESIZE)) };
+    u64::try_from(pages).unwrap_or(0) * u64::try_from(size).unwrap_or(0)
+}

@@ -1,0 +1,174 @@
+//! Arguments of a launch, with all that can be checked about them.
+
+use super::kernel::Kernel;
+use super::memory::{DeviceBuffer, DeviceSlice};
+use super::{Error, Plain, Result};
+use std::marker::PhantomData;
+
+/// What a number, or what a pointer points to, is; numbered as in emulation.h.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Type {
+    /// None of the others: a pointer to it takes all.
+    Any = 0,
+    Bf16 = 1,
+    F32 = 2,
+    I32 = 3,
+    U32 = 4,
+    I64 = 5,
+    U64 = 6,
+    U8 = 7,
+    F64 = 8,
+}
+
+impl Type {
+    pub(super) fn of_number(number: u8) -> Self {
+        let all = [
+            Self::Bf16,
+            Self::F32,
+            Self::I32,
+            Self::U32,
+            Self::I64,
+            Self::U64,
+            Self::U8,
+            Self::F64,
+        ];
+        all.into_iter().find(|t| *t as u8 == number).unwrap_or(Self::Any)
+    }
+}
+
+/// What a kernel's parameter is, as far as its compiler tells.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Parameter {
+    pub size: usize,
+    /// Pointer or number, of which type, and whether it is written through; the driver does not know.
+    pub details: Option<(bool, Type, bool)>,
+}
+
+/// The arguments of a launch, in the order of the kernel's parameters: see [`args!`](crate::args).
+#[derive(Default)]
+pub struct Args<'a> {
+    pub(super) list: Vec<Arg>,
+    borrowed: PhantomData<&'a ()>,
+}
+
+/// One argument.
+#[doc(hidden)]
+#[derive(Clone, Copy, Debug)]
+pub struct Arg {
+    /// As the kernel reads it.
+    pub(super) bytes: [u8; 8],
+    pub(super) size: usize,
+    pub(super) pointer: bool,
+    pub(super) writable: bool,
+    pub(super) of: Type,
+}
+
+/// What can be passed to a kernel: slices of a device's memory, numbers, and an `Option` of either, where
+/// `None` is a null pointer.
+pub trait Argument<'a> {
+    #[doc(hidden)]
+    fn arg(self) -> Arg;
+}
+
+/// The arguments of a launch: `args![x, &mut y, rows as i32, eps]`.
+#[macro_export]
+macro_rules! args {
+    ($($argument:expr),* $(,)?) => {
+        $crate::cuda::Args::default()$(.with($argument))*
+    };
+}
+
+impl<'a> Args<'a> {
+    /// With one more.
+    #[must_use]
+    pub fn with(mut self, argument: impl Argument<'a>) -> Self {
+        self.list.push(argument.arg());
+        self
+    }
+
+    /// Refuses arguments that do not fit the kernel's parameters.
+    pub(super) fn check(&self, kernel: &Kernel, parameters: &[Parameter]) -> Result<()> {
+        let refuse = |what: String| Err(Error::Failed(format!("kernel {}: {what}", kernel.name)));
+        if self.list.len() != parameters.len() {
+            let (given, taken) = (self.list.len(), parameters.len());
+            return refuse(format!("{given} arguments for {taken} parameters"));
+        }
+        for (number, (arg, parameter)) in self.list.iter().zip(parameters).enumerate() {
+            if arg.size != parameter.size {
+                let (given, taken) = (arg.size, parameter.size);
+                return refuse(format!(
+                    "argument {number} has {given} bytes, its parameter {taken}"
+                ));
+            }
+            let Some((pointer, of, writable)) = parameter.details else { continue };
+            let same_type = arg.of == of || (pointer && of == Type::Any);
+            if arg.pointer != pointer || !same_type {
+                let kind = |pointer| if pointer { "a pointer to " } else { "" };
+                let given = format!("{}{:?}", kind(arg.pointer), arg.of);
+                let taken = format!("{}{of:?}", kind(pointer));
+                return refuse(format!("argument {number} is {given}, its parameter {taken}"));
+            }
+            if writable && !arg.writable {
+                return refuse(format!(
+                    "argument {number} is written, so it must be borrowed as &mut"
+                ));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn pointer<T: Plain>(address: u64, writable: bool) -> Arg {
+    Arg { bytes: address.to_ne_bytes(), size: 8, pointer: true, writable, of: T::TYPE }
+}
+
+impl<'a, T: Plain> Argument<'a> for &'a DeviceSlice<T> {
+    fn arg(self) -> Arg {
+        pointer::<T>(self.address(), false)
+    }
+}
+
+impl<'a, T: Plain> Argument<'a> for &'a mut DeviceSlice<T> {
+    fn arg(self) -> Arg {
+        pointer::<T>(self.address(), true)
+    }
+}
+
+impl<'a, T: Plain> Argument<'a> for &'a DeviceBuffer<T> {
+    fn arg(self) -> Arg {
+        (&**self).arg()
+    }
+}
+
+impl<'a, T: Plain> Argument<'a> for &'a mut DeviceBuffer<T> {
+    fn arg(self) -> Arg {
+        (&mut **self).arg()
+    }
+}
+
+impl<'a, T: Plain> Argument<'a> for Option<&'a DeviceSlice<T>> {
+    fn arg(self) -> Arg {
+        self.map_or(pointer::<T>(0, false), Argument::arg)
+    }
+}
+
+impl<'a, T: Plain> Argument<'a> for Option<&'a mut DeviceSlice<T>> {
+    fn arg(self) -> Arg {
+        self.map_or(pointer::<T>(0, true), Argument::arg)
+    }
+}
+
+macro_rules! number {
+    ($($t:ty => $name:ident),*) => {$(
+        impl<'a> Argument<'a> for $t {
+            fn arg(self) -> Arg {
+                let mut bytes = [0; 8];
+                bytes[..size_of::<$t>()].copy_from_slice(&self.to_ne_bytes());
+                let (size, of) = (size_of::<$t>(), Type::$name);
+                Arg { bytes, size, pointer: false, writable: false, of }
+            }
+        }
+    )*};
+}
+number!(f32 => F32, i32 => I32, u32 => U32, i64 => I64, u64 => U64, usize => U64);

@@ -1,0 +1,39 @@
+// What goes before and after an adapter's products, a thread for each element:
+//
+//     pack              a, b in f32  →  bf16, the rank filled up with zeros, b times the scale
+//     add_partials      gradient += scale Σ partials (of lowrank.cu)
+//     round_partials    du = bf16(Σ partials)
+//
+// Partials are added in the order of their numbers, by one thread, so the sum has the same bits every time.
+#include "device.cuh"
+
+constexpr int THREADS = 256;
+
+DEVICE size_t element() { return size_t(blockIdx.x) * THREADS + threadIdx.x; }
+
+DEVICE float sum_of(const float* partial, int parts, size_t length, size_t at) {
+    float sum = 0.0f;
+    for (int part = 0; part < parts; part++) sum += partial[part * length + at];
+    return sum;
+}
+
+// gradient [length] += scale Σ partial [parts, length].
+KERNEL(THREADS) add_partials(const float* partial, int parts, size_t length, float scale, float* gradient) {
+    size_t at = element();
+    if (at < length) gradient[at] += scale * sum_of(partial, parts, length, at);
+}
+
+// du [length] = Σ partial [parts, length].
+KERNEL(THREADS) round_partials(const float* partial, int parts, size_t length, bf16* du) {
+    size_t at = element();
+    if (at < length) du[at] = to_bf16(sum_of(partial, parts, length, at));
+}
+
+// to [to_rows, to_columns] = scale · from [rows, columns], with zeros around it.
+KERNEL(THREADS) pack(const float* from, int rows, int columns, float scale, bf16* to, int to_rows, int to_columns) {
+    size_t at = element();
+    if (at >= size_t(to_rows) * to_columns) return;
+    int row = int(at / to_columns), column = int(at % to_columns);
+    bool inside = row < rows && column < columns;
+    to[at] = to_bf16(inside ? scale * from[size_t(row) * columns + column] : 0.0f);
+}

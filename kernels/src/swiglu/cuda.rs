@@ -1,0 +1,61 @@
+//! The gated activation on a device: see `swiglu.cu`.
+
+use crate::args;
+use crate::cuda::{DeviceSlice, Gpu, Kernel, Result, Source, TILE, assert_aligned, blocks};
+use half::bf16;
+
+static SOURCE: Source =
+    Source { name: "swiglu.cu", text: include_str!("../swiglu.cu"), headers: &[TILE] };
+const FORWARD: Kernel = Kernel::new(&SOURCE, "swiglu_forward", 256);
+const BACKWARD: Kernel = Kernel::new(&SOURCE, "swiglu_backward", 256);
+
+/// Every kernel of this file.
+pub const KERNELS: &[Kernel] = &[FORWARD, BACKWARD];
+
+/// Elements of one thread.
+const EACH: usize = 8;
+
+/// [`super::forward`] in bf16: `out = silu(gate) up`. Overwrites `out`.
+///
+/// # Errors
+/// The launch fails.
+pub fn forward(
+    gpu: &Gpu,
+    gate: &DeviceSlice<bf16>,
+    up: &DeviceSlice<bf16>,
+    out: &mut DeviceSlice<bf16>,
+) -> Result<()> {
+    let n = out.len();
+    assert_eq!([gate.len(), up.len()], [n; 2], "swiglu: lengths differ from out's");
+    assert_aligned("swiglu", [gate, up, out]);
+    if n == 0 {
+        return Ok(());
+    }
+    gpu.launch(&FORWARD, [blocks(n, 256 * EACH), 1, 1], 0, args![gate, up, out, n])
+}
+
+/// [`super::backward`] in bf16. Overwrites `dgate` and `dup`.
+///
+/// # Errors
+/// The launch fails.
+pub fn backward(
+    gpu: &Gpu,
+    dout: &DeviceSlice<bf16>,
+    gate: &DeviceSlice<bf16>,
+    up: &DeviceSlice<bf16>,
+    dgate: &mut DeviceSlice<bf16>,
+    dup: &mut DeviceSlice<bf16>,
+) -> Result<()> {
+    let n = dout.len();
+    let lengths = [gate.len(), up.len(), dgate.len(), dup.len()];
+    assert_eq!(lengths, [n; 4], "swiglu: lengths differ from dout's");
+    assert_aligned("swiglu", [dout, gate, up, dgate, dup]);
+    if n == 0 {
+        return Ok(());
+    }
+    let args = args![dout, gate, up, dgate, dup, n];
+    gpu.launch(&BACKWARD, [blocks(n, 256 * EACH), 1, 1], 0, args)
+}
+
+#[cfg(test)]
+mod tests;
