@@ -16,6 +16,7 @@
 //! A block of queries (the heads that share a key head stacked, so that one product serves them all)
 //! meets a tile of keys at a time; tiles that no query of the block may see are never touched.
 
+pub mod cuda;
 mod heads;
 mod text;
 

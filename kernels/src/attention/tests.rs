@@ -2,7 +2,7 @@ use super::*;
 use crate::testing::{Real, assert_accurate, assert_is_slope, cast, error, poison, random};
 
 /// Which rows row `row` may see, straight from the layout's definition.
-fn visible_rows(layout: &Layout, row: usize, window: Option<usize>) -> Vec<usize> {
+pub(super) fn visible_rows(layout: &Layout, row: usize, window: Option<usize>) -> Vec<usize> {
     let group = layout.groups.iter().find(|group| group.rows().contains(&row)).unwrap();
     let prompt = group.start..group.start + group.prompt_len;
     let own = group
@@ -18,20 +18,31 @@ fn visible_rows(layout: &Layout, row: usize, window: Option<usize>) -> Vec<usize
     prompt.chain(own).filter(near).collect()
 }
 
-struct Reference<R> {
-    out: Vec<R>,
-    lse: Vec<R>,
-    dq: Vec<R>,
-    dk: Vec<R>,
-    dv: Vec<R>,
+pub(super) struct Reference<R> {
+    pub(super) out: Vec<R>,
+    pub(super) lse: Vec<R>,
+    pub(super) dq: Vec<R>,
+    pub(super) dk: Vec<R>,
+    pub(super) dv: Vec<R>,
 }
 
 /// Attention and its gradients, one score at a time.
 fn reference<R: Real>(
+    inputs: [&[R]; 4],
+    layout: &Layout,
+    heads: &Heads,
+    window: Option<usize>,
+) -> Reference<R> {
+    rounded_reference(inputs, layout, heads, window, |x| x)
+}
+
+/// [`reference`] with p, ds and out rounded before they are multiplied.
+pub(super) fn rounded_reference<R: Real>(
     [q, k, v, dout]: [&[R]; 4],
     layout: &Layout,
     heads: &Heads,
     window: Option<usize>,
+    round: fn(R) -> R,
 ) -> Reference<R> {
     let dim = heads.head_dim;
     let zero = R::of(0.0);
@@ -65,16 +76,17 @@ fn reference<R: Real>(
             let p: Vec<R> = scores.iter().map(|s| (*s - lse).exp()).collect();
             for (j, p) in keys.iter().zip(&p) {
                 for i in 0..dim {
-                    result.out[at + i] += *p * v[key(*j)][i];
+                    result.out[at + i] += round(*p) * v[key(*j)][i];
                 }
             }
+            result.out[at..at + dim].iter_mut().for_each(|out| *out = round(*out));
             let delta = inner(dout, &result.out[at..at + dim]);
             for (j, p) in keys.iter().zip(&p) {
-                let ds = *p * (inner(dout, &v[key(*j)]) - delta) * scale;
+                let ds = round(*p * (inner(dout, &v[key(*j)]) - delta) * scale);
                 for i in 0..dim {
                     result.dq[at + i] += ds * k[key(*j)][i];
                     result.dk[key(*j).start + i] += ds * q[i];
-                    result.dv[key(*j).start + i] += *p * dout[i];
+                    result.dv[key(*j).start + i] += round(*p) * dout[i];
                 }
             }
         }
@@ -137,7 +149,7 @@ fn check(layout: &Layout, heads: &Heads, window: Option<usize>) {
     assert_accurate(&name("dv"), &found.dv, &plain.dv, &exact.dv);
 }
 
-fn ragged() -> Layout {
+pub(super) fn ragged() -> Layout {
     Layout::new(&[
         (37, vec![5, 0, 61, 1]),
         (0, vec![70, 3]),

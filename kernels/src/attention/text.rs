@@ -8,7 +8,7 @@ use std::ops::Range;
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Text {
     prompt_start: usize,
-    prompt_len: usize,
+    pub(super) prompt_len: usize,
     own_start: usize,
     own_len: usize,
 }
@@ -62,9 +62,14 @@ impl Text {
         }
     }
 
+    /// The position behind its last token.
+    pub(super) fn end(&self) -> usize {
+        self.prompt_len + self.own_len
+    }
+
     /// The text's own rows, at most `tokens` at a time.
     pub(super) fn blocks(&self, tokens: usize) -> impl Iterator<Item = Block> + use<> {
-        let end = self.prompt_len + self.own_len;
+        let end = self.end();
         (self.prompt_len..end)
             .step_by(tokens)
             .map(move |position| Block { position, len: tokens.min(end - position) })

@@ -40,6 +40,19 @@ constexpr uint32_t ALL_LANES = 0xffffffffu;
 DEVICE int lane_index() { return int(threadIdx.x) % WARP; }
 DEVICE int warp_index() { return int(threadIdx.x) / WARP; }
 
+// threadIdx.x, read anew at each call: what follows from it is computed again in every turn of a loop instead of
+// being kept in registers that the accumulators need.
+DEVICE int thread_index_again() {
+#ifdef __CUDACC_RTC__
+    int index;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+    __builtin_assume(index >= 0 && index < 1024);
+    return index;
+#else
+    return int(threadIdx.x);
+#endif
+}
+
 // The block's shared memory, aligned to 1024 bytes. All of it is dynamic: its size is said at the launch.
 DEVICE unsigned char* dynamic_shared() {
 #ifdef __CUDACC_RTC__

@@ -425,19 +425,30 @@ inline Worker* take_worker() {
     w->busy = 1;
     unsigned char* stacks = map((MOST_THREADS + 1) * STACK, PROT_READ | PROT_WRITE);
     w->stacks = (unsigned char*)(((uintptr_t)stacks + STACK - 1) / STACK * STACK);
-    for (unsigned i = 0; i < MOST_THREADS; i++) mprotect(w->stacks + i * STACK, PAGE, PROT_NONE);
     w->shared = map(MOST_SHARED + 2 * SHARED_GUARD, PROT_NONE) + SHARED_GUARD;
     w->next = __atomic_load_n(workers, __ATOMIC_RELAXED);
     while (!__atomic_compare_exchange_n(workers, &w->next, w, false, __ATOMIC_RELEASE, __ATOMIC_RELAXED)) {}
     return w;
 }
 
+inline void protect(unsigned char* from, size_t bytes, int access) {
+    if (mprotect(from, bytes, access) == 0) return;
+    perror("emulated device: mprotect");
+    abort();
+}
+
+// Closes the lowest page of every stack that is used, and no more: the system limits how many pieces a process's memory is
+// in, and every compiled source has workers of its own.
+inline void guard_stacks(Worker& w, uint32_t threads) {
+    for (; w.guarded_stacks < threads; w.guarded_stacks++) protect(w.stacks + w.guarded_stacks * STACK, PAGE, PROT_NONE);
+}
+
 // Shared memory ends, rounded up to 1024 bytes, where the page that cannot be accessed begins.
 inline unsigned char* open_shared(Worker& w, size_t bytes) {
     size_t open = (bytes + PAGE - 1) / PAGE * PAGE;
     if (open != w.shared_open) {
-        mprotect(w.shared, MOST_SHARED, PROT_NONE);
-        mprotect(w.shared + MOST_SHARED - open, open, PROT_READ | PROT_WRITE);
+        protect(w.shared, MOST_SHARED, PROT_NONE);
+        protect(w.shared + MOST_SHARED - open, open, PROT_READ | PROT_WRITE);
         w.shared_open = open;
     }
     memset(w.shared + MOST_SHARED - open, POISON, open);
@@ -517,6 +528,7 @@ inline void run(Launch& launch) {
     Block& block = w.block;
     block.launch = &launch;
     block.stacks = w.stacks;
+    guard_stacks(w, launch.threads);
     block.shared = open_shared(w, launch.shared_bytes);
     block.grid = {launch.grid[0], launch.grid[1], launch.grid[2]};
     uint64_t blocks = (uint64_t)block.grid.x * block.grid.y * block.grid.z, i;

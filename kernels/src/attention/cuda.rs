@@ -1,0 +1,295 @@
+//! Attention on a GPU: [`super`]'s functions with bf16 for the numbers and f32 for log-sum-exps. Where a
+//! batch's texts lie is a [`Schedule`] here, made from the layout once for all layers.
+//!
+//! A group has the same bits whatever it is packed with, in both directions.
+
+mod schedule;
+mod tiling;
+
+pub use schedule::Schedule;
+
+use super::Heads;
+use crate::args;
+use crate::cuda::{DeviceSlice, Gpu, Kernel, Result, Source};
+use half::bf16;
+use tiling::{DECODE_ROWS, PART_KEYS, THREADS, Tiling};
+
+const HEADERS: &[(&str, &str)] = &[("tiles.cuh", include_str!("tiles.cuh"))];
+static SOURCE: Source =
+    Source { name: "attention.cu", text: include_str!("../attention.cu"), headers: HEADERS };
+static DECODE: Source =
+    Source { name: "decode.cu", text: include_str!("decode.cu"), headers: HEADERS };
+
+const fn kernel(
+    source: &'static Source,
+    name: &'static str,
+    head_dim: usize,
+    sharing: usize,
+) -> Kernel {
+    Kernel::new(source, name, THREADS)
+        .define("HEAD_DIM", head_dim as i64)
+        .define("SHARING", sharing as i64)
+}
+
+/// head_dim and query heads per key head of the models that the kernels are checked for.
+const SHAPES: [(usize, usize); 13] = [
+    (64, 1),
+    (64, 2),
+    (64, 4),
+    (64, 7),
+    (80, 1),
+    (96, 1),
+    (128, 1),
+    (128, 2),
+    (128, 3),
+    (128, 4),
+    (128, 5),
+    (128, 7),
+    (128, 8),
+];
+
+/// Every kernel for the shapes of heads of known models; others are compiled as they are needed.
+pub const KERNELS: [Kernel; 6 * SHAPES.len()] = {
+    let mut all = [kernel(&SOURCE, "attention_forward", 64, 1); 6 * SHAPES.len()];
+    let mut i = 0;
+    while i < SHAPES.len() {
+        let (head_dim, sharing) = SHAPES[i];
+        all[6 * i] = kernel(&SOURCE, "attention_forward", head_dim, sharing);
+        all[6 * i + 1] = kernel(&SOURCE, "attention_backward_delta", head_dim, sharing);
+        all[6 * i + 2] = kernel(&SOURCE, "attention_backward_keys", head_dim, sharing);
+        all[6 * i + 3] = kernel(&SOURCE, "attention_backward_queries", head_dim, sharing);
+        all[6 * i + 4] = kernel(&DECODE, "attention_decode", head_dim, sharing);
+        all[6 * i + 5] = kernel(&DECODE, "attention_decode_combine", head_dim, sharing);
+        i += 1;
+    }
+    all
+};
+
+/// `q`, `out`: `[T, heads, D]`, `k`, `v`: `[T, kv_heads, D]`, `lse`: `[T, heads]` for the way back;
+/// `tables`: the schedule's numbers. Overwrites `out` and `lse`.
+///
+/// # Errors
+/// The device's.
+pub fn forward(
+    gpu: &Gpu,
+    q: &DeviceSlice<bf16>,
+    k: &DeviceSlice<bf16>,
+    v: &DeviceSlice<bf16>,
+    schedule: &Schedule,
+    tables: &DeviceSlice<i32>,
+    out: &mut DeviceSlice<bf16>,
+    lse: &mut DeviceSlice<f32>,
+) -> Result<()> {
+    forward_of(&SOURCE, gpu, q, k, v, schedule, tables, out, lse)
+}
+
+fn forward_of(
+    source: &'static Source,
+    gpu: &Gpu,
+    q: &DeviceSlice<bf16>,
+    k: &DeviceSlice<bf16>,
+    v: &DeviceSlice<bf16>,
+    schedule: &Schedule,
+    tables: &DeviceSlice<i32>,
+    out: &mut DeviceSlice<bf16>,
+    lse: &mut DeviceSlice<f32>,
+) -> Result<()> {
+    let Schedule { heads, forward: table, .. } = schedule;
+    assert_queries(schedule, &[("q", q), ("out", out)]);
+    assert_keys(schedule, &[("k", k), ("v", v)]);
+    assert_per_head(schedule, &[("lse", lse)]);
+    assert_tables(schedule, tables);
+    if table.blocks == 0 {
+        return Ok(());
+    }
+    let (tiles, runs) = (&tables[table.tiles.clone()], &tables[table.runs.clone()]);
+    let (kv_heads, window) = (heads.kv_heads as i32, schedule.window as i32);
+    let args = args![q, k, v, out, lse, tiles, runs, kv_heads, window, heads.scale()];
+    let kernel = kernel(source, "attention_forward", heads.head_dim, heads.sharing());
+    let bytes = Tiling::of(heads)?.forward_bytes();
+    gpu.launch(&kernel, [table.blocks, heads.kv_heads as u32, 1], bytes, args)
+}
+
+/// The gradients of [`forward`], from its `out` and `lse`; shapes as there, `dout` and `dq` like `q`, `dk`
+/// and `dv` like `k`. `delta`: `[T, heads]`, room for rowsum(dout ∘ out). Overwrites `delta`, `dq`, `dk` and `dv`.
+///
+/// # Errors
+/// The device's.
+pub fn backward(
+    gpu: &Gpu,
+    dout: &DeviceSlice<bf16>,
+    q: &DeviceSlice<bf16>,
+    k: &DeviceSlice<bf16>,
+    v: &DeviceSlice<bf16>,
+    out: &DeviceSlice<bf16>,
+    lse: &DeviceSlice<f32>,
+    schedule: &Schedule,
+    tables: &DeviceSlice<i32>,
+    delta: &mut DeviceSlice<f32>,
+    dq: &mut DeviceSlice<bf16>,
+    dk: &mut DeviceSlice<bf16>,
+    dv: &mut DeviceSlice<bf16>,
+) -> Result<()> {
+    backward_of(&SOURCE, gpu, dout, q, k, v, out, lse, schedule, tables, delta, dq, dk, dv)
+}
+
+fn backward_of(
+    source: &'static Source,
+    gpu: &Gpu,
+    dout: &DeviceSlice<bf16>,
+    q: &DeviceSlice<bf16>,
+    k: &DeviceSlice<bf16>,
+    v: &DeviceSlice<bf16>,
+    out: &DeviceSlice<bf16>,
+    lse: &DeviceSlice<f32>,
+    schedule: &Schedule,
+    tables: &DeviceSlice<i32>,
+    delta: &mut DeviceSlice<f32>,
+    dq: &mut DeviceSlice<bf16>,
+    dk: &mut DeviceSlice<bf16>,
+    dv: &mut DeviceSlice<bf16>,
+) -> Result<()> {
+    let heads = &schedule.heads;
+    assert_queries(schedule, &[("dout", dout), ("q", q), ("out", out), ("dq", dq)]);
+    assert_keys(schedule, &[("k", k), ("v", v), ("dk", dk), ("dv", dv)]);
+    assert_per_head(schedule, &[("lse", lse), ("delta", delta)]);
+    assert_tables(schedule, tables);
+    if schedule.rows == 0 {
+        return Ok(());
+    }
+    let kernel = |name| kernel(source, name, heads.head_dim, heads.sharing());
+    let rows = schedule.rows * heads.heads;
+    let warps = THREADS as usize / 32;
+    let grid = [rows.div_ceil(warps) as u32, 1, 1];
+    let args = args![dout, out, &mut *delta, rows as i64];
+    gpu.launch(&kernel("attention_backward_delta"), grid, 0, args)?;
+
+    let (kv_heads, window) = (heads.kv_heads as i32, schedule.window as i32);
+    let tiling = Tiling::of(heads)?;
+    let delta: &DeviceSlice<f32> = delta;
+    let table = &schedule.backward_keys;
+    let (tiles, runs) = (&tables[table.tiles.clone()], &tables[table.runs.clone()]);
+    let grid = [table.blocks, heads.kv_heads as u32, 1];
+    let args =
+        args![dout, q, k, v, lse, delta, dk, dv, tiles, runs, kv_heads, window, heads.scale()];
+    gpu.launch(&kernel("attention_backward_keys"), grid, tiling.backward_keys_bytes(), args)?;
+
+    let table = &schedule.backward_queries;
+    let (tiles, runs) = (&tables[table.tiles.clone()], &tables[table.runs.clone()]);
+    let grid = [table.blocks, heads.kv_heads as u32, 1];
+    let args = args![dout, q, k, v, lse, delta, dq, tiles, runs, kv_heads, window, heads.scale()];
+    gpu.launch(&kernel("attention_backward_queries"), grid, tiling.backward_queries_bytes(), args)
+}
+
+/// One new token against a cache. `q`, `out`: `[heads, D]`; `k_cache`, `v_cache`: `[n, kv_heads, D]` or
+/// longer hold positions 0..n, the new token's own key and value last. `partial`: room for
+/// [`decode_room`] numbers. Overwrites `out`, and as much of `partial` as it takes.
+///
+/// # Errors
+/// The device's, or there is no kernel for these heads.
+pub fn decode(
+    gpu: &Gpu,
+    q: &DeviceSlice<bf16>,
+    k_cache: &DeviceSlice<bf16>,
+    v_cache: &DeviceSlice<bf16>,
+    n: usize,
+    heads: &Heads,
+    window: Option<usize>,
+    partial: &mut DeviceSlice<f32>,
+    out: &mut DeviceSlice<bf16>,
+) -> Result<()> {
+    decode_of(&DECODE, gpu, q, k_cache, v_cache, n, heads, window, partial, out)
+}
+
+fn decode_of(
+    source: &'static Source,
+    gpu: &Gpu,
+    q: &DeviceSlice<bf16>,
+    k_cache: &DeviceSlice<bf16>,
+    v_cache: &DeviceSlice<bf16>,
+    n: usize,
+    heads: &Heads,
+    window: Option<usize>,
+    partial: &mut DeviceSlice<f32>,
+    out: &mut DeviceSlice<bf16>,
+) -> Result<()> {
+    heads.assert_valid();
+    super::assert_window(window);
+    let tiling = Tiling::of(heads)?;
+    let width = heads.query_width();
+    assert_eq!(q.len(), width, "attention: q must be [{width}]");
+    assert_eq!(out.len(), width, "attention: out must be [{width}]");
+    assert!(n > 0, "attention: the cache must hold the new token");
+    for (name, cache) in [("k_cache", k_cache), ("v_cache", v_cache)] {
+        let width = heads.key_width();
+        assert!(cache.len() >= n * width, "attention: {name} must be [{n}, {width}] or longer");
+    }
+    let room = decode_room(n, heads, window);
+    assert!(partial.len() >= room, "attention: partial must have room for {room} numbers");
+
+    let keys = visible(n, window);
+    let parts = keys.div_ceil(PART_KEYS);
+    let kernel = |name| kernel(source, name, heads.head_dim, heads.sharing());
+    let (sums, statistics) = partial.split_at_mut(parts * width);
+    let grid =
+        [parts, heads.kv_heads, heads.sharing().div_ceil(DECODE_ROWS)].map(|blocks| blocks as u32);
+    let (first_key, keys, kv_heads) = ((n - keys) as i32, keys as i32, heads.kv_heads as i32);
+    let args = args![
+        q,
+        k_cache,
+        v_cache,
+        &mut *sums,
+        &mut *statistics,
+        first_key,
+        keys,
+        kv_heads,
+        heads.scale()
+    ];
+    gpu.launch(&kernel("attention_decode"), grid, tiling.decode_bytes(), args)?;
+    let grid = [heads.heads as u32, 1, 1];
+    let args = args![&*sums, &*statistics, out, parts as i32];
+    gpu.launch(&kernel("attention_decode_combine"), grid, 0, args)
+}
+
+/// Numbers that [`decode`] needs for its partial sums; more keys never need less.
+pub fn decode_room(n: usize, heads: &Heads, window: Option<usize>) -> usize {
+    visible(n, window).div_ceil(PART_KEYS) * heads.heads * (heads.head_dim + 2)
+}
+
+/// How many of `n` keys the last one's query sees.
+fn visible(n: usize, window: Option<usize>) -> usize {
+    window.map_or(n, |window| window.min(n))
+}
+
+#[track_caller]
+fn assert_queries(schedule: &Schedule, queries: &[(&str, &DeviceSlice<bf16>)]) {
+    let (rows, width) = (schedule.rows, schedule.heads.query_width());
+    for (name, x) in queries {
+        assert_eq!(x.len(), rows * width, "attention: {name} must be [{rows}, {width}]");
+    }
+}
+
+#[track_caller]
+fn assert_keys(schedule: &Schedule, keys: &[(&str, &DeviceSlice<bf16>)]) {
+    let (rows, width) = (schedule.rows, schedule.heads.key_width());
+    for (name, x) in keys {
+        assert_eq!(x.len(), rows * width, "attention: {name} must be [{rows}, {width}]");
+    }
+}
+
+#[track_caller]
+fn assert_per_head(schedule: &Schedule, statistics: &[(&str, &DeviceSlice<f32>)]) {
+    let (rows, heads) = (schedule.rows, schedule.heads.heads);
+    for (name, x) in statistics {
+        assert_eq!(x.len(), rows * heads, "attention: {name} must be [{rows}, {heads}]");
+    }
+}
+
+#[track_caller]
+fn assert_tables(schedule: &Schedule, tables: &DeviceSlice<i32>) {
+    let numbers = schedule.numbers().len();
+    assert_eq!(tables.len(), numbers, "attention: tables must be the schedule's {numbers} numbers");
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,210 @@
+//! Who meets whom, in the form that the kernels of attention.cu read: built once per micro-batch, for all
+//! layers with the same window.
+
+use super::super::Heads;
+use super::super::text::{Block, Text};
+use super::tiling::Tiling;
+use crate::cuda::Result;
+use crate::layout::{Group, Layout};
+use std::cmp::Reverse;
+use std::ops::Range;
+
+/// A window that hides nothing. Far from overflowing when positions are added to it.
+const UNBOUNDED: usize = 1 << 30;
+
+/// The tiles of a layout's queries and keys. A tile begins where a text begins or another tile of it ends,
+/// whatever else is packed, so a group's sums are the same alone and in company.
+#[derive(Clone, Debug)]
+pub struct Schedule {
+    pub(super) heads: Heads,
+    pub(super) rows: usize,
+    /// At most [`UNBOUNDED`].
+    pub(super) window: usize,
+    pub(super) forward: Table,
+    pub(super) backward_keys: Table,
+    pub(super) backward_queries: Table,
+    numbers: Vec<i32>,
+}
+
+/// Where a kernel's `tiles` and `runs` lie in [`Schedule::numbers`].
+#[derive(Clone, Debug)]
+pub(super) struct Table {
+    pub(super) blocks: u32,
+    pub(super) tiles: Range<usize>,
+    pub(super) runs: Range<usize>,
+}
+
+/// Consecutive tokens of a text.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Run {
+    row: usize,
+    position: usize,
+    tokens: usize,
+}
+
+/// What a block owns and what it meets.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Task {
+    own: Run,
+    met: Vec<Run>,
+}
+
+impl Schedule {
+    /// For a batch of this layout, and layers with these heads and this window.
+    ///
+    /// # Errors
+    /// The kernels have no such heads.
+    ///
+    /// # Panics
+    /// The layout or the heads contradict themselves, or the window is 0.
+    pub fn new(layout: &Layout, heads: &Heads, window: Option<usize>) -> Result<Self> {
+        heads.assert_valid();
+        super::super::assert_window(window);
+        layout.assert_covers_rows_once();
+        let tiling = Tiling::of(heads)?;
+        let window = window.unwrap_or(UNBOUNDED).min(UNBOUNDED);
+        let mut numbers = Vec::new();
+        let forward = query_tasks(layout, tiling.forward_tokens(), window);
+        let keys = key_tasks(layout, tiling.backward_rows(), window);
+        let queries = query_tasks(layout, tiling.backward_tokens(), window);
+        Ok(Self {
+            heads: *heads,
+            rows: layout.rows(),
+            window,
+            forward: Table::push(forward, &mut numbers),
+            backward_keys: Table::push(keys, &mut numbers),
+            backward_queries: Table::push(queries, &mut numbers),
+            numbers,
+        })
+    }
+
+    /// What the device needs: to be uploaded, and passed to the launches as `tables`.
+    pub fn numbers(&self) -> &[i32] {
+        &self.numbers
+    }
+}
+
+impl Table {
+    /// Writes the tasks down, those with the most work first: the last blocks that run should be short.
+    fn push(mut tasks: Vec<Task>, numbers: &mut Vec<i32>) -> Self {
+        tasks.sort_by_key(|task| Reverse(task.met.iter().map(|run| run.tokens).sum::<usize>()));
+        let number = |n: usize| i32::try_from(n).expect("attention: a batch of 2^31 rows");
+        let start = numbers.len();
+        let mut runs = 0;
+        for Task { own, met } in &tasks {
+            let ends = [own.row, own.position, own.tokens, runs, runs + met.len()];
+            numbers.extend(ends.map(number));
+            runs += met.len();
+        }
+        let middle = numbers.len();
+        for run in tasks.iter().flat_map(|task| &task.met) {
+            numbers.extend([run.row, run.position, run.tokens].map(number));
+        }
+        let blocks = number(tasks.len()) as u32;
+        Self { blocks, tiles: start..middle, runs: middle..numbers.len() }
+    }
+}
+
+/// Blocks of queries, each with the keys that some of them see.
+fn query_tasks(layout: &Layout, tokens: usize, window: usize) -> Vec<Task> {
+    let texts = layout.groups.iter().flat_map(Text::of_group);
+    let blocks = texts.flat_map(|text| text.blocks(tokens).map(move |block| (text, block)));
+    blocks
+        .map(|(text, block)| {
+            let end = block.position + block.len;
+            let first = (block.position + 1).saturating_sub(window);
+            let prompt = run(&text, first..text.prompt_len);
+            let own = run(&text, first.max(text.prompt_len)..end);
+            Task { own: own_run(&text, &block), met: prompt.into_iter().chain(own).collect() }
+        })
+        .collect()
+}
+
+/// Blocks of keys, each with the queries that see some of them.
+fn key_tasks(layout: &Layout, tokens: usize, window: usize) -> Vec<Task> {
+    let of_group = |group: &Group| -> Vec<Task> {
+        let texts: Vec<Text> = Text::of_group(group).collect();
+        let owners = texts.iter().enumerate();
+        let blocks = owners.flat_map(|(at, text)| text.blocks(tokens).map(move |b| (at, b)));
+        blocks
+            .map(|(at, block)| {
+                // The last key is seen the farthest.
+                let end = block.position + block.len - 1 + window;
+                let own = run(&texts[at], block.position..end.min(texts[at].end()));
+                // The prompt, which is the first text, is seen by the branches too.
+                let branches = if at == 0 { &texts[1..] } else { &[] };
+                let branches =
+                    branches.iter().filter_map(|b| run(b, b.prompt_len..end.min(b.end())));
+                Task {
+                    own: own_run(&texts[at], &block),
+                    met: own.into_iter().chain(branches).collect(),
+                }
+            })
+            .collect()
+    };
+    layout.groups.iter().flat_map(of_group).collect()
+}
+
+fn own_run(text: &Text, block: &Block) -> Run {
+    Run { row: text.row(block.position), position: block.position, tokens: block.len }
+}
+
+/// The tokens at these positions, if there are any.
+fn run(text: &Text, positions: Range<usize>) -> Option<Run> {
+    let (position, tokens) = (positions.start, positions.len());
+    (tokens > 0).then(|| Run { row: text.row(position), position, tokens })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::super::tests::visible_rows;
+    use super::*;
+
+    /// The pairs (query, key) that are visible within the blocks and their runs.
+    fn pairs(tasks: &[Task], window: usize, own_is_key: bool) -> Vec<(usize, usize)> {
+        let mut pairs = Vec::new();
+        for Task { own, met } in tasks {
+            for (a, run) in (0..own.tokens).flat_map(|a| met.iter().map(move |run| (a, run))) {
+                for b in 0..run.tokens {
+                    let (own, met) =
+                        ((own.row + a, own.position + a), (run.row + b, run.position + b));
+                    let (query, key) = if own_is_key { (met, own) } else { (own, met) };
+                    if key.1 <= query.1 && query.1 - key.1 < window {
+                        pairs.push((query.0, key.0));
+                    }
+                }
+            }
+        }
+        pairs.sort_unstable();
+        pairs
+    }
+
+    #[test]
+    fn both_tables_hold_each_visible_pair_once() {
+        let layout =
+            Layout::new(&[(37, vec![5, 0, 61, 1]), (0, vec![70, 3]), (9, vec![]), (0, vec![])]);
+        for window in [None, Some(1), Some(7), Some(40)] {
+            let expected: Vec<(usize, usize)> = (0..layout.rows())
+                .flat_map(|q| visible_rows(&layout, q, window).into_iter().map(move |k| (q, k)))
+                .collect();
+            let window = window.unwrap_or(UNBOUNDED);
+            for tokens in [1, 16, 64] {
+                let (queries, keys) =
+                    (query_tasks(&layout, tokens, window), key_tasks(&layout, tokens, window));
+                assert_eq!(pairs(&queries, window, false), expected);
+                assert_eq!(pairs(&keys, window, true), expected);
+            }
+        }
+    }
+
+    /// A batch of one long text, whose tables must stay small.
+    #[test]
+    fn long_texts_have_few_numbers() {
+        let heads = Heads { heads: 32, kv_heads: 8, head_dim: 128 };
+        let layout = Layout::new(&[(0, vec![32 * 1024])]);
+        let schedule = Schedule::new(&layout, &heads, None).unwrap();
+        assert!(schedule.numbers().len() < 32 * 1024);
+        let task = schedule.forward.tiles.clone().step_by(5).next().unwrap();
+        assert_eq!(schedule.numbers[task + 1], 32 * 1024 - 32, "the longest block comes first");
+    }
+}

@@ -1,0 +1,109 @@
+//! The sizes of attention.cu's tiles, and the shared memory they take.
+
+use super::super::Heads;
+use crate::cuda::{Error, Result};
+
+/// Threads of every block.
+pub(super) const THREADS: u32 = 128;
+/// Rows of a tile that is met.
+const MET: usize = 64;
+/// Query heads that a block of the decoding kernel has at most.
+pub(super) const DECODE_ROWS: usize = 16;
+/// Keys that a block of the decoding kernel meets.
+pub(super) const PART_KEYS: usize = 256;
+
+/// What the kernels' constants of the same names come to for a shape of heads.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Tiling {
+    /// DIM: head_dim with zeros behind it.
+    dim: usize,
+    sharing: usize,
+}
+
+impl Tiling {
+    /// # Errors
+    /// The kernels have no such heads.
+    pub(super) fn of(heads: &Heads) -> Result<Self> {
+        let (head_dim, sharing) = (heads.head_dim, heads.sharing());
+        if !head_dim.is_multiple_of(2) || head_dim > 128 {
+            let limit = "the kernels for GPUs take an even one of at most 128";
+            return Err(Error::Failed(format!("attention: head_dim is {head_dim}, {limit}")));
+        }
+        if sharing > MET {
+            let limit = "the kernels for GPUs take at most 64";
+            let message = format!("attention: {sharing} query heads share a key head, {limit}");
+            return Err(Error::Failed(message));
+        }
+        Ok(Self { dim: head_dim.next_multiple_of(16), sharing })
+    }
+
+    const FORWARD_ROWS: usize = 128;
+
+    /// Rows of a block of queries or keys on the way back.
+    pub(super) fn backward_rows(self) -> usize {
+        if self.dim <= 64 { 128 } else { 64 }
+    }
+
+    /// Tokens of a block of queries on the way forward.
+    pub(super) fn forward_tokens(self) -> usize {
+        Self::FORWARD_ROWS / self.sharing
+    }
+
+    /// Tokens of a block of queries on the way back.
+    pub(super) fn backward_tokens(self) -> usize {
+        self.backward_rows() / self.sharing
+    }
+
+    pub(super) fn forward_bytes(self) -> u32 {
+        let columns = if self.dim <= 96 { 64 } else { 48 };
+        self.bytes(Self::FORWARD_ROWS + 4 * columns)
+    }
+
+    pub(super) fn backward_keys_bytes(self) -> u32 {
+        let statistics = 4 * MET * size_of::<f32>();
+        self.backward_queries_bytes() + statistics as u32
+    }
+
+    pub(super) fn backward_queries_bytes(self) -> u32 {
+        self.bytes(2 * self.backward_rows() + 4 * MET)
+    }
+
+    pub(super) fn decode_bytes(self) -> u32 {
+        self.bytes(DECODE_ROWS + 4 * MET)
+    }
+
+    /// Of so many rows.
+    fn bytes(self, rows: usize) -> u32 {
+        (rows * self.dim * size_of::<u16>()) as u32
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What a block may have on the smallest of the supported GPUs, compute capability 8.6.
+    const SMALLEST: u32 = 99 * 1024;
+
+    #[test]
+    fn every_head_fits_the_smallest_device() {
+        for head_dim in (2..=128).step_by(2) {
+            let tiling = Tiling::of(&Heads { heads: 6, kv_heads: 2, head_dim }).unwrap();
+            for bytes in
+                [tiling.forward_bytes(), tiling.backward_keys_bytes(), tiling.decode_bytes()]
+            {
+                assert!(bytes <= SMALLEST, "{bytes} bytes for head_dim {head_dim}");
+            }
+        }
+    }
+
+    #[test]
+    fn heads_without_a_kernel_are_refused() {
+        let refusal = |heads, kv_heads, head_dim| {
+            Tiling::of(&Heads { heads, kv_heads, head_dim }).unwrap_err().to_string()
+        };
+        assert!(refusal(2, 1, 256).contains("head_dim is 256"));
+        assert!(refusal(2, 1, 7).contains("head_dim is 7"));
+        assert!(refusal(65, 1, 64).contains("65 query heads share a key head"));
+    }
+}
