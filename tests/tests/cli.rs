@@ -286,6 +286,21 @@ fn config_prints_a_file_that_is_the_default() {
 }
 
 #[test]
+fn device_says_what_was_found_and_what_to_do_about_the_rest() {
+    let lines = succeed(UFT, &["device"]);
+    let said = |what: &str| {
+        let line = lines.lines().find_map(|line| line.strip_prefix(&format!("{what}: ")));
+        line.unwrap_or_else(|| panic!("no {what} in {lines}")).to_owned()
+    };
+    let driver = said("driver");
+    assert!(driver.starts_with("CUDA 1") || driver.contains("; install") || driver.contains("see"));
+    let nvrtc = said("NVRTC");
+    assert!(nvrtc.contains("libnvrtc") || nvrtc.contains("pip install"), "{nvrtc}");
+    assert!(said("compiled kernels").contains(" files, "), "{lines}");
+    said("C++ compiler for device = \"emulated\"");
+}
+
+#[test]
 fn rows_that_come_more_than_once_in_a_step_still_have_no_reward_before_it() {
     let (_guard, dir) = temporary();
     let run = write_run(&dir, "");

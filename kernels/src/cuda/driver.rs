@@ -7,6 +7,7 @@ use super::nvrtc::Nvrtc;
 use super::{Error, Properties, Result};
 use cudarc::driver::{DriverError, result, sys};
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::ffi::{CString, c_void};
 use std::sync::{Mutex, PoisonError};
 use sys::CUdevice_attribute_enum as Attribute;
@@ -242,11 +243,10 @@ impl Driver {
     fn function(&self, kernel: &Kernel) -> Result<Function> {
         let module = kernel.module();
         let mut modules = self.modules.lock().unwrap_or_else(PoisonError::into_inner);
-        let key = module.key();
-        if !modules.contains_key(&key) {
-            modules.insert(key, self.load(&module)?);
-        }
-        let loaded = modules.get_mut(&key).expect("just inserted");
+        let loaded = match modules.entry(module.key()) {
+            Entry::Occupied(loaded) => loaded.into_mut(),
+            Entry::Vacant(free) => free.insert(self.load(&module)?),
+        };
         if let Some(function) = loaded.functions.get(kernel.name) {
             return Ok(function.clone());
         }
