@@ -23,42 +23,60 @@ from flops import Model, needed
 from process import finish
 
 LORA = 'rank = 16\nalpha = 32\ntargets = "all-linear"'
-# task: data file, column names of the responses, rows per step, adapter, objective, TRL's and the loop's configuration
+BETA = "beta = 0.1"
+# task: its sources (data file, column names of the responses, rows per step, adapter, objective), TRL's configuration and
+# the loop's. Mixed feedback has no peer but the loop of this folder, which also runs models that the ruler doesn't know.
 TASKS = {
-    "sft": ("bench_pc", ["completion"], 8, "demonstrations", '"sft"', "sft-trl-bs1x8", "sft-mini"),
-    "pairs": ("bench_pref", ["chosen", "rejected"], 4, "preferences", '{ plugin = "una-pairwise", beta = 0.1 }', "dpo-trl-bs1x4", "dpo-mini"),
-    "labels": ("bench_kto", ["completion"], 8, "labels", '{ plugin = "kto", beta = 0.1 }', "kto-trl-bs8", "kto-mini"),
-    "scores": ("bench_score", ["response"], 8, "scores", '{ plugin = "una-score", beta = 0.1 }', None, "una-mini"),
+    "sft": ([("bench_pc", ["completion"], 8, "demonstrations", '"sft"')], "sft-trl-bs1x8", "sft-mini"),
+    "pairs": ([("bench_pref", ["chosen", "rejected"], 4, "preferences", f'{{ plugin = "una-pairwise", {BETA} }}')], "dpo-trl-bs1x4", "dpo-mini"),
+    "labels": ([("bench_kto", ["completion"], 8, "labels", f'{{ plugin = "kto", {BETA} }}')], "kto-trl-bs8", "kto-mini"),
+    "scores": ([("bench_score", ["response"], 8, "scores", f'{{ plugin = "una-score", {BETA} }}')], None, "una-mini"),
+    "mixed": ([("bench_pc", ["completion"], 2, "demonstrations", f'{{ plugin = "uft-sft", {BETA} }}'),
+               ("bench_pref", ["chosen", "rejected"], 1, "preferences", f'{{ plugin = "una-pairwise", {BETA} }}'),
+               ("bench_kto", ["completion"], 2, "labels", f'{{ plugin = "una-binary", {BETA} }}'),
+               ("bench_score", ["response"], 2, "scores", f'{{ plugin = "una-score", {BETA} }}')], None, None),
 }
+# Of responses, in an epoch.
 SEQUENCES = {"bench-20m": 64, "bench-110m": 32}
+OTHER_MODEL = 16
+
+
+def rows_of(a, model, task):
+    """Of every source its rows in an epoch: none twice in a task."""
+    from common import read_jsonl
+    steps, used, out = a.sequences.get(model, OTHER_MODEL) // 8, 0, []
+    for file, _, each, *_ in TASKS[task][0]:
+        out.append(read_jsonl(a.base / "data" / f"{file}.jsonl")[used: used + each * steps])
+        used += each * steps
+    return out
 
 
 def groups_of(a, model, task):
-    """Prompt and response tokens of each row as the ruler counts them: (prompt, [responses])."""
+    """Prompt and response tokens of each row as the ruler counts them, step by step: (prompt, [responses])."""
     os.environ["BASELINE_DIR"] = str(a.base)
     sys.path.insert(0, str(a.ruler))
-    from common import encode_pair, read_jsonl
+    from common import encode_pair
     from transformers import AutoTokenizer
     tok = AutoTokenizer.from_pretrained(a.base / "models" / model)
-    file, columns, batch, *_ = TASKS[task]
-    rows = read_jsonl(a.base / "data" / f"{file}.jsonl")[: a.sequences.get(model, 32) * batch // 8]
     groups = []
-    for row in rows:
-        pairs = [encode_pair(tok, row["prompt"], row[c]) for c in columns]
-        groups.append((len(pairs[0][0]), [len(r) for _, r, _ in pairs]))
-    return groups
+    for (_, columns, each, *_), rows in zip(TASKS[task][0], rows_of(a, model, task)):
+        for index, row in enumerate(rows):
+            pairs = [encode_pair(tok, row["prompt"], row[c]) for c in columns]
+            groups.append((index // each, (len(pairs[0][0]), [len(r) for _, r, _ in pairs])))
+    return [group for _, group in sorted(groups, key=lambda g: g[0])]
 
 
 def run_uft(a, model, task, groups, work, extra=""):
     """Rate, operations a second, seconds a step, seconds from start to the first step, and peak memory of `uft train`."""
-    file, _, batch, adapter, objective, *_ = TASKS[task]
-    data = work / f"{model}-{task}.jsonl"
-    lines = (a.base / "data" / f"{file}.jsonl").read_text().splitlines()[: len(groups)]
-    data.write_text("\n".join(lines) + "\n")
+    sources, batch = "", sum(each for _, _, each, *_ in TASKS[task][0])
+    for (file, _, _, adapter, objective), rows in zip(TASKS[task][0], rows_of(a, model, task)):
+        data = work / f"{model}-{task}-{file}.jsonl"
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        sources += f'[[data]]\nname = "{file}"\nfiles = ["{data}"]\nadapter = "{adapter}"\nobjective = {objective}\n'
     out = Path(tempfile.mkdtemp(dir=work))
     run = work / "run.toml"
-    run.write_text(f'[model]\npath = "{a.base}/models/{model}"\n[lora]\n{LORA}\n[[data]]\nname = "{task}"\nfiles = ["{data}"]\n'
-                   f'adapter = "{adapter}"\nobjective = {objective}\n[train]\noutput = "{out}"\nreference_cache = "{out}/reference"\n'
+    run.write_text(f'[model]\npath = "{a.base}/models/{model}"\n[lora]\n{LORA}\n{sources}'
+                   f'[train]\noutput = "{out}"\nreference_cache = "{out}/reference"\n'
                    f'epochs = 2\nbatch = {batch}\nlr = 1e-4\nschedule = "constant"\nwarmup = 0.0\nshuffle = false\nmax_length = 1024\n'
                    f'threads = {a.threads}\nmicro_tokens = {a.micro_tokens}\n{extra}\n')
     log, metrics = work / "stderr", out / "metrics.jsonl"
@@ -95,13 +113,18 @@ def ceiling(a):
     return max(best, float(ran.stdout))
 
 
-def run_peer(a, model, config):
-    """The same of one of the ruler's configurations."""
+def run_peer(a, model, task, config):
+    """The same of one of the ruler's configurations, or of this folder's loop."""
     env = {**os.environ, "BASELINE_DIR": str(a.base), "BENCH_THREADS": str(a.threads), "OMP_NUM_THREADS": str(a.threads),
            "MKL_NUM_THREADS": str(a.threads), "TOKENIZERS_PARALLELISM": "false", "PYTHONDONTWRITEBYTECODE": "1"}
     if a.jemalloc:
         env |= {"THP_MEM_ALLOC_ENABLE": "1", "LD_PRELOAD": a.jemalloc, "MALLOC_CONF": "dirty_decay_ms:-1,muzzy_decay_ms:-1,thp:always"}
-    ran = subprocess.run([sys.executable, a.ruler / "peers.py", "run", "--model", model, "--config", config], capture_output=True, text=True, env=env)
+    command = [a.ruler / "peers.py", "run", "--model", model, "--config", config]
+    if config is None or model not in a.sequences:
+        rows = Path(tempfile.mkdtemp()) / "rows.json"
+        rows.write_text(json.dumps(rows_of(a, model, task)))
+        command = [Path(__file__).with_name("loop_peer.py"), a.ruler, a.base / "models" / model, task, rows]
+    ran = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=env)
     line = next((x for x in ran.stdout.splitlines() if x.startswith("RESULT ")), None)
     if line is None:
         sys.exit(f"{config}: {ran.stderr[-2000:]}")
@@ -115,13 +138,13 @@ def compare(a, work):
           "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |", flush=True)
     for model in a.models:
         for task in a.tasks:
-            *_, trl, loop = TASKS[task]
+            _, trl, loop = TASKS[task]
             groups = groups_of(a, model, task)
             best, top = {}, 0.0
             for _ in range(a.reps):
-                runs = [("loop", lambda: run_peer(a, model, loop)), ("uft", lambda: run_uft(a, model, task, groups, work))]
-                if trl and not a.no_trl:
-                    runs.append(("trl", lambda: run_peer(a, model, trl)))
+                runs = [("loop", lambda: run_peer(a, model, task, loop)), ("uft", lambda: run_uft(a, model, task, groups, work))]
+                if trl and model in a.sequences and not a.no_trl:
+                    runs.append(("trl", lambda: run_peer(a, model, task, trl)))
                 for name, run in runs:
                     top = max(top, ceiling(a))
                     result = run()

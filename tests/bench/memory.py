@@ -116,6 +116,12 @@ def main():
                 f'[model]\npath = "{work}/F32"\n[lora]\nrank = 16\nalpha = 32\n[text]\nend_of_turn = "ignore"\n[[data]]\nname = "pairs"\n'
                 f'files = ["{work}/{name}.jsonl"]\neval_fraction = 0.05\nadapter = "preferences"\n'
                 f'objective = {{ plugin = "una-pairwise", beta = 0.1 }}\n[train]\nsteps = {a.steps}\nbatch = {batch}\nthreads = 2\nmax_length = 4096\n')
+        # The same with thumbs on the chosen and the rejected response in turn, for mismatched completions.
+        rows = [json.loads(line) for line in (work / "long.jsonl").read_text().splitlines()]
+        thumbs = [{"prompt": r["prompt"], "completion": r["rejected" if i % 2 else "chosen"], "label": i % 2 == 0} for i, r in enumerate(rows)]
+        (work / "labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in thumbs))
+        labels = (work / "long.toml").read_text().replace("long.jsonl", "labels.jsonl").replace('"preferences"', '"labels"').replace("una-pairwise", "kto")
+        (work / "labels.toml").write_text(labels.replace("batch = 4", "batch = 8"))
         short, long = work / "short.toml", work / "long.toml"
         cases = [("quickstart", "examples/quickstart.toml", ["train.steps=20"])]
         for name, config in [("short", short), ("long", long)]:
@@ -125,6 +131,8 @@ def main():
                     cases.append((f"{name}, micro_tokens {micro_tokens}, recompute {recompute}", config, overrides))
         for gain in ["packing", "shared-prompts", "fused-log-probs", "skipped-gradients", "reference-cache"]:
             cases.append((f"long, without {gain}", long, [f'train.without=["{gain}"]']))
+        for micro_tokens in [1024, 4096]:
+            cases.append((f"labels, micro_tokens {micro_tokens}", work / "labels.toml", [f"train.micro_tokens={micro_tokens}"]))
         cases.append(("long, bf16 weights", long, [f'model.path={work}/BF16']))
         cases.append(("long, saving every step", long, ["train.save_every=1"]))
         cases.append(("long, the reference is the adapter before", long, ["train.reference=previous"]))

@@ -182,9 +182,6 @@ impl Segment {
 fn map(bytes: usize) -> MmapRaw {
     let memory = MmapOptions::new().len(bytes).no_reserve_swap().map_anon();
     let memory = memory.unwrap_or_else(|_| allocator::out_of_memory(bytes));
-    // A system without large pages does as well, only a little slower.
-    #[cfg(target_os = "linux")]
-    let _ = memory.advise(memmap2::Advice::HugePage);
     memory.into()
 }
 

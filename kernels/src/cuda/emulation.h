@@ -87,8 +87,8 @@ struct Launch {
     uint64_t shared_bytes;
     uint64_t seed;
     uint64_t next_block;
-    // Those of the whole process, first null: every library is a copy of this file, and each worker costs a page
-    // table entry or two for each of its stacks, of which a process may have some ten thousands.
+    // Those of the whole process, first null: every library has a copy of this file, and a worker is two thousand
+    // mappings, of which a process may have some ten thousands.
     Worker** workers;
     uint32_t failed;
     // Where an access to global memory failed, or 0.

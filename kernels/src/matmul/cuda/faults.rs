@@ -50,10 +50,6 @@ fn faults_in_the_products_are_caught() {
         // A barrier each: before a slice is read, before sums take its place, before sums are read.
         (step, "copy_async_wait<STAGES - 2>();\n"),
         ("still read.\n    __syncthreads();", "still read.\n"),
-        (
-            "        __syncthreads();\n        load(slice + STAGES - 1);",
-            "        load(slice + STAGES - 1);",
-        ),
         ("    __syncthreads();\n    constexpr int CHUNKS", "    constexpr int CHUNKS"),
         // A wait.
         (step, "copy_async_wait<STAGES - 1>();\n        __syncthreads();\n"),
