@@ -80,20 +80,6 @@ pub fn forward(
     out: &mut DeviceSlice<bf16>,
     lse: &mut DeviceSlice<f32>,
 ) -> Result<()> {
-    forward_of(&SOURCE, gpu, q, k, v, schedule, tables, out, lse)
-}
-
-fn forward_of(
-    source: &'static Source,
-    gpu: &Gpu,
-    q: &DeviceSlice<bf16>,
-    k: &DeviceSlice<bf16>,
-    v: &DeviceSlice<bf16>,
-    schedule: &Schedule,
-    tables: &DeviceSlice<i32>,
-    out: &mut DeviceSlice<bf16>,
-    lse: &mut DeviceSlice<f32>,
-) -> Result<()> {
     let Schedule { heads, forward: table, .. } = schedule;
     assert_queries(schedule, &[("q", q), ("out", out)]);
     assert_keys(schedule, &[("k", k), ("v", v)]);
@@ -105,7 +91,7 @@ fn forward_of(
     let (tiles, runs) = (&tables[table.tiles.clone()], &tables[table.runs.clone()]);
     let (kv_heads, window) = (heads.kv_heads as i32, schedule.window as i32);
     let args = args![q, k, v, out, lse, tiles, runs, kv_heads, window, heads.scale()];
-    let kernel = kernel(source, "attention_forward", heads.head_dim, heads.sharing());
+    let kernel = kernel(&SOURCE, "attention_forward", heads.head_dim, heads.sharing());
     let bytes = Tiling::of(heads)?.forward_bytes();
     gpu.launch(&kernel, [table.blocks, heads.kv_heads as u32, 1], bytes, args)
 }
@@ -130,25 +116,6 @@ pub fn backward(
     dk: &mut DeviceSlice<bf16>,
     dv: &mut DeviceSlice<bf16>,
 ) -> Result<()> {
-    backward_of(&SOURCE, gpu, dout, q, k, v, out, lse, schedule, tables, delta, dq, dk, dv)
-}
-
-fn backward_of(
-    source: &'static Source,
-    gpu: &Gpu,
-    dout: &DeviceSlice<bf16>,
-    q: &DeviceSlice<bf16>,
-    k: &DeviceSlice<bf16>,
-    v: &DeviceSlice<bf16>,
-    out: &DeviceSlice<bf16>,
-    lse: &DeviceSlice<f32>,
-    schedule: &Schedule,
-    tables: &DeviceSlice<i32>,
-    delta: &mut DeviceSlice<f32>,
-    dq: &mut DeviceSlice<bf16>,
-    dk: &mut DeviceSlice<bf16>,
-    dv: &mut DeviceSlice<bf16>,
-) -> Result<()> {
     let heads = &schedule.heads;
     assert_queries(schedule, &[("dout", dout), ("q", q), ("out", out), ("dq", dq)]);
     assert_keys(schedule, &[("k", k), ("v", v), ("dk", dk), ("dv", dv)]);
@@ -157,7 +124,7 @@ fn backward_of(
     if schedule.rows == 0 {
         return Ok(());
     }
-    let kernel = |name| kernel(source, name, heads.head_dim, heads.sharing());
+    let kernel = |name| kernel(&SOURCE, name, heads.head_dim, heads.sharing());
     let rows = schedule.rows * heads.heads;
     let warps = THREADS as usize / 32;
     let grid = [rows.div_ceil(warps) as u32, 1, 1];
@@ -198,21 +165,6 @@ pub fn decode(
     partial: &mut DeviceSlice<f32>,
     out: &mut DeviceSlice<bf16>,
 ) -> Result<()> {
-    decode_of(&DECODE, gpu, q, k_cache, v_cache, n, heads, window, partial, out)
-}
-
-fn decode_of(
-    source: &'static Source,
-    gpu: &Gpu,
-    q: &DeviceSlice<bf16>,
-    k_cache: &DeviceSlice<bf16>,
-    v_cache: &DeviceSlice<bf16>,
-    n: usize,
-    heads: &Heads,
-    window: Option<usize>,
-    partial: &mut DeviceSlice<f32>,
-    out: &mut DeviceSlice<bf16>,
-) -> Result<()> {
     heads.assert_valid();
     super::assert_window(window);
     let tiling = Tiling::of(heads)?;
@@ -229,7 +181,7 @@ fn decode_of(
 
     let keys = visible(n, window);
     let parts = keys.div_ceil(PART_KEYS);
-    let kernel = |name| kernel(source, name, heads.head_dim, heads.sharing());
+    let kernel = |name| kernel(&DECODE, name, heads.head_dim, heads.sharing());
     let (sums, statistics) = partial.split_at_mut(parts * width);
     let grid =
         [parts, heads.kv_heads, heads.sharing().div_ceil(DECODE_ROWS)].map(|blocks| blocks as u32);

@@ -399,6 +399,8 @@ struct Worker {
     Worker* next;
     uint32_t busy;
     unsigned char* stacks;
+    // Stacks whose lowest page is closed.
+    uint32_t guarded_stacks;
     // Between two guards; what is open depends on the launch.
     unsigned char* shared;
     size_t shared_open;

@@ -55,10 +55,10 @@ impl Case {
     }
 
     fn run(&self, seed: u64) -> Found {
-        self.run_of(&SOURCE, &gpu(seed)).unwrap_or_else(|error| panic!("{error}"))
+        self.run_on(&gpu(seed)).unwrap_or_else(|error| panic!("{error}"))
     }
 
-    fn run_of(&self, source: &'static Source, gpu: &Gpu) -> Result<Found> {
+    fn run_on(&self, gpu: &Gpu) -> Result<Found> {
         let schedule = Schedule::new(&self.layout, &self.heads, self.window)?;
         let tables = gpu.uploaded(schedule.numbers())?;
         let [q, k, v, dout] = [&self.q, &self.k, &self.v, &self.dout].map(|x| gpu.uploaded(x));
@@ -67,10 +67,10 @@ impl Case {
         let (mut dk, mut dv) = (gpu.alloc(k.len())?, gpu.alloc(k.len())?);
         let statistics = self.layout.rows() * self.heads.heads;
         let (mut lse, mut delta) = (gpu.alloc(statistics)?, gpu.alloc(statistics)?);
-        forward_of(source, gpu, &q, &k, &v, &schedule, &tables, &mut out, &mut lse)?;
-        backward_of(
-            source, gpu, &dout, &q, &k, &v, &out, &lse, &schedule, &tables, &mut delta, &mut dq,
-            &mut dk, &mut dv,
+        forward(gpu, &q, &k, &v, &schedule, &tables, &mut out, &mut lse)?;
+        backward(
+            gpu, &dout, &q, &k, &v, &out, &lse, &schedule, &tables, &mut delta, &mut dq, &mut dk,
+            &mut dv,
         )?;
         Ok(Found {
             out: gpu.downloaded(&out)?,
@@ -199,14 +199,14 @@ fn check_decode(case: &Case, seed: u64) {
     let (heads, n) = (&case.heads, case.layout.rows());
     let gpu = gpu(seed);
     let last = (n - 1) * heads.query_width()..n * heads.query_width();
-    let found = run_decode(&DECODE, &gpu, case).unwrap_or_else(|error| panic!("{error}"));
+    let found = run_decode(&gpu, case).unwrap_or_else(|error| panic!("{error}"));
     let plain = case.reference::<f32>(|x| bf16::from_f32(x).to_f32());
     let exact = case.reference::<f64>(|x| x);
     let name = format!("decode {n} {heads:?} window {:?}", case.window);
     assert_accurate_bf16(&name, &found, &round(&plain.out[last.clone()]), &exact.out[last]);
 }
 
-fn run_decode(source: &'static Source, gpu: &Gpu, case: &Case) -> Result<Vec<bf16>> {
+fn run_decode(gpu: &Gpu, case: &Case) -> Result<Vec<bf16>> {
     let (heads, n, window) = (&case.heads, case.layout.rows(), case.window);
     let q = gpu.uploaded(&case.q[(n - 1) * heads.query_width()..])?;
     // A cache has room for more than is in it.
@@ -217,7 +217,7 @@ fn run_decode(source: &'static Source, gpu: &Gpu, case: &Case) -> Result<Vec<bf1
     let (k, v) = (cache(&case.k)?, cache(&case.v)?);
     let mut partial = gpu.alloc(decode_room(n, heads, window))?;
     let mut out = gpu.alloc(heads.query_width())?;
-    decode_of(source, gpu, &q, &k, &v, n, heads, window, &mut partial, &mut out)?;
+    decode(gpu, &q, &k, &v, n, heads, window, &mut partial, &mut out)?;
     gpu.downloaded(&out)
 }
 
@@ -245,9 +245,9 @@ fn decoding_agrees_with_f64_over_several_parts() {
 fn decoding_has_the_same_bits_in_every_order_of_threads() {
     let heads = Heads { heads: 4, kv_heads: 2, head_dim: 16 };
     let case = Case::new(Layout::new(&[(0, vec![330])]), heads, None);
-    let first = run_decode(&DECODE, &gpu(0), &case).unwrap();
+    let first = run_decode(&gpu(0), &case).unwrap();
     for seed in 1..6 {
-        assert!(run_decode(&DECODE, &gpu(seed), &case).unwrap() == first, "seed {seed}");
+        assert!(run_decode(&gpu(seed), &case).unwrap() == first, "seed {seed}");
     }
 }
 
