@@ -6,15 +6,16 @@
 //   p = p (1 - lr weight_decay) - lr / (1 - beta1^step) · m / (sqrt(v) / sqrt(1 - beta2^step) + eps)
 //   copy = bf16(copy_scale · p)
 //
-// p, grad, m, v are f32; products read `copy`, a bf16 matrix whose rows begin `pitch` elements apart. What lies between a row's
-// end and the next row is not touched.
+// p, grad, m, v are f32; products read `copy`, a bf16 matrix whose rows begin `pitch` elements apart. What lies
+// between a row's end and the next row is not touched.
 //
-// Tensors differ in length from thousands to millions of elements, so the work is cut into pieces of PIECE elements of
-// one tensor: pieces[block] is (tensor, piece of it). A tensor is described by addresses and sizes in `tensors`, written once.
+// Tensors differ in length from thousands to millions of elements, so the work is cut into pieces of PIECE elements
+// of one tensor: pieces[block] is (tensor, piece of it). A tensor is described by addresses and sizes in `tensors`,
+// written once.
 //
-// Every operation is rounded by itself, in the twin's order, so the two give the same bits: __fmul_rn and __fadd_rn are never
-// contracted into a fused multiply-add.
-// Traffic: 28 bytes an element to read and write p, m, v and read grad, and 2 for the copy.
+// Every operation is rounded by itself, in the twin's order, so the two give the same bits: __fmul_rn and __fadd_rn
+// are never contracted into a fused multiply-add. Traffic: 28 bytes an element to read and write p, m, v and read
+// grad, and 2 for the copy.
 #include "device.cuh"
 
 constexpr uint32_t PIECE = 4096;
@@ -29,8 +30,9 @@ struct Tensor {
     float copy_scale;
 };
 
-KERNEL(THREADS) step(const uint64_t* tensors, const uint32_t* pieces, float grad_scale, float decay, float one_minus_beta1,
-                     float beta2, float one_minus_beta2, float sqrt_correction2, float eps, float step_size) {
+KERNEL(THREADS) adamw_step(const uint64_t* tensors, const uint32_t* pieces, float grad_scale, float decay,
+                           float one_minus_beta1, float beta2, float one_minus_beta2, float sqrt_correction2, float eps,
+                           float step_size) {
     const Tensor& it = reinterpret_cast<const Tensor*>(tensors)[pieces[2 * blockIdx.x]];
     uint32_t first = pieces[2 * blockIdx.x + 1] * PIECE, end = min(first + PIECE, it.length);
     for (uint32_t i = first + threadIdx.x; i < end; i += THREADS) {
@@ -57,7 +59,7 @@ DEVICE double block_sum_f64(double x, double* scratch) {
 }
 
 // sums[block] = Σ grad² over the block's piece, in f64.
-KERNEL(THREADS) norm_squared(const uint64_t* tensors, const uint32_t* pieces, double* sums) {
+KERNEL(THREADS) adamw_norm_squared(const uint64_t* tensors, const uint32_t* pieces, double* sums) {
     const Tensor& it = reinterpret_cast<const Tensor*>(tensors)[pieces[2 * blockIdx.x]];
     uint32_t first = pieces[2 * blockIdx.x + 1] * PIECE, end = min(first + PIECE, it.length);
     double sum = 0.0;
@@ -67,7 +69,7 @@ KERNEL(THREADS) norm_squared(const uint64_t* tensors, const uint32_t* pieces, do
 }
 
 // total = Σ sums[0 .. n], by one block.
-KERNEL(THREADS) add_up(const double* sums, uint32_t n, double* total) {
+KERNEL(THREADS) adamw_add_up(const double* sums, uint32_t n, double* total) {
     double sum = 0.0;
     for (uint32_t i = threadIdx.x; i < n; i += THREADS) sum += sums[i];
     sum = block_sum_f64(sum, reinterpret_cast<double*>(dynamic_shared()));

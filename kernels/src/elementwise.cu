@@ -3,12 +3,12 @@
 //   add          x += y                                  [n]
 //   scale_rows   y[t, :] = factors[t] x[t, :]            [rows, width]
 //
-// bf16, computed in f32 and rounded once; factors are f32. Arrays begin at multiples of 16 bytes. Eight elements a thread in
-// one access; what a length that is no multiple of 8 leaves over is taken singly.
-// Traffic: 3 · 2 bytes an element for add, 2 · 2 for scale_rows.
+// bf16, computed in f32 and rounded once; factors are f32. Arrays begin at multiples of 16 bytes. Eight elements a
+// thread in one access; what a length that is no multiple of 8 leaves over is taken singly. Traffic: 3 · 2 bytes an
+// element for add, 2 · 2 for scale_rows.
 #include "tile.cuh"
 
-KERNEL(256) add(bf16* x, const bf16* y, size_t n) {
+KERNEL(256) elementwise_add(bf16* x, const bf16* y, size_t n) {
     size_t i = (size_t(blockIdx.x) * 256 + threadIdx.x) * 8;
     if (i + 8 <= n) {
         float a[8], b[8];
@@ -23,7 +23,7 @@ KERNEL(256) add(bf16* x, const bf16* y, size_t n) {
 }
 
 // One row a block.
-KERNEL(256) scale_rows(const bf16* x, const float* factors, bf16* y, uint32_t width) {
+KERNEL(256) elementwise_scale_rows(const bf16* x, const float* factors, bf16* y, uint32_t width) {
     float factor = factors[blockIdx.x];
     x += size_t(blockIdx.x) * width;
     y += size_t(blockIdx.x) * width;

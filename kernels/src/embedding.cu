@@ -3,9 +3,10 @@
 //   gather    out[t] = table[ids[t]]                                       [T, width] of [V, width]
 //   scatter   out[v] = Σ factors[t] x[t] over all t with ids[t] = v        the way back: [V, width] of [T, width]
 //
-// bf16; gather copies bits, scatter adds in f32 in the order of t and rounds once. Both overwrite all of `out`: a row to
-// which nothing is added becomes zeros. A row is written by one block, so nothing is added atomically: the host has
-// sorted the t by their id, and those of row v are readers[starts[v] .. starts[v + 1]]. `factors` may be null: all are 1.
+// bf16; gather copies bits, scatter adds in f32 in the order of t and rounds once. Both overwrite all of `out`: a row
+// to which nothing is added becomes zeros. A row is written by one block, so nothing is added atomically: the host
+// has sorted the t by their id, and those of row v are readers[starts[v] .. starts[v + 1]]. `factors` may be null:
+// all are 1.
 //
 // A kernel cannot refuse an id; one outside the table makes its row NaN, which no loss overlooks.
 // One row a block; sixteen bytes a thread in one access where the width is a multiple of 8.
@@ -13,7 +14,7 @@
 
 constexpr uint32_t NANS = 0xffffffffu;
 
-KERNEL(128) gather(const bf16* table, const uint32_t* ids, bf16* out, uint32_t width, uint32_t table_rows) {
+KERNEL(128) embedding_gather(const bf16* table, const uint32_t* ids, bf16* out, uint32_t width, uint32_t table_rows) {
     uint32_t id = ids[blockIdx.x];
     bool known = id < table_rows;
     table += known ? size_t(id) * width : 0;
@@ -26,8 +27,8 @@ KERNEL(128) gather(const bf16* table, const uint32_t* ids, bf16* out, uint32_t w
     }
 }
 
-KERNEL(128) scatter(const bf16* x, const uint32_t* starts, const uint32_t* readers, const float* factors, bf16* out,
-                    uint32_t width) {
+KERNEL(128) embedding_scatter(const bf16* x, const uint32_t* starts, const uint32_t* readers, const float* factors,
+                              bf16* out, uint32_t width) {
     uint32_t first = starts[blockIdx.x], end = starts[blockIdx.x + 1];
     out += size_t(blockIdx.x) * width;
     if (width % 8 == 0) {

@@ -5,22 +5,25 @@
 //   g_t[v]   = dlogp_t / dlogits_t[v] = [v = y_t] - p_tv
 //   dlogp_t / dh_t = g_t W + (g_t B) A          two products like those of any linear layer's way back (matmul.cu)
 //
-// `logits` computes a tile [TILE_M tokens, TILE_N entries] of the logits in registers, as `nt` of matmul.cu does, and
-// leaves of it, for each token and each strip of 64 entries (what one warp holds): the largest logit and Σ e^(logit - largest).
-// The owner of the target's entry notes its logit. With `weights` it also leaves e^(logit - largest of the strip) in bf16.
-// `combine` goes through a token's strips in a fixed order: logp, and ln Σ e^logit.
-// `gradients` turns weights into g in place: -weight · e^(largest of the strip - ln Σ e^logit), and at the target
-// 1 - p = -expm1(logp), from f32: for a nearly certain token the difference of two bf16 would have no digit left.
+// logprob_logits     computes a tile [TILE_M tokens, TILE_N entries] of the logits in registers, as `nt` of matmul.cu does,
+//                    and leaves of it, for each token and each strip of 64 entries (what one warp holds), the largest
+//                    logit and Σ e^(logit - largest). Whoever holds the target's entry notes its logit. With `weights`
+//                    it also leaves e^(logit - largest of the strip), in bf16.
+// logprob_combine    goes through a token's strips in a fixed order: logp, and ln Σ e^logit.
+// logprob_gradients  turns weights into g in place: -weight · e^(largest of the strip - ln Σ e^logit), and at the target
+//                    1 - p = -expm1(logp), from f32: of a nearly certain token, the difference of two bf16 would have
+//                    no digit left.
 //
-// Why weights and not logits lie in memory: a logit of 20 in bf16 is wrong by 1/16 and its probability by 6 %; a weight is wrong
-// by 2⁻⁹ whatever the logit. Why they lie there at all, when the logits could be computed again once ln Σ is known: that is a
-// third product with the vocabulary, 2 H flops an entry, against writing, rewriting and reading 2 bytes of it. With
-// H = 4096 a GPU of 400 TFLOP/s and 3 TB/s needs 20 ps against 2.7. The host takes a bounded number of tokens
-// at a time (Chunk), over the whole vocabulary, so that the product g W sums in registers and is rounded once.
+// Why weights and not logits lie in memory: a logit of 20 in bf16 is wrong by 1/16 and its probability by 6 %; a
+// weight is wrong by 2⁻⁹ whatever the logit. Why they lie there at all, when the logits could be computed again once
+// ln Σ is known: that is a third product with the vocabulary, 2 H flops an entry, against writing, rewriting and
+// reading 2 bytes of it. With H = 4096 a GPU of 400 TFLOP/s and 3 TB/s needs 20 ps against 2.7. The host takes a
+// bounded number of tokens at a time (Head::tokens), over the whole vocabulary, so that the product g W sums in registers
+// and is rounded once.
 //
-// Sums are cut at the same entries whatever the number of tokens and wherever in a tile a token lies: its log-prob has the same bits in any
-// company. Without `weights` nothing else changes, so the reference pass and the policy's give the same bits, and
-// B = 0 adds exact zeros.
+// Sums are cut at the same entries whatever the number of tokens and wherever in a tile a token lies: its log-prob
+// has the same bits in any company. Without `weights` nothing else changes, so the reference pass and the policy's
+// give the same bits, and B = 0 adds exact zeros.
 #include "product.cuh"
 
 constexpr float LOG2_E = 1.4426950408889634f;
@@ -39,16 +42,18 @@ DEVICE float quad_sum(float x) {
 }
 
 // h [tokens, hidden], w [vocab, hidden], s [tokens, rank], b [vocab, rank]; `rank` 0: no adapter.
-// strips [tokens, ⌈vocab / 64⌉, 2], target_logits [tokens]; weights [tokens, pitch] with zeros from `vocab` on, or null.
-KERNEL(THREADS) logits(const bf16* h, const bf16* w, int hidden, const bf16* s, const bf16* b, int rank,
-                       const uint32_t* targets, float* strips, float* target_logits, bf16* weights, int tokens, int vocab,
-                       int pitch) {
+// strips [tokens, ⌈vocab / 64⌉, 2], target_logits [tokens]; weights [tokens, pitch] with zeros from `vocab` on, or
+// null.
+KERNEL(THREADS) logprob_logits(const bf16* h, const bf16* w, int hidden, const bf16* s, const bf16* b, int rank,
+                               const uint32_t* targets, float* strips, float* target_logits, bf16* weights, int tokens,
+                               int vocab, int pitch) {
     Corner corner = corner_of(blockIdx.x, tokens, vocab);
     float sums[DOWN][ACROSS][4] = {};
     sum_products<true>(dynamic_shared(), corner, {h, w, hidden}, {s, b, rank}, tokens, vocab, sums);
 
-    int lane = lane_index(), first_row = corner.row + warp_index() / WARPS_N * WARP_M + lane / 4;
-    int strip = corner.column / STRIP + warp_index() % WARPS_N, strip_count = divide_up(vocab, STRIP);
+    Corner part = corner_of_warp();
+    int lane = lane_index(), first_row = corner.row + part.row + lane / 4;
+    int strip = (corner.column + part.column) / STRIP, strip_count = divide_up(vocab, STRIP);
     int first_column = strip * STRIP + lane % 4 * 2;
 #pragma unroll
     for (int i = 0; i < DOWN; i++)
@@ -81,7 +86,7 @@ KERNEL(THREADS) logits(const bf16* h, const bf16* w, int hidden, const bf16* s, 
             }
             sum = quad_sum(sum);
             if (lane % 4 == 0 && row < tokens && strip < strip_count)
-                *reinterpret_cast<float2*>(strips + (size_t(row) * strip_count + strip) * 2) = make_float2(largest, sum);
+                reinterpret_cast<float2*>(strips)[size_t(row) * strip_count + strip] = make_float2(largest, sum);
         }
 }
 
@@ -93,8 +98,8 @@ DEVICE float2 together(float2 a, float2 b) {
 }
 
 // logp, lse [tokens]: a warp a token.
-KERNEL(128) combine(const float* strips, const float* target_logits, const uint32_t* targets, float* logp, float* lse,
-                    int tokens, int vocab) {
+KERNEL(128) logprob_combine(const float* strips, const float* target_logits, const uint32_t* targets, float* logp,
+                            float* lse, int tokens, int vocab) {
     int row = int(blockIdx.x) * 4 + warp_index(), lane = lane_index();
     if (row >= tokens) return;
     int strip_count = divide_up(vocab, STRIP);
@@ -115,11 +120,12 @@ KERNEL(128) combine(const float* strips, const float* target_logits, const uint3
 }
 
 // weights [tokens, pitch] → dlogp · g in place; `dlogp` [tokens], or null for 1. A block a token.
-KERNEL(256) gradients(bf16* weights, const float* strips, const float* lse, const float* logp, const uint32_t* targets,
-                      const float* dlogp, int vocab, int pitch) {
+KERNEL(256) logprob_gradients(bf16* weights, const float* strips, const float* lse, const float* logp,
+                              const uint32_t* targets, const float* dlogp, int vocab, int pitch) {
     size_t row = blockIdx.x;
     int target = int(targets[row]), strip_count = divide_up(vocab, STRIP);
     float factor = dlogp ? dlogp[row] : 1.0f, total = lse[row];
+    float of_target = -factor * expm1f(logp[row]);
     for (int column = int(threadIdx.x) * 8; column < pitch; column += 256 * 8) {
         float largest = strips[(row * strip_count + column / STRIP) * 2];
         float scale = -factor * exp2_fast((largest - total) * LOG2_E), values[8];
@@ -127,7 +133,7 @@ KERNEL(256) gradients(bf16* weights, const float* strips, const float* lse, cons
         unpack8(load16(at), values);
 #pragma unroll
         for (int i = 0; i < 8; i++)
-            values[i] = column + i == target ? -factor * expm1f(logp[row]) : scale * values[i];
+            values[i] = column + i == target ? of_target : scale * values[i];
         store16(at, pack8(values));
     }
 }

@@ -8,103 +8,18 @@
 // writing the output once more. `nt` has `right` stored [columns, depth], `nn` [depth, columns]: the same
 // weight serves both, nobody needs a transposed copy.
 //
-// A block makes one tile [TILE_M, TILE_N] of the output, a warp [WARP_M, WARP_N] of it:
+// The sums come from product.cuh, where the tiling is. They then take the place of the ring in shared memory,
+// [TILE_M, TILE_N] in f32, because the fragments of `mma` would read and write global memory in pieces of 4 bytes.
 //
-//     ┌ ring in shared memory: STAGES stages, each with a slice of TILE_K of the depth
-//     │   left   [TILE_M, TILE_K]
-//     │   right  [TILE_N, TILE_K] (nt) or [TILE_K, TILE_N] (nn)
-//     └ afterwards the same bytes hold the tile of sums [TILE_M, TILE_N] in f32
-//
-// Copies run STAGES - 1 slices ahead of the tensor cores. One barrier a slice is enough: after it everybody sees the
-// slice that has landed, and nobody still reads the one before, whose place the next copies take. Chunks of 16
-// bytes are swizzled (`swizzled`), so that neither copies nor ldmatrix meet in a bank. The finished sums go through
-// shared memory because the fragments of `mma` would read and write global memory in pieces of 4 bytes.
-//
-// What each element is, and in which order it is summed, depends neither on the size of the tile nor on where in
-// it the element lies: a row has the same bits in any company. With b = 0 an adapter adds exact zeros to sums that
-// are never -0, so a fresh adapter and none give the same bits.
-//
-// Blocks that run together take a group of GROUP rows of tiles, so that their factors meet in the level 2 cache.
-//
-// Constants from outside: TILE_M, TILE_N, TILE_K, WARPS_M, WARPS_N, STAGES.
-#include "device.cuh"
-#include "tile.cuh"
+// Constants from outside: those of product.cuh.
+#include "product.cuh"
 
-constexpr int THREADS = WARPS_M * WARPS_N * WARP;
-constexpr int WARP_M = TILE_M / WARPS_M;
-constexpr int WARP_N = TILE_N / WARPS_N;
-// Fragments of a warp's tile, down and across.
-constexpr int DOWN = WARP_M / 16;
-constexpr int ACROSS = WARP_N / 8;
-constexpr int GROUP = 8;
-
-constexpr int LEFT_BYTES = TILE_M * TILE_K * sizeof(bf16);
-constexpr int STAGE_BYTES = LEFT_BYTES + TILE_N * TILE_K * sizeof(bf16);
-
-static_assert(WARP_M % 16 == 0 && WARP_N % 16 == 0 && TILE_K % 16 == 0, "a warp's tile is made of fragments");
 static_assert(TILE_M * TILE_N * sizeof(float) <= STAGES * STAGE_BYTES, "the sums take the place of the ring");
 
-// left [rows, depth] and right: [columns, depth] (nt) or [depth, columns] (nn).
-struct Factors {
-    const bf16* left;
-    const bf16* right;
-    int depth;
-};
-
-// The first row and column of a block's tile.
-struct Corner {
-    int row, column;
-};
-
-DEVICE Corner corner_of(int block, int rows, int columns) {
-    int down = divide_up(rows, TILE_M), across = divide_up(columns, TILE_N);
-    int first = block / (GROUP * across) * GROUP;
-    int height = min(down - first, GROUP);
-    int inside = block % (GROUP * across);
-    return {(first + inside % height) * TILE_M, inside / height * TILE_N};
-}
-
-template <bool TRANSPOSED>
-DEVICE void load_slice(unsigned char* stage, const Factors& factors, Corner corner, int rows, int columns, int k) {
-    int depth = factors.depth;
-    unsigned char* right = stage + LEFT_BYTES;
-    load_tile<TILE_M, TILE_K, THREADS>(stage, factors.left, depth, corner.row, rows, k, depth);
-    if (TRANSPOSED) load_tile<TILE_N, TILE_K, THREADS>(right, factors.right, depth, corner.column, columns, k, depth);
-    else load_tile<TILE_K, TILE_N, THREADS>(right, factors.right, columns, k, depth, corner.column, columns);
-}
-
-// Adds a slice's products to the sums of the warp's tile at `row`, `column` of the block's.
-template <bool TRANSPOSED>
-DEVICE void multiply_slice(const unsigned char* stage, int row, int column, float (&sums)[DOWN][ACROSS][4]) {
-    const unsigned char* right_tile = stage + LEFT_BYTES;
-    int lane = lane_index();
-#pragma unroll
-    for (int k = 0; k < TILE_K; k += 16) {
-        uint32_t left[DOWN][4], right[ACROSS][2];
-#pragma unroll
-        for (int i = 0; i < DOWN; i++)
-            ldmatrix_x4(left[i], stage + swizzled<TILE_K / 8>(row + 16 * i + lane % 16, k / 8 + lane / 16));
-#pragma unroll
-        for (int j = 0; j < ACROSS; j += 2) {
-            uint32_t pair[4];
-            int at = column + 8 * j;
-            if (TRANSPOSED)
-                ldmatrix_x4(pair, right_tile + swizzled<TILE_K / 8>(at + lane / 16 * 8 + lane % 8, k / 8 + lane / 8 % 2));
-            else
-                ldmatrix_x4_transposed(pair, right_tile + swizzled<TILE_N / 8>(k + lane % 16, at / 8 + lane / 16));
-            right[j][0] = pair[0], right[j][1] = pair[1];
-            right[j + 1][0] = pair[2], right[j + 1][1] = pair[3];
-        }
-#pragma unroll
-        for (int i = 0; i < DOWN; i++)
-#pragma unroll
-            for (int j = 0; j < ACROSS; j++) mma_bf16(sums[i][j], left[i], right[j]);
-    }
-}
-
 // out (+)= sums + bias, through shared memory.
-DEVICE void write_tile(unsigned char* shared, const float (&sums)[DOWN][ACROSS][4], int row, int column, Corner corner,
-                       const bf16* bias, bf16* out, int rows, int columns, bool add) {
+DEVICE void write_tile(unsigned char* shared, const float (&sums)[DOWN][ACROSS][4], Corner corner, const bf16* bias,
+                       bf16* out, int rows, int columns, bool add) {
+    auto [row, column] = corner_of_warp();
     int lane = lane_index();
 #pragma unroll
     for (int i = 0; i < DOWN; i++)
@@ -140,30 +55,11 @@ template <bool TRANSPOSED>
 DEVICE void product(Factors weight, Factors adapter, const bf16* bias, bf16* out, int rows, int columns, bool add) {
     unsigned char* ring = dynamic_shared();
     Corner corner = corner_of(blockIdx.x, rows, columns);
-    int row = warp_index() / WARPS_N * WARP_M, column = warp_index() % WARPS_N * WARP_N;
-    int of_weight = divide_up(weight.depth, TILE_K), slices = of_weight + divide_up(adapter.depth, TILE_K);
-
-    auto load = [&](int slice) {
-        unsigned char* stage = ring + slice % STAGES * STAGE_BYTES;
-        if (slice < of_weight) load_slice<TRANSPOSED>(stage, weight, corner, rows, columns, slice * TILE_K);
-        else if (slice < slices)
-            load_slice<TRANSPOSED>(stage, adapter, corner, rows, columns, (slice - of_weight) * TILE_K);
-        // Also where nothing is left to load: the count of groups is what the wait goes by.
-        copy_async_commit();
-    };
-
     float sums[DOWN][ACROSS][4] = {};
-#pragma unroll
-    for (int slice = 0; slice < STAGES - 1; slice++) load(slice);
-    for (int slice = 0; slice < slices; slice++) {
-        copy_async_wait<STAGES - 2>();
-        __syncthreads();
-        load(slice + STAGES - 1);
-        multiply_slice<TRANSPOSED>(ring + slice % STAGES * STAGE_BYTES, row, column, sums);
-    }
+    sum_products<TRANSPOSED>(ring, corner, weight, adapter, rows, columns, sums);
     // The sums are about to take the place of slices that others may still read.
     __syncthreads();
-    write_tile(ring, sums, row, column, corner, bias, out, rows, columns, add);
+    write_tile(ring, sums, corner, bias, out, rows, columns, add);
 }
 
 // rows, columns: of y; `rank` 0: no adapter; `bias` may be null; `add`: y is added to.

@@ -29,8 +29,8 @@ DEVICE void turn(float& first, float& second, float cosine, float sine) {
 }
 
 // A thread for each of `items` = rows · heads · PIECES.
-KERNEL(256) rotate(bf16* x, const uint32_t* positions, const float* table, uint32_t table_rows, uint32_t heads, uint32_t items,
-                   float direction) {
+KERNEL(256) rope_rotate(bf16* x, const uint32_t* positions, const float* table, uint32_t table_rows, uint32_t heads,
+                        uint32_t items, float direction) {
     uint32_t item = blockIdx.x * 256 + threadIdx.x;
     if (item >= items) return;
     uint32_t head = item / PIECES, first = item % PIECES * PIECE;

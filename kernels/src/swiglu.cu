@@ -1,13 +1,14 @@
-// The gated activation of the feed-forward block (Shazeer 2020, "GLU Variants Improve Transformer"); twin of swiglu.rs.
+// The gated activation of the feed-forward block (Shazeer 2020, "GLU Variants Improve Transformer"); twin of
+// swiglu.rs.
 //
 //   σ = 1 / (1 + e^-gate)
 //   forward    out   = gate σ up
 //   backward   dup   = dout gate σ
 //              dgate = dout up σ (1 + gate (1 - σ))
 //
-// All arrays are [n] bf16, computed in f32 and rounded once, and begin at multiples of 16 bytes; results are overwritten.
-// Eight elements a thread in one access; where n is no multiple of 8, the last thread takes what is left singly.
-// Traffic: 3 · 2 bytes an element forward, 5 · 2 backward.
+// All arrays are [n] bf16, computed in f32 and rounded once, and begin at multiples of 16 bytes; results are
+// overwritten. Eight elements a thread in one access; where n is no multiple of 8, the last thread takes what is left
+// singly. Traffic: 3 · 2 bytes an element forward, 5 · 2 backward.
 #include "tile.cuh"
 
 constexpr float LOG2_E = 1.4426950408889634f;
@@ -30,7 +31,7 @@ DEVICE float2 slopes(float dout, float gate, float up) {
     return make_float2(dout * up * (it.sigma + it.silu * (1.0f - it.sigma)), dout * it.silu);
 }
 
-KERNEL(256) forward(const bf16* gate, const bf16* up, bf16* out, size_t n) {
+KERNEL(256) swiglu_forward(const bf16* gate, const bf16* up, bf16* out, size_t n) {
     size_t i = (size_t(blockIdx.x) * 256 + threadIdx.x) * 8;
     if (i + 8 <= n) {
         float g[8], u[8], o[8];
@@ -44,7 +45,7 @@ KERNEL(256) forward(const bf16* gate, const bf16* up, bf16* out, size_t n) {
     for (; i < n; i++) out[i] = to_bf16(activated(to_float(gate[i]), to_float(up[i])));
 }
 
-KERNEL(256) backward(const bf16* dout, const bf16* gate, const bf16* up, bf16* dgate, bf16* dup, size_t n) {
+KERNEL(256) swiglu_backward(const bf16* dout, const bf16* gate, const bf16* up, bf16* dgate, bf16* dup, size_t n) {
     size_t i = (size_t(blockIdx.x) * 256 + threadIdx.x) * 8;
     if (i + 8 <= n) {
         float d[8], g[8], u[8];

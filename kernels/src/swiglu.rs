@@ -81,7 +81,11 @@ mod tests {
         gate.iter().zip(up).map(|(g, u)| silu(*g) * *u).collect()
     }
 
-    pub(super) fn reference_backward<R: Real>(dout: &[R], gate: &[R], up: &[R]) -> (Vec<R>, Vec<R>) {
+    pub(super) fn reference_backward<R: Real>(
+        dout: &[R],
+        gate: &[R],
+        up: &[R],
+    ) -> (Vec<R>, Vec<R>) {
         let one = R::of(1.0);
         let each = (0..dout.len()).map(|i| {
             let sigma = one / (one + (-gate[i]).exp());

@@ -5,8 +5,8 @@ use crate::cuda::{Fault, Gpu};
 use half::bf16;
 use rand::{Rng, RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ops::{Add, AddAssign, Div, Mul, Neg, Sub};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 
 /// A float in which a reference can be written once and evaluated in `f32` and in `f64`.
 pub(crate) trait Real:
@@ -109,8 +109,8 @@ pub(crate) fn fails(check: impl FnOnce()) -> bool {
 /// Seeds for orders in which a kernel's threads run: in turn, and three that are drawn.
 pub(crate) const SEEDS: [u64; 4] = [0, 1, 2, 3];
 
-/// `check` passes, and panics in some order of threads when in one of `faults`, (file, right, wrong), what is right
-/// is replaced by what is wrong.
+/// `check` passes, and panics in some order of threads when in one of `faults`, (file, right, wrong), what
+/// is right is replaced by what is wrong.
 #[track_caller]
 pub(crate) fn assert_faults_are_caught(
     check: impl Fn(&Gpu),
@@ -123,7 +123,8 @@ pub(crate) fn assert_faults_are_caught(
             let Err(panic) = catch_unwind(AssertUnwindSafe(|| check(&gpu))) else { return false };
             let message = panic.downcast_ref::<String>().map_or("", String::as_str);
             // What is not there, or does not compile, would prove nothing.
-            let proves_nothing = message.ends_with("times, not once") || message.contains(" error: ");
+            let proves_nothing =
+                message.ends_with("times, not once") || message.contains(" error: ");
             assert!(!proves_nothing, "{message}");
             true
         });
@@ -162,9 +163,9 @@ pub(crate) fn assert_accurate(what: &str, actual: &[f32], plain: &[f32], exact: 
     assert!(found <= allowed, "{what}: error {found:e}, allowed {allowed:e}");
 }
 
-/// Right in bf16 means the same, where plainly means: inputs in bf16, arithmetic in f32, the result rounded,
-/// and what else the kernel rounds on its way. Besides the largest error also the mean square counts, which a
-/// loss of precision everywhere cannot hide from behind one unlucky rounding.
+/// Right in bf16 means the same, where plainly means: inputs in bf16, arithmetic in f32, the result
+/// rounded, and what else the kernel rounds on its way. Besides the largest error also the mean square
+/// counts, which a loss of precision everywhere cannot hide from behind one unlucky rounding.
 #[track_caller]
 pub(crate) fn assert_accurate_bf16(what: &str, actual: &[bf16], plain: &[bf16], exact: &[f64]) {
     let (actual, plain) = (widen(actual), widen(plain));

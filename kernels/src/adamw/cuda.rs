@@ -7,9 +7,9 @@ use half::bf16;
 
 static SOURCE: Source =
     Source { name: "adamw.cu", text: include_str!("../adamw.cu"), headers: &[] };
-const STEP: Kernel = Kernel::new(&SOURCE, "step", THREADS);
-const NORM_SQUARED: Kernel = Kernel::new(&SOURCE, "norm_squared", THREADS);
-const ADD_UP: Kernel = Kernel::new(&SOURCE, "add_up", THREADS);
+const STEP: Kernel = Kernel::new(&SOURCE, "adamw_step", THREADS);
+const NORM_SQUARED: Kernel = Kernel::new(&SOURCE, "adamw_norm_squared", THREADS);
+const ADD_UP: Kernel = Kernel::new(&SOURCE, "adamw_add_up", THREADS);
 
 /// Every kernel of this file.
 pub const KERNELS: &[Kernel] = &[STEP, NORM_SQUARED, ADD_UP];
@@ -26,8 +26,8 @@ pub struct Tensor<'a> {
     pub grad: &'a DeviceSlice<f32>,
     pub m: &'a mut DeviceSlice<f32>,
     pub v: &'a mut DeviceSlice<f32>,
-    /// `[rows, pitch]`, or more rows: receives `copy_scale * param` for the products, at the beginning of each row;
-    /// all else in it stays as it is.
+    /// `[rows, pitch]`, or more rows: receives `copy_scale * param` for the products, at the beginning of
+    /// each row; all else in it stays as it is.
     pub copy: &'a mut DeviceSlice<bf16>,
     pub width: usize,
     /// At least `width`.
@@ -109,7 +109,8 @@ impl Tensor<'_> {
         );
         let rows = length / width;
         assert!(copy.len() >= rows * pitch, "adamw: the copy must be [{rows}, {pitch}] or more");
-        let short = |n: usize| u64::from(u32::try_from(n).expect("adamw: a tensor of 2^32 elements"));
+        let short =
+            |n: usize| u64::from(u32::try_from(n).expect("adamw: a tensor of 2^32 elements"));
         [
             param.address(),
             m.address(),
@@ -122,17 +123,12 @@ impl Tensor<'_> {
     }
 }
 
-/// [`super::step`] for all `tensors`, in one launch and with the same bits. Their copies for the products are
-/// written too.
+/// [`super::step`] for all `tensors`, in one launch and with the same bits. Their copies for the products
+/// are written too.
 ///
 /// # Errors
 /// The launch fails, or the device has no memory left for the table.
-pub fn step(
-    gpu: &Gpu,
-    table: &mut Table,
-    tensors: &mut [Tensor],
-    settings: &AdamW,
-) -> Result<()> {
+pub fn step(gpu: &Gpu, table: &mut Table, tensors: &mut [Tensor], settings: &AdamW) -> Result<()> {
     let by = Factors::of(settings);
     let Some(OnDevice { tensors, pieces, blocks: count, .. }) = table.of(gpu, tensors)? else {
         return Ok(());

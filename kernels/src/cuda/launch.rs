@@ -23,7 +23,16 @@ pub enum Type {
 
 impl Type {
     pub(super) fn of_number(number: u8) -> Self {
-        let all = [Self::Bf16, Self::F32, Self::I32, Self::U32, Self::I64, Self::U64, Self::U8, Self::F64];
+        let all = [
+            Self::Bf16,
+            Self::F32,
+            Self::I32,
+            Self::U32,
+            Self::I64,
+            Self::U64,
+            Self::U8,
+            Self::F64,
+        ];
         all.into_iter().find(|t| *t as u8 == number).unwrap_or(Self::Any)
     }
 }

@@ -48,10 +48,18 @@ use std::sync::Arc;
 
 /// Every kernel of every op, for what has to be done with all: compiling them, checking their registers.
 pub const KERNELS: &[&[Kernel]] = &[
+pub const KERNELS: &[&[Kernel]] = &[
     &crate::attention::cuda::KERNELS,
+    crate::adamw::cuda::KERNELS,
+    crate::elementwise::cuda::KERNELS,
+    crate::embedding::cuda::KERNELS,
+    crate::logprob::cuda::KERNELS,
+];
     &crate::matmul::cuda::KERNELS,
     &crate::matmul::cuda::adapter::KERNELS,
     &crate::rmsnorm::cuda::KERNELS,
+    crate::rope::cuda::KERNELS,
+    crate::swiglu::cuda::KERNELS,
 ];
 
 /// A device. A clone is the same one.
@@ -288,7 +296,10 @@ unsafe fn copy(from: *const u8, to: *mut u8, bytes: usize) {
 /// Blocks of `each` items for `items` of them, as a grid counts them.
 pub(crate) fn blocks(items: usize, each: usize) -> u32 {
     let blocks = items.div_ceil(each);
-    assert!(blocks <= i32::MAX as usize, "a grid of {blocks} blocks, a device has at most 2^31 - 1");
+    assert!(
+        blocks <= i32::MAX as usize,
+        "a grid of {blocks} blocks, a device has at most 2^31 - 1"
+    );
     blocks as u32
 }
 

@@ -6,8 +6,8 @@ use half::bf16;
 
 static SOURCE: Source =
     Source { name: "elementwise.cu", text: include_str!("../elementwise.cu"), headers: &[TILE] };
-const ADD: Kernel = Kernel::new(&SOURCE, "add", 256);
-const SCALE_ROWS: Kernel = Kernel::new(&SOURCE, "scale_rows", 256);
+const ADD: Kernel = Kernel::new(&SOURCE, "elementwise_add", 256);
+const SCALE_ROWS: Kernel = Kernel::new(&SOURCE, "elementwise_scale_rows", 256);
 
 /// Every kernel of this file.
 pub const KERNELS: &[Kernel] = &[ADD, SCALE_ROWS];

@@ -8,8 +8,8 @@ use half::bf16;
 
 static SOURCE: Source =
     Source { name: "embedding.cu", text: include_str!("../embedding.cu"), headers: &[TILE] };
-const GATHER: Kernel = Kernel::new(&SOURCE, "gather", 128);
-const SCATTER: Kernel = Kernel::new(&SOURCE, "scatter", 128);
+const GATHER: Kernel = Kernel::new(&SOURCE, "embedding_gather", 128);
+const SCATTER: Kernel = Kernel::new(&SOURCE, "embedding_scatter", 128);
 
 /// Every kernel of this file.
 pub const KERNELS: &[Kernel] = &[GATHER, SCATTER];

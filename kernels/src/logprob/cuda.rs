@@ -9,12 +9,14 @@ use crate::cuda::{
 use crate::matmul::cuda::adapter::{
     self, add_to_gradient_of_a, add_to_gradient_of_b, workspace_of_a, workspace_of_b,
 };
-use crate::matmul::cuda::{Adapter, nn, nt};
+use crate::matmul::cuda::{Adapter, PRODUCT_HEADER, few, nn, nt};
 use half::bf16;
 
-const PRODUCT: (&str, &str) = ("product.cuh", include_str!("../cuda/product.cuh"));
-static SOURCE: Source =
-    Source { name: "logprob.cu", text: include_str!("../logprob.cu"), headers: &[TILE, PRODUCT] };
+static SOURCE: Source = Source {
+    name: "logprob.cu",
+    text: include_str!("../logprob.cu"),
+    headers: &[TILE, PRODUCT_HEADER],
+};
 
 /// Tokens and entries of a block's tile, depth and number of the slices in shared memory. Two such blocks
 /// fit in an SM, so that one's softmax runs beside the other's products.
@@ -35,9 +37,9 @@ const fn kernel(name: &'static str, threads: u32) -> Kernel {
         .define("WARPS_N", 2)
         .define("STAGES", STAGES as i64)
 }
-const LOGITS: Kernel = kernel("logits", 128);
-const COMBINE: Kernel = kernel("combine", 128);
-const GRADIENTS: Kernel = kernel("gradients", 256);
+const LOGITS: Kernel = kernel("logprob_logits", 128);
+const COMBINE: Kernel = kernel("logprob_combine", 128);
+const GRADIENTS: Kernel = kernel("logprob_gradients", 256);
 
 /// Every kernel of this file.
 pub const KERNELS: &[Kernel] = &[LOGITS, COMBINE, GRADIENTS];
@@ -58,8 +60,8 @@ pub struct Head<'a> {
     pub hidden: usize,
     /// What is added to W, if anything.
     pub adapter: Option<LowRank<'a>>,
-    /// Most tokens at a time. More cost memory, 2 bytes for each entry of the vocabulary; fewer leave multiprocessors
-    /// idle. It changes no bit.
+    /// Most tokens at a time. More cost memory, 2 bytes for each entry of the vocabulary; fewer leave
+    /// multiprocessors idle. It changes no bit.
     pub tokens: usize,
 }
 
@@ -134,9 +136,35 @@ pub fn forward_with_gradient(
     Ok(())
 }
 
+/// [`super::forward_logits`] in bf16: `logits = W h` for `hidden`: `[N, H]`, in one piece: for generation,
+/// where N is small. Overwrites `logits`: `[N, P]`, of which V entries of a row are logits.
+///
+/// # Errors
+/// As [`forward`].
+pub fn forward_logits(
+    gpu: &Gpu,
+    arena: &Arena,
+    hidden: &DeviceSlice<bf16>,
+    head: &Head,
+    logits: &mut DeviceSlice<bf16>,
+) -> Result<()> {
+    head.assert_valid();
+    let (width, entries) = (head.hidden, padded(head.vocab));
+    let n = hidden.len() / width;
+    assert_eq!(hidden.len(), n * width, "logprob: hidden must be [N, {width}]");
+    assert_eq!(logits.len(), n * entries, "logprob: logits must be [{n}, {entries}]");
+    let Some(LowRank { a, b, rank, .. }) = head.adapter else {
+        return few(gpu, hidden, head.weight, logits, n, width, entries, 0.0, None, None);
+    };
+    let mut low = arena.take(n * adapter::padded(rank))?;
+    few(gpu, hidden, a, &mut low, n, width, adapter::padded(rank), 0.0, None, None)?;
+    let part = Some(Adapter { left: &low, right: b, rank });
+    few(gpu, hidden, head.weight, logits, n, width, entries, 0.0, None, part)
+}
+
 /// [`super::adapter_backward`] in bf16: the adapter's gradients, from the loss's `dlogp`: `[N]`. The logits
-/// are computed once more. Accumulates into `da`: `[r, H]` and `db`: `[P, r]`, both f32; what follows the V rows of `db`
-/// stays as it is. The head must have an adapter.
+/// are computed once more. Accumulates into `da`: `[r, H]` and `db`: `[P, r]`, both f32; what follows the V
+/// rows of `db` stays as it is. The head must have an adapter.
 ///
 /// # Errors
 /// As [`forward`].
@@ -231,14 +259,13 @@ impl Head<'_> {
             padded(vocab) as i32,
         ];
         gpu.launch(&LOGITS, [blocks(tiles, 1), 1, 1], SHARED_BYTES as u32, args)?;
-        let args =
-            args![&strips, &target_logits, targets, logp, &mut lse, m as i32, vocab as i32];
+        let args = args![&strips, &target_logits, targets, logp, &mut lse, m as i32, vocab as i32];
         gpu.launch(&COMBINE, [blocks(m, 4), 1, 1], 0, args)?;
         Ok(Softmax { strips, lse, low })
     }
 
-    /// [`Self::log_probs`], and `dlogp dlogp_t / dlogits_t`: `[m, P]` with zeros after V entries, `dlogp` being 1
-    /// where it is `None`; and what the softmax has of an adapter.
+    /// [`Self::log_probs`], and `dlogp dlogp_t / dlogits_t`: `[m, P]` with zeros after V entries, `dlogp`
+    /// being 1 where it is `None`; and what the softmax has of an adapter.
     fn logit_gradients(
         &self,
         gpu: &Gpu,
@@ -271,7 +298,15 @@ impl Head<'_> {
         targets: &DeviceSlice<u32>,
         per_token: &DeviceSlice<f32>,
     ) {
-        let (n, width, entries) = (targets.len(), self.hidden, padded(self.vocab));
+        self.assert_valid();
+        let (n, width) = (targets.len(), self.hidden);
+        assert_eq!(hidden.len(), n * width, "logprob: hidden must be [{n}, {width}]");
+        assert_eq!(per_token.len(), n, "logprob: logp and dlogp must be [{n}]");
+        assert_aligned("logprob", [hidden]);
+    }
+
+    fn assert_valid(&self) {
+        let (width, entries) = (self.hidden, padded(self.vocab));
         assert!(self.vocab > 0 && width > 0 && self.tokens > 0, "logprob: an empty head");
         assert!(
             width.is_multiple_of(8),
@@ -279,9 +314,7 @@ impl Head<'_> {
         );
         assert!(entries * 2 <= i32::MAX as usize, "logprob: a vocabulary of {entries}");
         assert_eq!(self.weight.len(), entries * width, "logprob: W must be [{entries}, {width}]");
-        assert_eq!(hidden.len(), n * width, "logprob: hidden must be [{n}, {width}]");
-        assert_eq!(per_token.len(), n, "logprob: logp and dlogp must be [{n}]");
-        assert_aligned("logprob", [self.weight, hidden]);
+        assert_aligned("logprob", [self.weight]);
         if let Some(LowRank { a, b, rank, .. }) = self.adapter {
             let rank = adapter::padded(rank);
             assert_eq!(a.len(), rank * width, "logprob: A must be [{rank}, {width}]");

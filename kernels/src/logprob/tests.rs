@@ -113,7 +113,7 @@ impl Case {
 }
 
 pub(super) struct Reference<R> {
-    logits: Vec<R>,
+    pub logits: Vec<R>,
     pub logp: Vec<R>,
     pub unit_grad: Vec<R>,
     pub da: Vec<R>,

@@ -22,17 +22,18 @@ mod faults;
 mod tests;
 
 use crate::args;
-use crate::cuda::{DeviceSlice, Gpu, Kernel, Result, Source};
+use crate::cuda::{DeviceSlice, Gpu, Kernel, Result, Source, TILE};
 use half::bf16;
 
 pub use adapter::Adapter;
 
-pub(super) use crate::cuda::TILE as TILE_HEADER;
-
-static PRODUCT: Source =
-    Source { name: "matmul.cu", text: include_str!("../matmul.cu"), headers: &[TILE_HEADER] };
-static FEW: Source =
-    Source { name: "few.cu", text: include_str!("few.cu"), headers: &[TILE_HEADER] };
+pub(crate) const PRODUCT_HEADER: (&str, &str) = ("product.cuh", include_str!("product.cuh"));
+static PRODUCT: Source = Source {
+    name: "matmul.cu",
+    text: include_str!("../matmul.cu"),
+    headers: &[TILE, PRODUCT_HEADER],
+};
+static FEW: Source = Source { name: "few.cu", text: include_str!("few.cu"), headers: &[TILE] };
 
 /// How a product is cut up.
 #[derive(Clone, Copy, Debug)]

@@ -7,10 +7,11 @@ use crate::cuda::{
 };
 use half::bf16;
 
-static SOURCE: Source = Source { name: "rope.cu", text: include_str!("../rope.cu"), headers: &[TILE] };
+static SOURCE: Source =
+    Source { name: "rope.cu", text: include_str!("../rope.cu"), headers: &[TILE] };
 
 const fn rotate(head_dim: usize) -> Kernel {
-    Kernel::new(&SOURCE, "rotate", 256).define("HEAD_DIM", head_dim as i64)
+    Kernel::new(&SOURCE, "rope_rotate", 256).define("HEAD_DIM", head_dim as i64)
 }
 
 /// The kernel for the head widths of usual models, and for one that is odd.
@@ -86,15 +87,8 @@ fn turn(
     let piece = if (head_dim / 2).is_multiple_of(8) { 8 } else { 1 };
     let items = rows * heads * (head_dim / 2 / piece);
     let count = u32::try_from(items).expect("rope: a batch of more than 2^32 pieces");
-    let args = args![
-        x,
-        positions,
-        &table.angles,
-        table.positions as u32,
-        heads as u32,
-        count,
-        direction
-    ];
+    let args =
+        args![x, positions, &table.angles, table.positions as u32, heads as u32, count, direction];
     gpu.launch(&rotate(head_dim), [blocks(items, 256), 1, 1], 0, args)
 }
 

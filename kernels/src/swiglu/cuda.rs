@@ -6,8 +6,8 @@ use half::bf16;
 
 static SOURCE: Source =
     Source { name: "swiglu.cu", text: include_str!("../swiglu.cu"), headers: &[TILE] };
-const FORWARD: Kernel = Kernel::new(&SOURCE, "forward", 256);
-const BACKWARD: Kernel = Kernel::new(&SOURCE, "backward", 256);
+const FORWARD: Kernel = Kernel::new(&SOURCE, "swiglu_forward", 256);
+const BACKWARD: Kernel = Kernel::new(&SOURCE, "swiglu_backward", 256);
 
 /// Every kernel of this file.
 pub const KERNELS: &[Kernel] = &[FORWARD, BACKWARD];

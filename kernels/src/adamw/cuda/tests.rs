@@ -139,15 +139,26 @@ fn a_copy_that_is_too_small_is_refused() {
 #[test]
 fn planted_faults_are_caught() {
     let faults = [
-        ("adamw.cu", "m = __fadd_rn(m, __fmul_rn(one_minus_beta1", "m = __fadd_rn(0.0f, __fmul_rn(one_minus_beta1"),
+        (
+            "adamw.cu",
+            "m = __fadd_rn(m, __fmul_rn(one_minus_beta1",
+            "m = __fadd_rn(0.0f, __fmul_rn(one_minus_beta1",
+        ),
         ("adamw.cu", "* it.pitch + i % it.width", "* it.width + i % it.width"),
         ("adamw.cu", "it.v[i] = v;", ""),
-        ("adamw.cu", "x += __shfl_xor_sync(ALL_LANES, x, distance);\n    if", "x = __shfl_xor_sync(ALL_LANES, x, distance);\n    if"),
+        (
+            "adamw.cu",
+            "x += __shfl_xor_sync(ALL_LANES, x, distance);\n    if",
+            "x = __shfl_xor_sync(ALL_LANES, x, distance);\n    if",
+        ),
         ("adamw.cu", "    __syncthreads();\n    double sum", "    double sum"),
         ("adamw.cu", "i < n; i += THREADS", "i + 1 < n; i += THREADS"),
     ];
-    assert_faults_are_caught(|gpu| {
+    assert_faults_are_caught(
+        |gpu| {
             check_steps(gpu);
             check_norm(gpu);
-        }, &faults);
+        },
+        &faults,
+    );
 }

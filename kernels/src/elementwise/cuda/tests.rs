@@ -7,8 +7,7 @@ fn check_add(gpu: &Gpu, n: usize) {
     let mut sum = gpu.uploaded(&x).unwrap();
     add(gpu, &mut sum, &gpu.uploaded(&y).unwrap()).unwrap_or_else(|error| panic!("{error}"));
     let pairs = x.iter().zip(&y);
-    let expected: Vec<bf16> =
-        pairs.map(|(x, y)| bf16::from_f32(x.to_f32() + y.to_f32())).collect();
+    let expected: Vec<bf16> = pairs.map(|(x, y)| bf16::from_f32(x.to_f32() + y.to_f32())).collect();
     assert_eq!(gpu.downloaded(&sum).unwrap(), expected);
 }
 

@@ -24,7 +24,8 @@ fn check_scatter(gpu: &Gpu, vocab: usize, width: usize, rows: usize) {
     for factors in [None, Some(&some)] {
         let mut out = gpu.alloc(vocab * width).unwrap();
         let on_device = factors.map(|_| &on_factors[..]);
-        scatter(gpu, &on_x, &readers, on_device, &mut out).unwrap_or_else(|error| panic!("{error}"));
+        scatter(gpu, &on_x, &readers, on_device, &mut out)
+            .unwrap_or_else(|error| panic!("{error}"));
         let (mut exact, mut plain) = (vec![0.0f64; vocab * width], vec![0.0f32; vocab * width]);
         for (t, id) in ids.iter().enumerate() {
             let factor = factors.map_or(1.0, |factors| factors[t]);
@@ -106,11 +107,22 @@ fn planted_faults_are_caught() {
         ("embedding.cu", "bool known = id < table_rows;", "bool known = id <= table_rows;"),
         ("embedding.cu", "sums[j] += factor * row[j];", "sums[j] = factor * row[j];"),
         ("embedding.cu", "first = starts[blockIdx.x], end", "first = starts[blockIdx.x] + 1, end"),
-        ("embedding.cu", "i < width; i += 128) out[i] = known", "i + 1 < width; i += 128) out[i] = known"),
-        ("embedding.cu", "store16(out + i, pack8(sums));", "if (end > first) store16(out + i, pack8(sums));"),
+        (
+            "embedding.cu",
+            "i < width; i += 128) out[i] = known",
+            "i + 1 < width; i += 128) out[i] = known",
+        ),
+        (
+            "embedding.cu",
+            "store16(out + i, pack8(sums));",
+            "if (end > first) store16(out + i, pack8(sums));",
+        ),
     ];
-    assert_faults_are_caught(|gpu| {
+    assert_faults_are_caught(
+        |gpu| {
             check_all(gpu);
             check_unknown_id(gpu);
-        }, &faults);
+        },
+        &faults,
+    );
 }

@@ -10,16 +10,16 @@
 //! products take a `[R, k]` and scale b `[n, R]` in bf16 with R = [`padded`]`(r)` and zeros beyond r. u and
 //! du are `[m, R]`, with zeros beyond r because a's and b's are.
 
-use super::{MULTIPROCESSORS, TILE_HEADER, assert_multiples_of_8, assert_shapes, nn, short};
+use super::{MULTIPROCESSORS, assert_multiples_of_8, assert_shapes, nn, short};
 use crate::args;
-use crate::cuda::{DeviceSlice, Gpu, Kernel, Result, Source};
+use crate::cuda::{DeviceSlice, Gpu, Kernel, Result, Source, TILE};
 use half::bf16;
 
 #[cfg(test)]
 pub(super) mod tests;
 
 static LOWRANK: Source =
-    Source { name: "lowrank.cu", text: include_str!("../lowrank.cu"), headers: &[TILE_HEADER] };
+    Source { name: "lowrank.cu", text: include_str!("../lowrank.cu"), headers: &[TILE] };
 static PARTIALS: Source =
     Source { name: "partials.cu", text: include_str!("../partials.cu"), headers: &[] };
 

@@ -44,13 +44,11 @@ fn products_are_right(gpu: &Gpu) -> bool {
 }
 
 #[test]
-fn faults_in_the_products_are_caught() {
+fn faults_in_the_sums_are_caught() {
     let step = "copy_async_wait<STAGES - 2>();\n        __syncthreads();\n";
     for fault in [
-        // A barrier each: before a slice is read, before sums take its place, before sums are read.
+        // The barrier before a slice is read.
         (step, "copy_async_wait<STAGES - 2>();\n"),
-        ("still read.\n    __syncthreads();", "still read.\n"),
-        ("    __syncthreads();\n    constexpr int CHUNKS", "    constexpr int CHUNKS"),
         // A wait.
         (step, "copy_async_wait<STAGES - 1>();\n        __syncthreads();\n"),
         ("        copy_async_commit();\n", ""),
@@ -65,16 +63,28 @@ fn faults_in_the_products_are_caught() {
             "right_tile + swizzled<TILE_N / 8>(k + lane % 16, at / 8 + lane / 16)",
             "right_tile + swizzled<TILE_N / 8>(k + lane / 16 * 8 + lane % 8, at / 8 + lane / 8 % 2)",
         ),
+        // Sums.
+        ("(slice - of_weight) * TILE_K", "slice * TILE_K"),
+        ("divide_up(adapter.depth, TILE_K)", "0"),
+        ("inside % height", "inside % GROUP"),
+    ] {
+        assert_caught("product.cuh", fault, products_are_right);
+    }
+}
+
+#[test]
+fn faults_in_the_products_are_caught() {
+    for fault in [
+        // A barrier each: before sums take the place of slices, before sums are read.
+        ("still read.\n    __syncthreads();", "still read.\n"),
+        ("    __syncthreads();\n    constexpr int CHUNKS", "    constexpr int CHUNKS"),
         // Bounds.
         ("out_row >= rows || ", ""),
         (" || out_column >= columns", ""),
         // Sums.
         ("if (add) add_to(values, load16(to));", ""),
         ("if (bias) add_to(values, load16(bias + out_column));", ""),
-        ("(slice - of_weight) * TILE_K", "slice * TILE_K"),
-        ("divide_up(adapter.depth, TILE_K)", "0"),
         ("sums[DOWN][ACROSS][4] = {}", "sums[DOWN][ACROSS][4] = {{{1.0f}}}"),
-        ("inside % height", "inside % GROUP"),
     ] {
         assert_caught("matmul.cu", fault, products_are_right);
     }

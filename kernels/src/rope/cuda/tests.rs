@@ -1,7 +1,8 @@
 use super::super::tests::{frequencies, reference};
 use super::*;
 use crate::testing::{
-    SEEDS, assert_accurate_bf16, assert_faults_are_caught, gpu, random_bf16, random_ids, round, widen,
+    SEEDS, assert_accurate_bf16, assert_faults_are_caught, gpu, random_bf16, random_ids, round,
+    widen,
 };
 
 /// Widths with halves that are and are not multiples of 8.
@@ -88,10 +89,17 @@ fn planted_faults_are_caught() {
         ("rope.cu", "turn(a[i + 1], b[i + 1], two.z", "turn(a[i + 1], b[i + 1], two.x"),
         ("rope.cu", "positions[head / heads]", "positions[head % heads]"),
         ("rope.cu", "store16(at + HALF, pack8(b));", ""),
-        ("rope.cu", "second = second * cosine + first * sine;", "second += second * cosine + first * sine;"),
+        (
+            "rope.cu",
+            "second = second * cosine + first * sine;",
+            "second += second * cosine + first * sine;",
+        ),
     ];
-    assert_faults_are_caught(|gpu| {
+    assert_faults_are_caught(
+        |gpu| {
             check_all(gpu);
             check_unknown_position(gpu);
-        }, &faults);
+        },
+        &faults,
+    );
 }

@@ -48,7 +48,8 @@ fn extreme_gates_stay_finite() {
     let ones = round(&[1.0; 8]);
     let [out, dgate, dup] = run(&gpu(0), &[gate.clone(), ones.clone(), ones]).unwrap();
     for i in 0..6 {
-        let (value, slope) = if gate[i].to_f32() < 0.0 { (0.0, 0.0) } else { (gate[i].to_f32(), 1.0) };
+        let (value, slope) =
+            if gate[i].to_f32() < 0.0 { (0.0, 0.0) } else { (gate[i].to_f32(), 1.0) };
         assert!((out[i].to_f32() - value).abs() < 1e-30 && (dup[i].to_f32() - value).abs() < 1e-30);
         assert!((dgate[i].to_f32() - slope).abs() < 1e-30);
     }

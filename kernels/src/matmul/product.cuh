@@ -1,4 +1,25 @@
-// The sums of a tile of a product: what matmul.cu rounds and writes, and logprob.cu takes the softmax of.
+// The sums of a product's tile, in the registers of a block: what matmul.cu rounds and writes, and logprob.cu takes
+// the softmax of.
+//
+//     out [rows, columns] = left [rows, depth] right        right: [columns, depth] ("transposed") or [depth, columns]
+//
+// A block makes one tile [TILE_M, TILE_N] of the output, a warp [WARP_M, WARP_N] of it. Shared memory is a ring of STAGES
+// stages, each with a slice of TILE_K of the depth:
+//
+//     left   [TILE_M, TILE_K]
+//     right  [TILE_N, TILE_K] (transposed) or [TILE_K, TILE_N]
+//
+// Copies run STAGES - 1 slices ahead of the tensor cores. One barrier a slice is enough: after it everybody sees the
+// slice that has landed, and nobody still reads the one before, whose place the next copies take. Chunks of 16
+// bytes are swizzled (`swizzled`), so that neither copies nor ldmatrix meet in a bank.
+//
+// What each element is, and in which order it is summed, depends neither on the size of the tile nor on where in
+// it the element lies: a row has the same bits in any company. With b = 0 an adapter adds exact zeros to sums that
+// are never -0, so a fresh adapter and none give the same bits.
+//
+// Blocks that run together take a group of GROUP rows of tiles, so that their factors meet in the level 2 cache.
+//
+// Constants from outside: TILE_M, TILE_N, TILE_K, WARPS_M, WARPS_N, STAGES.
 #pragma once
 #include "tile.cuh"
 
@@ -15,7 +36,7 @@ constexpr int STAGE_BYTES = LEFT_BYTES + TILE_N * TILE_K * sizeof(bf16);
 
 static_assert(WARP_M % 16 == 0 && WARP_N % 16 == 0 && TILE_K % 16 == 0, "a warp's tile is made of fragments");
 
-// left [rows, depth] and right: [columns, depth] (nt) or [depth, columns] (nn).
+// left [rows, depth] and right: [columns, depth] (transposed) or [depth, columns].
 struct Factors {
     const bf16* left;
     const bf16* right;
@@ -35,6 +56,9 @@ DEVICE Corner corner_of(int block, int rows, int columns) {
     return {(first + inside % height) * TILE_M, inside / height * TILE_N};
 }
 
+// Where in the block's tile the calling warp's part begins.
+DEVICE Corner corner_of_warp() { return {warp_index() / WARPS_N * WARP_M, warp_index() % WARPS_N * WARP_N}; }
+
 template <bool TRANSPOSED>
 DEVICE void load_slice(unsigned char* stage, const Factors& factors, Corner corner, int rows, int columns, int k) {
     int depth = factors.depth;
@@ -44,10 +68,11 @@ DEVICE void load_slice(unsigned char* stage, const Factors& factors, Corner corn
     else load_tile<TILE_K, TILE_N, THREADS>(right, factors.right, columns, k, depth, corner.column, columns);
 }
 
-// Adds a slice's products to the sums of the warp's tile at `row`, `column` of the block's.
+// Adds a slice's products to the sums of the warp's part.
 template <bool TRANSPOSED>
-DEVICE void multiply_slice(const unsigned char* stage, int row, int column, float (&sums)[DOWN][ACROSS][4]) {
+DEVICE void multiply_slice(const unsigned char* stage, float (&sums)[DOWN][ACROSS][4]) {
     const unsigned char* right_tile = stage + LEFT_BYTES;
+    auto [row, column] = corner_of_warp();
     int lane = lane_index();
 #pragma unroll
     for (int k = 0; k < TILE_K; k += 16) {
@@ -73,12 +98,11 @@ DEVICE void multiply_slice(const unsigned char* stage, int row, int column, floa
     }
 }
 
-// The sums of the calling warp's part of the tile at `corner`: of the weight's products, then of the adapter's (depth 0: none).
-// Other warps may still read the ring, STAGES * STAGE_BYTES bytes of shared memory.
+// sums: of the calling warp's part of the tile at `corner`; of the weight's products and then of the adapter's, if its depth
+// is not 0. At the end other warps may still read the ring, which is STAGES * STAGE_BYTES of shared memory.
 template <bool TRANSPOSED>
 DEVICE void sum_products(unsigned char* ring, Corner corner, Factors weight, Factors adapter, int rows, int columns,
                          float (&sums)[DOWN][ACROSS][4]) {
-    int row = warp_index() / WARPS_N * WARP_M, column = warp_index() % WARPS_N * WARP_N;
     int of_weight = divide_up(weight.depth, TILE_K), slices = of_weight + divide_up(adapter.depth, TILE_K);
 
     auto load = [&](int slice) {
@@ -96,6 +120,6 @@ DEVICE void sum_products(unsigned char* ring, Corner corner, Factors weight, Fac
         copy_async_wait<STAGES - 2>();
         __syncthreads();
         load(slice + STAGES - 1);
-        multiply_slice<TRANSPOSED>(ring + slice % STAGES * STAGE_BYTES, row, column, sums);
+        multiply_slice<TRANSPOSED>(ring + slice % STAGES * STAGE_BYTES, sums);
     }
 }
