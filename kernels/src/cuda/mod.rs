@@ -48,13 +48,11 @@ use std::sync::Arc;
 
 /// Every kernel of every op, for what has to be done with all: compiling them, checking their registers.
 pub const KERNELS: &[&[Kernel]] = &[
-pub const KERNELS: &[&[Kernel]] = &[
     &crate::attention::cuda::KERNELS,
     crate::adamw::cuda::KERNELS,
     crate::elementwise::cuda::KERNELS,
     crate::embedding::cuda::KERNELS,
     crate::logprob::cuda::KERNELS,
-];
     &crate::matmul::cuda::KERNELS,
     &crate::matmul::cuda::adapter::KERNELS,
     &crate::rmsnorm::cuda::KERNELS,
