@@ -63,7 +63,7 @@ impl Pass<'_> {
         known: &mut ReferenceLogps,
         mut grads: Option<&mut LoraGrads>,
     ) -> Result<Outcome> {
-        let hidden = self.model.config.hidden;
+        let hidden = self.model.config().hidden;
         let mut plan = Plan::new(sources, rows, items, self.micro_tokens, hidden, self.without);
         let mut mismatched: Vec<Mismatched> = (0..sources.len())
             .map(|index| match sources[index].objective.needs(Needs::MISMATCHED) {

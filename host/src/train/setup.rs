@@ -3,11 +3,11 @@
 use super::memory::{MemoryPlan, Planner};
 use super::plan::Rows;
 use crate::config::schema::{Config, StageSection, TrainSection};
-use crate::config::{Device, Reference, Targets as ConfigTargets};
+use crate::config::{Reference, Targets as ConfigTargets};
 use crate::data::{Item, Order, Source};
 use crate::model::memory::Weights;
 use crate::model::targets::{Patterns, Targets};
-use crate::model::{Lora, LoraConfig, Model, ModelConfig, Options, peft};
+use crate::model::{Device, Lora, LoraConfig, Model, ModelConfig, Options, peft};
 use crate::plugins::Registry;
 use crate::text::Text;
 use crate::{Error, ErrorKind, Result};
@@ -20,6 +20,8 @@ pub struct Run {
     pub text: Text,
     pub sources: Vec<Source>,
     pub model: Model,
+    /// What it computes on, for people and for the identity of a run.
+    pub device: String,
     /// The adapter that is trained.
     pub lora: Lora,
     /// The plugin libraries.
@@ -42,8 +44,8 @@ impl Run {
     /// # Errors
     /// Whatever cannot be used, in one line.
     pub fn prepare(config: Config) -> Result<Self> {
-        use_device(config.train.device)?;
         use_threads(config.train.threads)?;
+        let device = Device::open(config.train.device).map_err(|e| e.at("[train]"))?;
         let dir = PathBuf::from(&config.model.path);
         let model_config = ModelConfig::load(&dir)?;
         let text = load_text(&config)?;
@@ -59,16 +61,18 @@ impl Run {
         let memory = MemoryPlan::new(&Planner {
             config: &config,
             model: &model_config,
+            device: &device,
             weights: Weights::of(&dir, &model_config)?,
             lora: &lora,
             sources: &sources,
             stages: &stages(&config, &sources),
         })?;
-        let mut model = Model::load(&dir)?;
-        model.options = Options::new(&config.train.without, memory.recomputed_layers);
-        model.reserve(memory.activations);
+        let mut model = Model::load(&dir, &device)?;
+        let options = Options::new(&config.train.without, memory.recomputed_layers);
+        model.prepare(options, memory.activations, memory.positions)?;
         let libraries = registry.paths().map(Path::to_owned).collect();
-        Ok(Self { config, text, sources, model, lora, libraries, memory })
+        let device = device.name();
+        Ok(Self { config, text, sources, model, device, lora, libraries, memory })
     }
 
     /// The stages in order; one over all sources if the configuration has none.
@@ -176,19 +180,6 @@ fn lora_config(config: &Config) -> Result<LoraConfig> {
         alpha_pattern: Patterns(lora.alpha_pattern.iter().map(|(k, v)| (k.clone(), *v)).collect()),
         rslora: lora.rslora,
     })
-}
-
-/// Checks that the device is one that this build has.
-///
-/// # Errors
-/// For `cuda`, which is not there yet.
-pub fn use_device(device: Device) -> Result<()> {
-    match device {
-        Device::Auto | Device::Cpu => Ok(()),
-        Device::Cuda => Err(Error::config(
-            "[train] device = \"cuda\": this version computes on the CPU only; set device to \"cpu\" or \"auto\"",
-        )),
-    }
 }
 
 /// Sets the number of threads for the whole process; 0 takes every core. The first call decides.

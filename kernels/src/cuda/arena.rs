@@ -90,8 +90,9 @@ struct Segment {
     ranges: Ranges,
 }
 
-/// Bytes of the smallest segment that is added.
+/// Bytes of the smallest segment that is added, and of the largest that no buffer needs.
 const SEGMENT: usize = 64 << 20;
+const MOST: usize = 1 << 30;
 
 /// A buffer's place in an arena, and the arena.
 pub(super) struct Place {
@@ -150,9 +151,9 @@ impl Arena {
                 return Ok((index, start, address(segment)));
             }
         }
-        // As much again as there is, if the device has it.
+        // As much again as there is, within reason, if the device has it.
         let all: usize = segments.iter().map(|segment| segment.ranges.capacity).sum();
-        let larger = Segment::new(&self.0.gpu, all.max(SEGMENT).max(rounded(bytes)));
+        let larger = Segment::new(&self.0.gpu, all.clamp(SEGMENT, MOST).max(rounded(bytes)));
         let mut segment = larger.or_else(|_| Segment::new(&self.0.gpu, rounded(bytes)))?;
         let start = segment.ranges.take(bytes).expect("the segment is large enough");
         let address = address(&segment);

@@ -107,7 +107,7 @@ fn uneven(count: usize) -> Vec<f32> {
 }
 
 /// The gradient of `Σ dlogp logp`.
-fn gradient(model: &Model, packed: &Packed, lora: &Lora, dlogp: &[f32]) -> LoraGrads {
+fn gradient(model: &Decoder, packed: &Packed, lora: &Lora, dlogp: &[f32]) -> LoraGrads {
     let mut grads = LoraGrads::zeros(lora);
     model.backward(model.forward(packed.clone(), lora).unwrap(), dlogp, lora, &mut grads).unwrap();
     grads
