@@ -15,22 +15,19 @@ impl Device {
     /// What `device` in the configuration or on the command line means on this machine.
     ///
     /// # Errors
-    /// What is missing for it, and what to do about it. "auto" takes the processor where there is no GPU, but
-    /// where there is one that cannot be used, it says why.
+    /// What is missing for it, and what to do about it. "auto" takes the processor where there is no GPU that is new
+    /// enough, but where there is one that lacks something, it says what.
     pub fn open(choice: Choice) -> Result<Self> {
         let device = match choice {
             Choice::Cpu => Self::Cpu,
             Choice::Emulated => Self::Gpu(Gpu::emulated(0).map_err(|e| missing("emulated", &e))?),
-            Choice::Cuda => Self::Gpu(Gpu::open(0).map_err(|e| missing("cuda", &e))?),
-            Choice::Auto => match cuda::devices() {
-                Ok(devices) if !devices.is_empty() => {
-                    let gpu = Gpu::open(0).map_err(|error| {
-                        let why = missing("auto", &error);
-                        Error::new(why.kind, format!("{}; or set device to \"cpu\"", why.message))
-                    });
-                    Self::Gpu(gpu?)
-                }
-                _ => Self::Cpu,
+            Choice::Cuda => Self::Gpu(Gpu::open(usable().unwrap_or(0)).map_err(|e| missing("cuda", &e))?),
+            Choice::Auto => match usable() {
+                Some(ordinal) => Self::Gpu(Gpu::open(ordinal).map_err(|error| {
+                    let why = missing("auto", &error);
+                    Error::new(why.kind, format!("{}; or set device to \"cpu\"", why.message))
+                })?),
+                None => Self::Cpu,
             },
         };
         log::info!("computing on {}", device.name());
@@ -44,6 +41,12 @@ impl Device {
             Self::Gpu(gpu) => gpu.properties().name.clone(),
         }
     }
+}
+
+/// The first GPU that is new enough.
+fn usable() -> Option<usize> {
+    let devices = cuda::devices().unwrap_or_default();
+    devices.iter().position(|device| device.compute_capability >= (8, 0))
 }
 
 fn missing(choice: &str, error: &cuda::Error) -> Error {

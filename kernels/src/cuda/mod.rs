@@ -214,6 +214,9 @@ impl Gpu {
     /// The lengths differ.
     pub fn upload<T: Plain>(&self, from: &[T], to: &mut DeviceSlice<T>) -> Result<()> {
         assert_eq!(from.len(), to.len(), "upload: as many numbers as there is room for");
+        if to.len() == 0 {
+            return Ok(());
+        }
         // SAFETY: plain numbers are bytes.
         let bytes = unsafe { std::slice::from_raw_parts(from.as_ptr().cast(), size_of_val(from)) };
         match &*self.0 {
@@ -236,6 +239,9 @@ impl Gpu {
     /// The lengths differ.
     pub fn download<T: Plain>(&self, from: &DeviceSlice<T>, to: &mut [T]) -> Result<()> {
         assert_eq!(from.len(), to.len(), "download: as many numbers as there is room for");
+        if to.is_empty() {
+            return Ok(());
+        }
         // SAFETY: plain numbers are bytes, and all bytes are numbers.
         let bytes =
             unsafe { std::slice::from_raw_parts_mut(to.as_mut_ptr().cast(), size_of_val(to)) };
@@ -259,6 +265,9 @@ impl Gpu {
     /// The lengths differ.
     pub fn copy<T: Plain>(&self, from: &DeviceSlice<T>, to: &mut DeviceSlice<T>) -> Result<()> {
         assert_eq!(from.len(), to.len(), "copy: as many numbers as there is room for");
+        if to.len() == 0 {
+            return Ok(());
+        }
         let bytes = from.len() * size_of::<T>();
         match &*self.0 {
             Device::Driver(device) => device.copy(from.address(), to.address(), bytes),
@@ -276,6 +285,9 @@ impl Gpu {
     /// # Errors
     /// The driver's.
     pub fn zero<T: Plain>(&self, to: &mut DeviceSlice<T>) -> Result<()> {
+        if to.len() == 0 {
+            return Ok(());
+        }
         let bytes = to.len() * size_of::<T>();
         match &*self.0 {
             Device::Driver(device) => device.zero(to.address(), bytes),

@@ -9,7 +9,7 @@ fn text(name: &str) -> (Vec<u32>, Vec<u32>) {
     (ids(&response["prompt_ids"]), ids(&response["ids"]))
 }
 
-fn log_softmax(logits: &[f32], token: u32) -> f64 {
+pub(super) fn log_softmax(logits: &[f32], token: u32) -> f64 {
     let top = logits.iter().copied().fold(f32::MIN, f32::max);
     let sum: f64 = logits.iter().map(|l| f64::from(l - top).exp()).sum();
     f64::from(logits[token as usize] - top) - sum.ln()

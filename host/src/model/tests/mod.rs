@@ -1,6 +1,7 @@
 //! Tests of the whole decoder, on the small models of tests/golden.
 
 mod adapters;
+mod device;
 mod generation;
 mod golden;
 mod gradients;
@@ -9,6 +10,7 @@ mod loading;
 mod memory;
 mod merging;
 mod options;
+mod plain;
 
 use super::*;
 use crate::group::{Branch, Group, Segment};

@@ -101,6 +101,19 @@ impl MemoryPlan {
 
         let mut parts = planner.fixed(resident.now as usize);
         let fixed: usize = parts.iter().map(|(_, bytes, _)| bytes).sum();
+        if let (Some(_), Some(machine)) = (gpu, machine)
+            && fixed > machine
+        {
+            return Err(Error::new(
+                ErrorKind::OutOfMemory,
+                format!(
+                    "the run needs {} of memory beside the GPU's and {} are available: take a lower rank, less data \
+                     at a time, or a larger machine",
+                    mebibytes(fixed),
+                    mebibytes(machine)
+                ),
+            ));
+        }
         let fits = |choice: &Choice, share: f64| {
             let (needed, available) = match gpu {
                 None => (fixed + choice.total(), machine),
