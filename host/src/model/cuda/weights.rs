@@ -14,7 +14,9 @@ use half::bf16;
 use half::slice::HalfFloatSliceExt;
 use std::path::Path;
 use std::sync::Mutex;
+use uft_kernels::attention::cuda::Schedule;
 use uft_kernels::cuda::{Arena, DeviceBuffer, Gpu};
+use uft_kernels::layout::Layout;
 use uft_kernels::logprob::cuda::padded as padded_vocabulary;
 use uft_kernels::matmul::Weight;
 
@@ -157,19 +159,23 @@ impl Loader<'_, '_> {
     }
 }
 
-/// Kernels read 16 bytes at a time, so every width is a multiple of 8 numbers.
+/// Kernels read 16 bytes at a time, so that rows are multiples of 8 numbers.
 fn expect_widths(config: &ModelConfig) -> Result<()> {
+    let heads = &config.heads;
+    let normed = if config.qk_norm { heads.head_dim } else { 0 };
     let widths = [
         ("hidden_size", config.hidden),
         ("intermediate_size", config.intermediate),
         ("the width of all query heads", config.query_width()),
         ("the width of all key heads", config.key_width()),
-        ("head_dim", config.heads.head_dim),
+        ("head_dim", normed),
     ];
-    match widths.into_iter().find(|(_, width)| !width.is_multiple_of(8)) {
-        None => Ok(()),
-        Some((what, width)) => Err(Error::model(format!(
+    if let Some((what, width)) = widths.into_iter().find(|(_, width)| !width.is_multiple_of(8)) {
+        return Err(Error::model(format!(
             "{what} is {width}: on a GPU it must be a multiple of 8; with device = \"cpu\" it may be any"
-        ))),
+        )));
     }
+    // What attention does not take it says itself.
+    Schedule::new(&Layout::new(&[(1, Vec::new())]), heads, None)?;
+    Ok(())
 }

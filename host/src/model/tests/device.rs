@@ -9,7 +9,7 @@ use std::sync::OnceLock;
 use uft_kernels::cuda::Gpu;
 
 /// Numbers may be so many times as far off as a plain run in bf16.
-const FACTOR: f64 = 3.0;
+const FACTOR: f64 = 2.0;
 
 fn gpu() -> &'static Gpu {
     static GPU: OnceLock<Gpu> = OnceLock::new();
@@ -63,7 +63,7 @@ fn numbers_are_as_good_as_those_of_a_plain_run_in_bf16() {
         for (what, got, plain) in each {
             println!("{name} {what}: {got:.2e}, plain {plain:.2e}");
             assert!(got <= FACTOR * plain, "{name} {what}: off by {got:e}, a plain run by {plain:e}");
-            assert!(plain < 0.2, "{name} {what}: the yardstick itself is off by {plain:e}");
+            assert!(plain < 0.3, "{name} {what}: the yardstick itself is off by {plain:e}");
         }
     }
 }
