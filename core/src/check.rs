@@ -1,10 +1,11 @@
 //! The test kit for authors of plugins: is an objective what its trait says it is?
 //!
 //! [`objective`] tries a Rust type, in the author's own `cargo test`; [`check_objective`] whatever
-//! makes objectives, such as a loaded library (`uft plugins check`). Both build steps that fit what
-//! the objective declares, random and extreme ones, and compare its gradient with central
-//! differences of its loss. [`Case`] is a step made by hand, for expected numbers; [`adapt`] runs a
-//! feedback adapter on a record.
+//! makes objectives, such as a loaded library (`uft plugin check`). Both build steps that fit what
+//! the objective declares, random, extreme and degenerate ones, and compare its gradient with
+//! central differences of its loss. [`Case`] is a step made by hand, for expected numbers.
+//! [`adapter`] and [`check_adapter`] are the same for feedback adapters; [`adapt`] runs one on a
+//! record.
 //!
 //! ```
 //! # use uft_core::prelude::*;
@@ -25,12 +26,16 @@
 //! uft_core::check::objective::<Mine>("{}").expect_passed();
 //! ```
 
+mod adapter;
 mod case;
 mod gradient;
 mod properties;
+mod steps;
 #[cfg(test)]
 mod tests;
+mod timing;
 
+pub use adapter::{MakeAdapter, check_adapter};
 pub use case::{Case, Evaluated};
 
 use crate::abi::{AdapterObject, ObjectiveObject, make_adapter, make_objective};
@@ -38,8 +43,8 @@ use crate::adapter::FeedbackAdapter;
 use crate::fault::Fault;
 use crate::objective::Objective;
 use crate::sample::Sample;
-use case::Maker;
 use std::fmt;
+use steps::Maker;
 
 /// Makes the objective anew; called for every evaluation that must not see an earlier one.
 pub type Make<'a> = &'a mut dyn FnMut() -> Result<ObjectiveObject, Fault>;
@@ -53,10 +58,10 @@ pub struct Check {
     pub outcome: Result<String, String>,
 }
 
-/// What was found out about an objective. Displays as one line per check.
+/// What was found out about an objective or an adapter. Displays as one line per check.
 #[derive(Clone, Debug)]
 pub struct Report {
-    /// The objective's name.
+    /// Its name.
     pub name: String,
     /// What was checked, in order.
     pub checks: Vec<Check>,
@@ -66,6 +71,13 @@ impl Report {
     /// Whether every check passed.
     pub fn passed(&self) -> bool {
         self.checks.iter().all(|check| check.outcome.is_ok())
+    }
+
+    /// Adds a check and says whether it passed.
+    fn add(&mut self, name: &'static str, outcome: Outcome) -> bool {
+        let passed = outcome.is_ok();
+        self.checks.push(Check { name, outcome });
+        passed
     }
 
     /// # Panics
@@ -96,33 +108,34 @@ pub fn objective<T: Objective>(params: &str) -> Report {
 
 /// Checks the objectives that `make` gives. A panic inside one is a failed check.
 pub fn check_objective(name: &str, make: Make) -> Report {
+    let mut report = Report { name: name.to_owned(), checks: Vec::new() };
     let declared = properties::declarations(make);
-    let seen = declared.clone().map(|(_, _, seen)| seen);
-    let mut report = Report {
-        name: name.to_owned(),
-        checks: vec![Check { name: "declarations", outcome: seen }],
-    };
+    report.add("declarations", declared.clone().map(|(_, _, seen)| seen));
     // Without sound declarations there is nothing to try.
     let Ok((needs, accepts, _)) = declared else { return report };
     let maker = Maker::new(needs, accepts);
     let random = maker.random_steps();
-    let extreme = maker.extreme_steps();
-    let mut add = |name, outcome: Outcome| {
-        let passed = outcome.is_ok();
-        report.checks.push(Check { name, outcome });
-        passed
-    };
-    let there = add("finite on random steps", properties::finite(make, &random));
-    add("finite at extremes", properties::finite(make, &extreme));
+    let (mut edges, degenerate) = (maker.extreme_steps(), maker.degenerate_steps());
+    let there = report.add("finite on random steps", properties::finite(make, &random));
+    report.add("finite at extremes", properties::finite(make, &edges));
+    report.add("finite on degenerate steps", properties::finite(make, &degenerate));
+    edges.extend(degenerate);
     // Numbers that are not there cannot be compared.
     if there {
-        add("gradient", gradient::gradient(make, needs, &random, &extreme));
-        add("deterministic", properties::deterministic(make, &random));
-        add("independent of the split", properties::split(make, &random));
-        add("uses only what it declares", properties::declared_use(make, needs, &random));
-        add("state", properties::state(make, needs, &random));
+        report.add("gradient", gradient::gradient(make, needs, &random, &edges));
+        report.add("deterministic", properties::deterministic(make, &random));
+        report.add("independent of the split", properties::split(make, &random));
+        report.add("uses only what it declares", properties::declared_use(make, needs, &random));
+        report.add("state", properties::state(make, needs, &random));
+        report.add("time per call", timing::timing(make, needs, &maker));
     }
     report
+}
+
+/// Checks an adapter type with parameters given as a JSON object, on odd records and on some that it
+/// is meant for, each a JSON object.
+pub fn adapter<T: FeedbackAdapter>(params: &str, records: &[&str]) -> Report {
+    check_adapter(T::NAME, &mut || make_adapter::<T>(params).into_result(), records)
 }
 
 /// Makes an adapter from its parameters and runs it on one record, both JSON objects.

@@ -33,6 +33,9 @@
 //! # fn main() {}
 //! ```
 //!
+//! An objective that reads only summed log-probs need not write its gradient: see [`dual`]. [`check`]
+//! tries whatever is written, as `uft plugin check` does.
+//!
 //! The crate does no input or output. `abi_stable` is used here and nowhere else in the tree.
 
 #![warn(missing_docs)]
@@ -44,6 +47,7 @@ pub mod adapter;
 pub mod batch;
 pub mod check;
 pub mod content;
+pub mod dual;
 pub mod export;
 pub mod extension;
 pub mod fault;
@@ -61,6 +65,7 @@ pub mod prelude {
     pub use crate::adapter::FeedbackAdapter;
     pub use crate::batch::{Batch, Segment, Step};
     pub use crate::content::Chat;
+    pub use crate::dual::{Dual64, DualNum, Summed};
     pub use crate::fault::Fault;
     pub use crate::math;
     pub use crate::needs::{Kinds, Needs};

@@ -1,7 +1,33 @@
-//! The link functions of preference objectives, safe for any finite argument.
+//! The link functions of preference objectives, safe for any finite argument. Those that take a
+//! [`Number`] take `f64` and [`Dual64`] alike.
+
+use num_dual::Dual64;
+
+/// A number that a link takes: as it is, or with its derivative beside it.
+pub trait Number: Copy {
+    /// `f(x)`, whose derivative is `slope(x)`.
+    fn through(self, f: fn(f64) -> f64, slope: fn(f64) -> f64) -> Self;
+}
+
+impl Number for f64 {
+    fn through(self, f: fn(f64) -> f64, _slope: fn(f64) -> f64) -> f64 {
+        f(self)
+    }
+}
+
+impl Number for Dual64 {
+    fn through(self, f: fn(f64) -> f64, slope: fn(f64) -> f64) -> Dual64 {
+        Dual64::new(f(self.re), self.eps * slope(self.re))
+    }
+}
 
 /// `1 / (1 + e^-x)`.
-pub fn sigmoid(x: f64) -> f64 {
+pub fn sigmoid<N: Number>(x: N) -> N {
+    // sigmoid(-x) instead of 1 - sigmoid(x) keeps the small one of the two exact.
+    x.through(logistic, |x| logistic(x) * logistic(-x))
+}
+
+fn logistic(x: f64) -> f64 {
     if x >= 0.0 {
         1.0 / (1.0 + (-x).exp())
     } else {
@@ -11,13 +37,18 @@ pub fn sigmoid(x: f64) -> f64 {
 }
 
 /// `log(1 + e^x)`, without overflow.
-pub fn softplus(x: f64) -> f64 {
-    x.max(0.0) + (-x.abs()).exp().ln_1p()
+pub fn softplus<N: Number>(x: N) -> N {
+    x.through(|x| x.max(0.0) + (-x.abs()).exp().ln_1p(), logistic)
 }
 
 /// `log sigmoid(x)`; never `-inf` for a finite `x`.
-pub fn log_sigmoid(x: f64) -> f64 {
-    -softplus(-x)
+pub fn log_sigmoid<N: Number>(x: N) -> N {
+    x.through(|x| -softplus(-x), |x| logistic(-x))
+}
+
+/// `max(0, x)`; at its kink the slope is 0.
+pub fn relu<N: Number>(x: N) -> N {
+    x.through(|x| x.max(0.0), |x| f64::from(x > 0.0))
 }
 
 /// How far an implicit score `p = sigmoid(r)` is from its target: UNA's two discrepancies.
@@ -76,6 +107,24 @@ mod tests {
         let (loss, slope) = Discrepancy::Bce.at(0.0, 1.0);
         assert!((loss - std::f64::consts::LN_2).abs() < 1e-15);
         assert_eq!(slope, -0.5);
+    }
+
+    #[test]
+    fn links_carry_their_derivative_along() {
+        type Link = (fn(f64) -> f64, fn(Dual64) -> Dual64);
+        let links: [Link; 4] =
+            [(sigmoid, sigmoid), (softplus, softplus), (log_sigmoid, log_sigmoid), (relu, relu)];
+        for (plain, dual) in links {
+            for x in [-40.0, -3.0, -0.2, 0.1, 2.0, 40.0] {
+                let seen = dual(Dual64::new(x, 2.0));
+                let numeric = (plain(x + 1e-5) - plain(x - 1e-5)) / 1e-5;
+                assert_eq!(seen.re, plain(x));
+                assert!((seen.eps - numeric).abs() < 1e-9, "{x}: {} {numeric}", seen.eps);
+            }
+            for x in [-1e6, -745.5, 745.5, 1e6] {
+                assert!(dual(Dual64::new(x, 1.0)).eps.is_finite(), "{x}");
+            }
+        }
     }
 
     #[test]

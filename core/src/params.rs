@@ -1,6 +1,6 @@
 //! Typed parameters that refuse leftovers.
 //!
-//! Reading a parameter also documents it: `uft plugins list` shows what a plugin asked for when it
+//! Reading a parameter also documents it: `uft plugin list` shows what a plugin asked for when it
 //! was created from an empty table.
 
 use crate::fault::Fault;

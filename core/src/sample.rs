@@ -1,5 +1,6 @@
 //! A sample: a prompt and one or more responses, each with the feedback that it got.
 
+use crate::needs::Kinds;
 use abi_stable::{
     StableAbi,
     std_types::{ROption, RString, RVec},
@@ -174,6 +175,31 @@ impl Sample {
         Self { prompt, responses: RVec::new(), template_args: RString::new() }
     }
 
+    /// Whether it keeps what its types say in words, and has only feedback of the kinds `offers`.
+    ///
+    /// # Errors
+    /// What does not, such as `a score of 1.5, outside of 0 to 1`.
+    pub fn check(&self, offers: Kinds) -> Result<(), String> {
+        if self.responses.is_empty() {
+            return Err("a sample without a response".into());
+        }
+        for response in &self.responses {
+            let kind = response.feedback.kind();
+            if !offers.contains(Kinds::of(kind)) {
+                return Err(format!("a {} response, which it does not offer", kind.name()));
+            }
+            let value = response.feedback.value();
+            match response.feedback {
+                Feedback::Score(_) if !(0.0..=1.0).contains(&value) => {
+                    return Err(format!("a score of {value}, outside of 0 to 1"));
+                }
+                _ if !value.is_finite() => return Err(format!("a margin of {value}")),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
     /// Adds a response; builder style.
     pub fn response(mut self, content: Content, feedback: Feedback) -> Self {
         self.responses.push(Response { content, feedback, turns: Turns::Together });
@@ -186,5 +212,31 @@ impl Sample {
             response.turns = turns;
         }
         self
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sample(feedback: Feedback) -> Sample {
+        Sample::new(Content::text("q")).response(Content::text("a"), feedback)
+    }
+
+    #[test]
+    fn samples_that_cannot_be_are_refused_in_words() {
+        let kinds = Kinds::SCORE | Kinds::PAIR;
+        let margin = |m: f32| Feedback::Chosen(Some(m).into());
+        for (sample, says) in [
+            (Sample::new(Content::text("q")), "a sample without a response"),
+            (sample(Feedback::Score(1.5)), "a score of 1.5, outside of 0 to 1"),
+            (sample(Feedback::Score(f32::NAN)), "a score of NaN, outside of 0 to 1"),
+            (sample(margin(f32::INFINITY)), "a margin of inf"),
+            (sample(Feedback::Binary(true)), "a binary response, which it does not offer"),
+        ] {
+            assert_eq!(sample.check(kinds), Err(says.to_owned()));
+        }
+        assert_eq!(sample(Feedback::Score(1.0)).check(kinds), Ok(()));
+        assert_eq!(sample(margin(-2.0)).check(kinds), Ok(()));
     }
 }

@@ -2,6 +2,7 @@
 
 pub mod fuzz;
 pub mod mixed;
+pub mod outside;
 
 use serde_json::Value;
 use std::path::{Path, PathBuf};

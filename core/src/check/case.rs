@@ -1,12 +1,11 @@
-//! Optimizer steps made by hand or at random, with everything that a host would prepare.
+//! Optimizer steps made by hand, with everything that a host would prepare.
 
 use crate::abi::{ObjectiveObject, make_objective};
-use crate::batch::{Batch, Metric, Segment, Step, pairs};
+use crate::batch::{Batch, Metric, Segment, Step, StepResponse, pairs};
 use crate::fault::Fault;
-use crate::needs::{Kinds, Needs};
+use crate::needs::Needs;
 use crate::objective::Objective;
-use crate::sample::{Feedback, Kind};
-use abi_stable::std_types::ROption;
+use crate::sample::Feedback;
 
 /// One optimizer step of an objective: its groups, with log-probs of policy and reference.
 #[derive(Clone, Debug, Default)]
@@ -25,6 +24,8 @@ pub struct Case {
     pub ref_logps: Vec<f32>,
     /// See [`Step::log_ratios`]; [`Case::refresh`] computes them from the log-probs.
     pub log_ratios: Vec<f64>,
+    /// The same with what [`Step::responses`] reads behind them.
+    pub responses: Vec<f64>,
     /// See [`Step::mismatched`].
     pub mismatched: Vec<f64>,
 }
@@ -97,11 +98,21 @@ impl Case {
         self
     }
 
-    /// Computes [`Case::log_ratios`] from the log-probs.
+    /// Computes [`Case::log_ratios`] and [`Case::responses`] from the log-probs.
     pub fn refresh(&mut self) {
         let sum = |values: &[f32]| values.iter().map(|v| f64::from(*v)).sum::<f64>();
-        let ratio = |s: &Segment| sum(&self.logps[s.range()]) - sum(&self.ref_logps[s.range()]);
-        self.log_ratios = self.segments.iter().map(ratio).collect();
+        let response = |s: &Segment| {
+            let logp = sum(&self.logps[s.range()]);
+            let log_ratio = logp - sum(&self.ref_logps[s.range()]);
+            StepResponse { group: s.group, kind: s.kind, logp, log_ratio }
+        };
+        let n = self.segments.len();
+        let mut columns = vec![0.0; StepResponse::COLUMNS * n];
+        for (place, segment) in self.segments.iter().enumerate() {
+            response(segment).put(&mut columns, n, place);
+        }
+        self.log_ratios = columns[..n].to_vec();
+        self.responses = columns;
     }
 
     /// Number of groups.
@@ -170,12 +181,18 @@ impl Case {
         Ok(Evaluated { loss: outcome.loss, dlogp, metrics: outcome.metrics.into_vec() })
     }
 
-    fn step(&self, needs: Needs) -> Step<'_> {
+    /// The step as the host describes it to an objective with these needs.
+    pub(crate) fn step(&self, needs: Needs) -> Step<'_> {
         let mut by_kind = [0; 5];
         self.segments.iter().for_each(|s| by_kind[s.kind as usize] += 1);
-        let given = |need, values: &'_ [f64]| if needs.contains(need) { values.len() } else { 0 };
-        let ratios = given(Needs::STEP_LOG_RATIOS, &self.log_ratios);
-        let mismatched = given(Needs::MISMATCHED, &self.mismatched);
+        let mismatched = if needs.contains(Needs::MISMATCHED) { &self.mismatched[..] } else { &[] };
+        let log_ratios = if needs.contains(Needs::STEP_RESPONSES) {
+            &self.responses[..]
+        } else if needs.contains(Needs::STEP_LOG_RATIOS) {
+            &self.log_ratios[..]
+        } else {
+            &[]
+        };
         Step {
             number: self.number,
             steps: 10,
@@ -185,146 +202,8 @@ impl Case {
             pairs: pairs(&self.segments).count() as u64,
             tokens: self.logps.len() as u64,
             by_kind,
-            log_ratios: self.log_ratios[..ratios].into(),
-            mismatched: self.mismatched[..mismatched].into(),
+            log_ratios: log_ratios.into(),
+            mismatched: mismatched.into(),
         }
-    }
-}
-
-/// Makes cases that an objective declares to understand.
-pub(super) struct Maker {
-    /// The kinds of a group's responses, one entry per sort of group that is accepted.
-    families: Vec<Vec<Kind>>,
-    /// Fewest responses of a group.
-    at_least: u64,
-}
-
-/// A response of an extreme case: which of the step's responses it is → tokens, log-prob of the
-/// policy and of the reference per token.
-type Shape = fn(usize) -> (usize, f32, f32);
-
-/// Cases that real training meets at its edges. The log-probs are exact in f32, and stay so when
-/// they are moved by a difference quotient's step.
-const EXTREMES: [(&str, Shape); 7] = [
-    ("policy = reference", |i| (i + 1, -1.5, -1.5)),
-    ("log-ratio +1e4", |_| (8, -1.0, -1251.0)),
-    ("log-ratio -1e4", |_| (8, -1251.0, -1.0)),
-    ("log-ratios of +1e4 and -1e4", |i| {
-        if i.is_multiple_of(2) { (8, -1251.0, -1.0) } else { (8, -1.0, -1251.0) }
-    }),
-    ("one token each", |i| (1, -2.0 - i as f32, -3.0)),
-    ("32,768 tokens", |i| if i == 0 { (32_768, -0.5, -0.75) } else { (3, -0.5, -0.75) }),
-    ("a certain policy", |_| (4, 0.0, -0.25)),
-];
-
-impl Maker {
-    pub(super) fn new(needs: Needs, accepts: Kinds) -> Self {
-        let kinds = Kind::ALL.into_iter().filter(|k| accepts.contains(Kinds::of(*k)));
-        let mut families: Vec<Vec<Kind>> = kinds.map(|k| vec![k]).collect();
-        if needs.contains(Needs::PAIRS) {
-            families.clear();
-        }
-        if accepts.contains(Kinds::PAIR) {
-            families.push(vec![Kind::Chosen, Kind::Rejected]);
-        }
-        Self { families, at_least: if needs.contains(Needs::GROUPS) { 2 } else { 1 } }
-    }
-
-    /// Steps with log-probs close to the reference and far from it, in turn.
-    pub(super) fn random_steps(&self) -> Vec<Case> {
-        (1..=6).map(|seed| self.random(seed, [0.25, 4.0][seed as usize % 2])).collect()
-    }
-
-    /// Every one of [`EXTREMES`] with feedback of both sorts, with good alone and with bad alone.
-    pub(super) fn extreme_steps(&self) -> Vec<Case> {
-        let sorts = [(None, ""), (Some(true), ", all good"), (Some(false), ", all bad")];
-        let steps = EXTREMES.into_iter().flat_map(|(name, shape)| {
-            sorts.map(|(good, words)| self.extreme(&format!("{name}{words}"), shape, good))
-        });
-        steps.collect()
-    }
-
-    /// Four groups of every sort; log-ratios of a token within `spread`.
-    fn random(&self, seed: u64, spread: f64) -> Case {
-        let mut rng = Rng(seed);
-        let mut case = Case { name: format!("random step {seed}"), ..Case::new() };
-        for family in std::iter::repeat_n(&self.families, 4).flatten() {
-            let mut responses = Vec::new();
-            for kind in family {
-                let fewest = self.at_least.div_ceil(family.len() as u64);
-                for _ in 0..fewest + rng.below(3) {
-                    let value = rng.below(17) as f32 / 16.0;
-                    let tokens = 1 + rng.below(6);
-                    let ref_logps: Vec<f32> = (0..tokens).map(|_| rng.exact(-8.0, -4.0)).collect();
-                    let logps = ref_logps.iter().map(|r| r + rng.exact(-spread, spread)).collect();
-                    responses.push((feedback(*kind, value), logps, ref_logps));
-                }
-            }
-            case = case.group(&borrowed(&responses));
-        }
-        // Both signs of their mean have to occur.
-        let mean = if seed.is_multiple_of(2) { 2.0 } else { -2.0 };
-        let mismatched = (0..case.segments.len()).map(|_| mean + f64::from(rng.exact(-4.0, 4.0)));
-        case.mismatched = mismatched.collect();
-        case
-    }
-
-    /// All feedback as good or as bad as it can be, or both in turn.
-    fn extreme(&self, name: &str, shape: Shape, good: Option<bool>) -> Case {
-        let mut case = Case { name: name.to_owned(), ..Case::new() };
-        for family in std::iter::repeat_n(&self.families, 2).flatten() {
-            let mut responses = Vec::new();
-            for kind in family {
-                for _ in 0..self.at_least.div_ceil(family.len() as u64) {
-                    let i = case.segments.len() + responses.len();
-                    let (tokens, logp, ref_logp) = shape(i);
-                    let value = f32::from(good.unwrap_or(i.is_multiple_of(2)));
-                    let feedback = feedback(*kind, value);
-                    responses.push((feedback, vec![logp; tokens], vec![ref_logp; tokens]));
-                }
-            }
-            case = case.group(&borrowed(&responses));
-        }
-        case.mismatched = case.log_ratios.iter().rev().copied().collect();
-        case
-    }
-}
-
-type OwnedResponse = (Feedback, Vec<f32>, Vec<f32>);
-
-fn borrowed(responses: &[OwnedResponse]) -> Vec<(Feedback, &[f32], &[f32])> {
-    responses.iter().map(|(f, l, r)| (*f, l.as_slice(), r.as_slice())).collect()
-}
-
-fn feedback(kind: Kind, value: f32) -> Feedback {
-    match kind {
-        Kind::Demonstration => Feedback::Demonstration,
-        Kind::Score => Feedback::Score(value),
-        Kind::Binary => Feedback::Binary(value > 0.5),
-        Kind::Chosen => Feedback::Chosen(ROption::RSome(value)),
-        Kind::Rejected => Feedback::Rejected(ROption::RSome(value)),
-    }
-}
-
-/// `splitmix64`: the same numbers on every machine.
-struct Rng(u64);
-
-impl Rng {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    /// `0..n`.
-    fn below(&mut self, n: u64) -> u64 {
-        self.next() % n
-    }
-
-    /// A multiple of 2^-10 in `low..high`.
-    fn exact(&mut self, low: f64, high: f64) -> f32 {
-        let (low, high) = ((low * 1024.0) as i64, (high * 1024.0) as i64);
-        (low + self.below((high - low) as u64) as i64) as f32 / 1024.0
     }
 }

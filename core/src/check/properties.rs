@@ -87,20 +87,23 @@ fn same_bits(a: &Evaluated, b: &Evaluated) -> bool {
     a.loss.to_bits() == b.loss.to_bits() && bits(a) == bits(b) && a.metrics == b.metrics
 }
 
-/// However a step's groups are spread over batches, loss and gradient are the same.
+/// However a step's groups are spread over batches and over processes, loss and gradient are the same.
 pub(super) fn split(make: Make, cases: &[Case]) -> Outcome {
     for case in cases {
         let whole = fresh(make, case)?;
         let n = case.groups();
         let groups: Vec<usize> = (0..n).collect();
         let reversed: Vec<usize> = (0..n).rev().collect();
-        let ways: [(&str, Vec<&[usize]>); 3] = [
-            ("two batches", vec![&groups[..n / 2], &groups[n / 2..]]),
-            ("a batch per group", groups.chunks(1).collect()),
-            ("another order of its groups", vec![&reversed]),
+        let rank = |r| groups.iter().copied().filter(|g| g % RANKS == r).collect();
+        let ranks: Vec<Vec<usize>> = (0..RANKS).map(rank).collect();
+        let ways: [(&str, Vec<Vec<&[usize]>>); 4] = [
+            ("two batches", vec![vec![&groups[..n / 2], &groups[n / 2..]]]),
+            ("a batch per group", vec![groups.chunks(1).collect()]),
+            ("another order of its groups", vec![vec![&reversed]]),
+            ("four ranks", ranks.iter().map(|own| own.chunks(2).collect()).collect()),
         ];
-        for (words, batches) in ways {
-            let parts = in_batches(make, case, &batches)?;
+        for (words, processes) in ways {
+            let parts = in_parts(make, case, &processes)?;
             let apart = (parts.loss - whole.loss).abs() > 1e-9 * whole.loss.abs().max(1e-3);
             if apart || !close(&parts.dlogp, &whole.dlogp) {
                 return Err(format!(
@@ -111,25 +114,31 @@ pub(super) fn split(make: Make, cases: &[Case]) -> Outcome {
             }
         }
     }
-    Ok(format!("{} steps, in three ways each", cases.len()))
+    Ok(format!("{} steps: in halves, group by group, in another order, on four ranks", cases.len()))
 }
 
-/// The sum over batches, on a fresh objective.
-fn in_batches(make: Make, case: &Case, batches: &[&[usize]]) -> Result<Evaluated, String> {
-    let run = |objective: &mut ObjectiveObject| {
+/// Processes that share a step.
+const RANKS: usize = 4;
+
+/// The sum over batches of several processes, each with an objective of its own that begins the step.
+fn in_parts(make: Make, case: &Case, processes: &[Vec<&[usize]>]) -> Result<Evaluated, String> {
+    let mut sum =
+        Evaluated { loss: 0.0, dlogp: vec![f32::NAN; case.logps.len()], metrics: Vec::new() };
+    let mut run = |objective: &mut ObjectiveObject, batches: &[&[usize]]| {
         case.begin(objective)?;
-        let mut sum =
-            Evaluated { loss: 0.0, dlogp: vec![f32::NAN; case.logps.len()], metrics: Vec::new() };
         for groups in batches {
             let part = case.evaluate(objective, groups)?;
             sum.loss += part.loss;
             let written = sum.dlogp.iter_mut().zip(part.dlogp).filter(|(_, p)| !p.is_nan());
             written.for_each(|(sum, part)| *sum = part);
         }
-        Ok(sum)
+        Ok(())
     };
-    let mut objective = make().map_err(|fault| fault.to_string())?;
-    run(&mut objective).map_err(|fault: Fault| format!("{}: {fault}", case.name))
+    for batches in processes {
+        let mut objective = make().map_err(|fault| fault.to_string())?;
+        run(&mut objective, batches).map_err(|fault: Fault| format!("{}: {fault}", case.name))?;
+    }
+    Ok(sum)
 }
 
 fn close(a: &[f32], b: &[f32]) -> bool {

@@ -23,6 +23,7 @@ const NAN_METRIC: u8 = 15;
 const PANIC: u8 = 16;
 const KINK: u8 = 17;
 const KINK_WRONG: u8 = 18;
+const BALANCED: u8 = 19;
 
 static CALLS: AtomicU64 = AtomicU64::new(0);
 
@@ -73,6 +74,10 @@ impl<const FAULT: u8> Objective for Planted<FAULT> {
                 _ => (math::softplus(-d), -math::sigmoid(-d)),
             };
             let weight = match FAULT {
+                BALANCED => {
+                    let [scores, thumbs] = [1, 2].map(|kind| batch.step.by_kind[kind] as f64);
+                    if s.kind == Kind::Score { scores / thumbs } else { thumbs / scores }
+                }
                 RANDOM => 1.0 + CALLS.fetch_add(1, Ordering::Relaxed) as f64 * 1e-9,
                 ORDER => 1.0 + i as f64,
                 _ => 1.0,
@@ -116,12 +121,29 @@ fn bites<T: Objective>(checks: &[&str], says: &str) {
     assert!(!report.passed() && report.to_string().contains("FAIL"));
 }
 
+/// The checks of numbers that are not there.
+const FINITE: [&str; 3] =
+    ["finite on random steps", "finite at extremes", "finite on degenerate steps"];
+
 #[test]
 fn a_sound_objective_passes() {
     let report = objective::<Planted<SOUND>>("{}");
     report.expect_passed();
-    assert_eq!(report.checks.len(), 8);
-    assert!(report.to_string().contains("ok    gradient: "), "{report}");
+    let names: Vec<&str> = report.checks.iter().map(|check| check.name).collect();
+    let all = [
+        "declarations",
+        "finite on random steps",
+        "finite at extremes",
+        "finite on degenerate steps",
+        "gradient",
+        "deterministic",
+        "independent of the split",
+        "uses only what it declares",
+        "state",
+        "time per call",
+    ];
+    assert_eq!(names, all);
+    assert!(report.to_string().contains(" for 65536 tokens of 256 responses"), "{report}");
 }
 
 #[test]
@@ -132,11 +154,18 @@ fn wrong_gradients_are_found() {
 
 #[test]
 fn missing_and_infinite_numbers_are_found() {
-    let both = ["finite on random steps", "finite at extremes"];
-    bites::<Planted<LAST_TOKEN_UNWRITTEN>>(&both, "is NaN or was never set");
-    bites::<Planted<ADDED_TO_NOTHING>>(&both, "is NaN or was never set");
-    bites::<Planted<NAN_METRIC>>(&both, "the metric `ratio` is NaN");
+    bites::<Planted<LAST_TOKEN_UNWRITTEN>>(&FINITE, "is NaN or was never set");
+    bites::<Planted<ADDED_TO_NOTHING>>(&FINITE, "is NaN or was never set");
+    bites::<Planted<NAN_METRIC>>(&FINITE, "the metric `ratio` is NaN");
     bites::<Planted<NAN_AT_EXTREMES>>(&["finite at extremes"], "the loss is inf");
+}
+
+#[test]
+fn a_missing_kind_is_tried() {
+    let report = objective::<Planted<BALANCED>>("{}");
+    let (names, why) = failures(&report);
+    assert_eq!(names, ["finite on degenerate steps"], "{report}");
+    assert!(why.starts_with("score responses alone: the loss is "), "{why}");
 }
 
 #[test]
@@ -166,8 +195,7 @@ fn unsound_declarations_end_the_check() {
 
 #[test]
 fn a_panic_is_a_failed_check() {
-    let both = ["finite on random steps", "finite at extremes"];
-    bites::<Planted<PANIC>>(&both, "`planted` panicked: on purpose");
+    bites::<Planted<PANIC>>(&FINITE, "`planted` panicked: on purpose");
 }
 
 #[test]
@@ -182,6 +210,7 @@ const LEARNS_IN_EVALUATION: u8 = 2;
 const BATCHES_COUNT: u8 = 3;
 const HONEST: u8 = 4;
 const THROUGH_THE_MEAN: u8 = 5;
+const ONCE_PER_PROCESS: u8 = 6;
 
 /// `(d - 2 * running mean of the steps' log-ratios)^2`, apart from its fault.
 struct Stateful<const FAULT: u8> {
@@ -207,6 +236,9 @@ impl<const FAULT: u8> Objective for Stateful<FAULT> {
     }
 
     fn begin_step(&mut self, step: &Step) -> Result<(), Fault> {
+        if FAULT == ONCE_PER_PROCESS {
+            self.batches.store(0, Ordering::Relaxed);
+        }
         let mean = step.log_ratios.iter().sum::<f64>() / step.segments as f64;
         if FAULT == THROUGH_THE_MEAN {
             self.mean = mean;
@@ -217,7 +249,9 @@ impl<const FAULT: u8> Objective for Stateful<FAULT> {
     }
 
     fn evaluate(&self, batch: &Batch, out: &mut Evaluation) -> Result<(), Fault> {
-        self.batches.fetch_add(1, Ordering::Relaxed);
+        if self.batches.fetch_add(1, Ordering::Relaxed) == 0 && FAULT == ONCE_PER_PROCESS {
+            out.loss(1.0);
+        }
         let n = batch.step.segments as f64;
         for segment in batch.segments() {
             let d = batch.log_ratio(segment);
@@ -258,6 +292,58 @@ fn state_is_saved_restored_and_left_alone() {
     bites::<Stateful<SECRET>>(&["state"], "depends on earlier ones");
     bites::<Stateful<LEARNS_IN_EVALUATION>>(&["state"], "`training = false`");
     bites::<Stateful<BATCHES_COUNT>>(&["state"], "evaluating a batch changes");
+}
+
+#[test]
+fn what_every_process_adds_once_is_found() {
+    let report = objective::<Stateful<ONCE_PER_PROCESS>>("{}");
+    assert_eq!(failures(&report).0, ["deterministic", "independent of the split"], "{report}");
+    assert!(report.to_string().contains(" in four ranks, or its gradient"), "{report}");
+}
+
+struct OddAdapter<const FAULT: u8>;
+
+impl<const FAULT: u8> FeedbackAdapter for OddAdapter<FAULT> {
+    const NAME: &'static str = "odd";
+    const ABOUT: &'static str = "";
+
+    fn new(_: &mut Params) -> Self {
+        Self
+    }
+
+    fn offers(&self) -> Kinds {
+        if FAULT == ACCEPTS_NOTHING { Kinds(0) } else { Kinds::SCORE }
+    }
+
+    fn adapt(&self, record: &Record) -> Result<Vec<Sample>, Fault> {
+        let calls = CALLS.fetch_add(1, Ordering::Relaxed);
+        assert!(FAULT != PANIC || record.text("response").is_ok(), "on purpose");
+        let name = if FAULT == RANDOM { format!("{calls}") } else { "prompt".into() };
+        let prompt = record.text(&name)?;
+        let score = if FAULT == WRONG_SCALE { 7.0 } else { 0.5 };
+        let answer = Content::text("answer");
+        Ok(vec![Sample::new(Content::text(prompt)).response(answer, Feedback::Score(score))])
+    }
+}
+
+#[test]
+fn adapters_are_checked_on_odd_records_and_on_their_own() {
+    let report = adapter::<OddAdapter<SOUND>>("{}", &[r#"{"prompt": "a"}"#]);
+    report.expect_passed();
+    assert!(report.to_string().contains("ok    its records: 1 of them, 1 samples"), "{report}");
+    let report = adapter::<OddAdapter<SOUND>>("{}", &[r#"{"text": "a"}"#]);
+    assert_eq!(failures(&report).0, ["its records"], "{report}");
+    for (report, check, says) in [
+        (adapter::<OddAdapter<PANIC>>("{}", &[]), "odd records", "panicked: on purpose"),
+        (adapter::<OddAdapter<RANDOM>>("{}", &[]), "odd records", "understands it differently"),
+        (adapter::<OddAdapter<WRONG_SCALE>>("{}", &[]), "odd records", "gives a score of 7"),
+        (adapter::<OddAdapter<ACCEPTS_NOTHING>>("{}", &[]), "declarations", "offers no feedback"),
+        (adapter::<OddAdapter<SOUND>>(r#"{"a": 1}"#, &[]), "declarations", "unknown parameter"),
+    ] {
+        let (names, why) = failures(&report);
+        assert_eq!(names, [check], "{report}");
+        assert!(why.contains(says), "{why}");
+    }
 }
 
 #[test]

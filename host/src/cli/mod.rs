@@ -7,7 +7,7 @@ mod generate;
 mod grad;
 mod mask;
 mod merge;
-mod plugins;
+mod plugin;
 mod score;
 mod train;
 mod verify_resume;
@@ -41,9 +41,9 @@ enum Command {
     Generate(generate::GenerateArgs),
     /// Write a model with an adapter merged into its weights
     Merge(merge::MergeArgs),
-    /// List plugins with their parameters, or check their gradients
-    #[command(subcommand)]
-    Plugins(plugins::PluginsCommand),
+    /// Make a plugin, list plugins with their parameters, or check them
+    #[command(subcommand, alias = "plugins")]
+    Plugin(plugin::PluginCommand),
     /// Show which GPUs and which compilers for their kernels were found
     Device(device::DeviceArgs),
     /// Print every configuration key with its meaning and default
@@ -85,7 +85,7 @@ impl Cli {
             Command::Grad(args) => grad::run(&args),
             Command::Generate(args) => generate::run(&args),
             Command::Merge(args) => merge::run(&args),
-            Command::Plugins(command) => plugins::run(&command),
+            Command::Plugin(command) => plugin::run(&command),
             Command::Device(args) => device::run(&args),
             Command::Config(args) => config::run(&args),
         }

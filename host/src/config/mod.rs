@@ -2,11 +2,13 @@
 
 pub mod docs;
 pub mod overrides;
+pub mod ramp;
 pub mod schema;
 pub mod section;
 pub mod validate;
 pub mod values;
 
+pub use ramp::{Number, ObjectiveRef, Ramp, Term};
 pub use schema::Config;
 pub use values::*;
 

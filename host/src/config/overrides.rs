@@ -58,7 +58,7 @@ fn find<'t>(list: &'t mut [Value], element: &str) -> Option<&'t mut Table> {
 }
 
 /// The value as TOML if it is TOML, otherwise as a text.
-fn parse(value: &str) -> Value {
+pub fn parse(value: &str) -> Value {
     toml::from_str::<Table>(&format!("v = {value}"))
         .ok()
         .and_then(|mut table| table.remove("v"))

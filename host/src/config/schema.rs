@@ -1,6 +1,7 @@
 //! Every section and key of a run's TOML file. This file is the source of `uft config` and of
 //! docs/config.md.
 
+use super::ramp::ObjectiveRef;
 use super::section::section;
 use super::values::{
     BadRows, Device, EndOfTurn, Gain, LongRows, Mixing, NonFinite, PluginRef, Recompute, Reference,
@@ -61,8 +62,13 @@ section! {
         eval_fraction: f64 = 0.0,
         /// Feedback adapter: a name, or { plugin = "scores", range = [0, 4] } with its parameters.
         adapter: PluginRef = PluginRef::default(),
-        /// Objective: a name, or { plugin = "una-score", beta = 0.1 } with its parameters.
-        objective: PluginRef = PluginRef::default(),
+        /// Objective: a name, or { plugin = "una-score", beta = 0.1 } with its parameters. A parameter that is
+        /// a number may change over the steps: beta = { schedule = "linear", from = 0.01, to = 0.1, over = 0.5 },
+        /// or "cosine"; `over` is as `warmup` of [train], all steps by default, and what is measured before and
+        /// after a run has the last value. A list of such tables is a sum of objectives over the same
+        /// rows, each with a `weight` (1 by default; it may change too); each takes the responses of the kinds
+        /// that it accepts.
+        objective: ObjectiveRef = ObjectiveRef::default(),
         /// Factor of this source's loss.
         weight: f64 = 1.0,
         /// Share of this source in the batches, relative to the others'. Unset: by its size.

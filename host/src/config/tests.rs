@@ -27,7 +27,7 @@ fn refused(text: &str, set: &[&str]) -> String {
 #[test]
 fn a_plugin_is_a_name_or_a_table() {
     let config = Config::parse(WHOLE, &[]).unwrap();
-    let objective = &config.data[0].objective;
+    let objective = &config.data[0].objective.terms[0].plugin;
     assert_eq!(objective.plugin, "una-score");
     assert_eq!(objective.params_json(), r#"{"beta":0.1,"loss":"mse"}"#);
     let config = Config::parse(WHOLE, &["data[rated].adapter=scores".into()]).unwrap();
@@ -71,7 +71,7 @@ fn overrides_reach_sections_and_list_elements() {
     let config = Config::parse(WHOLE, &set.map(String::from)).unwrap();
     assert_eq!(config.train.lr, 3e-5);
     assert_eq!(config.data[0].weight, 2.0);
-    assert_eq!(config.data[0].objective.params["beta"].as_float(), Some(0.5));
+    assert_eq!(config.data[0].objective.terms[0].plugin.params["beta"].as_float(), Some(0.5));
     assert_eq!(config.train.output, "elsewhere");
     assert!(refused(WHOLE, &["data[nobody].weight=2"]).contains("no element `nobody`"));
     assert!(refused(WHOLE, &["data.weight=2"]).contains("data[NAME]"));

@@ -59,9 +59,10 @@ fn source(data: &DataSection, earlier: &[DataSection]) -> Result<()> {
         "adapter is missing, such as adapter = \"demonstrations\"",
     )?;
     require(
-        !data.objective.plugin.is_empty(),
+        data.objective.terms.iter().any(|term| !term.plugin.plugin.is_empty()),
         "objective is missing, such as objective = \"uft-sft\"",
     )?;
+    data.objective.check().map_err(|why| Error::config(format!("objective: {why}")))?;
     require(data.weight.is_finite() && data.weight >= 0.0, "weight must not be negative")?;
     require((0.0..1.0).contains(&data.eval_fraction), "eval_fraction must be from 0 to below 1")?;
     require(data.ratio.is_none_or(|r| r.is_finite() && r > 0.0), "ratio must be above 0")

@@ -5,7 +5,7 @@ use super::rows::{self, Row};
 use crate::config::schema::{Config, DataSection};
 use crate::config::{BadRows, LongRows};
 use crate::group::{Group, Origin};
-use crate::plugins::{Adapter, Objective, Registry};
+use crate::plugins::{Adapter, Registry, Sum};
 use crate::text::{Limits, Reason, Text};
 use crate::{Error, Result};
 use rayon::prelude::*;
@@ -24,7 +24,7 @@ pub struct Source {
     pub weight: f64,
     /// Share in the batches relative to the others'; unset: by size.
     pub ratio: Option<f64>,
-    pub objective: Objective,
+    pub objective: Sum,
     pub train: Vec<Example>,
     pub held_out: Vec<Example>,
     pub account: Account,
@@ -47,7 +47,7 @@ impl Source {
     ) -> Result<Self> {
         let place = format!("[[data]] `{}`", data.name);
         let adapter = registry.adapter(&data.adapter).map_err(|e| e.at(&place))?;
-        let objective = registry.objective(&data.objective).map_err(|e| e.at(&place))?;
+        let objective = Sum::new(registry, &data.objective).map_err(|e| e.at(&place))?;
         compatible(&adapter, &objective).map_err(|e| e.at(&place))?;
 
         let mut rows = rows::read(&data.files).map_err(|e| e.at(&place))?;
@@ -107,6 +107,13 @@ impl Source {
                 )));
             }
         }
+        let responses = self.train.iter().flat_map(|e| e.group.segments());
+        let kinds = responses.fold(0, |all, s| all | Kinds::of(s.feedback.kind()).0);
+        if let Some((part, _)) = self.objective.parts().find(|(_, takes)| takes.0 & kinds == 0) {
+            return Err(Error::data(format!(
+                "objective `{name}`: no row has feedback for `{part}`"
+            )));
+        }
         for (rows, set) in [(&self.train, "rows"), (&self.held_out, "held-out rows")] {
             if self.objective.needs(Needs::MISMATCHED) && rows.len() == 1 {
                 return Err(Error::data(format!(
@@ -133,7 +140,7 @@ pub fn in_vocabulary(group: &Group, vocab: usize) -> Result<()> {
 }
 
 /// Whether the adapter's feedback is what the objective takes; asked before any file is read.
-fn compatible(adapter: &Adapter, objective: &Objective) -> Result<()> {
+fn compatible(adapter: &Adapter, objective: &Sum) -> Result<()> {
     let (offers, accepts) = (adapter.offers(), objective.accepts);
     if offers.0 & accepts.0 == 0 {
         return Err(Error::config(format!(

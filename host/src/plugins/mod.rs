@@ -4,6 +4,9 @@ mod adapter;
 pub mod elf;
 pub mod library;
 pub mod objective;
+mod selection;
+mod sum;
+pub mod table;
 
 use crate::config::PluginRef;
 use crate::{Error, Result};
@@ -11,6 +14,7 @@ pub use adapter::Adapter;
 use library::Library;
 pub use objective::Objective;
 use std::path::{Path, PathBuf};
+pub use sum::Sum;
 use uft_core::Fault;
 use uft_core::abi::{Entry, Role};
 use uft_core::fault::FaultKind;
@@ -103,8 +107,7 @@ impl Registry {
     pub fn objective(&mut self, plugin: &PluginRef) -> Result<Objective> {
         let name = plugin.plugin.as_str();
         let module = self.provider(Role::Objective, name)?.module;
-        let made = (module.objective())(name.into(), plugin.params_json().as_str().into());
-        Objective::new(name, made.into_result().map_err(|f| fault(name, &f))?)
+        Objective::new(module, plugin)
     }
 
     /// Makes a feedback adapter from its place in the configuration.

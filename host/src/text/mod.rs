@@ -3,12 +3,15 @@
 //! A [`Text`] holds what a model directory says about text. It is read-only after loading, so rows
 //! can be encoded on many threads.
 
+mod builtins;
 mod chat;
 mod clock;
 mod encode;
+mod fuel;
 mod limits;
 mod mask;
 mod pieces;
+mod program;
 mod python;
 mod specials;
 pub mod template;

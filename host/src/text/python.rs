@@ -1,25 +1,24 @@
 //! What chat templates expect of Python: its JSON, its truth about sequences, its methods.
 
+use super::fuel::{self, Payment};
 use minijinja::value::{Kwargs, ValueKind, from_args};
 use minijinja::{Environment, Error, ErrorKind, State, Value};
 use std::fmt::Write as _;
 
 /// Widest indent of `tojson`: what is written for it is not part of the template's fuel.
 const WIDEST_INDENT: usize = 16;
-/// Deepest nesting of a value that is written.
-const DEEPEST: usize = 100;
 
 /// Adds Python's ways to an environment.
 pub fn install(env: &mut Environment) {
     env.add_filter("tojson", tojson);
     env.add_filter("string", |state: &State, v: &Value| {
-        charge_all(state, v, 0)?;
+        fuel::whole(state, v)?;
         Ok::<_, Error>(display(v))
     });
     env.set_formatter(|out, state, value| match value.as_str() {
         Some(text) => Ok(out.write_str(text)?),
         None => {
-            charge_all(state, value, 0)?;
+            fuel::whole(state, value)?;
             Ok(out.write_str(&display(value))?)
         }
     });
@@ -34,6 +33,10 @@ pub fn install(env: &mut Environment) {
 
 /// Python's string methods that [`minijinja_contrib::pycompat`] lacks, then the others.
 fn method(state: &mut State, value: &Value, name: &str, args: &[Value]) -> Result<Value, Error> {
+    let mut operands = vec![value.clone()];
+    operands.extend_from_slice(args);
+    cost(value, name).pay(state, &mut operands)?;
+    let (value, args) = operands.split_first().expect("a method's value");
     let Some(text) = value.as_str() else {
         return minijinja_contrib::pycompat::unknown_method_callback(state, value, name, args);
     };
@@ -78,30 +81,21 @@ fn method(state: &mut State, value: &Value, name: &str, args: &[Value]) -> Resul
     })
 }
 
-/// Pays for a value that is being written, without what it holds. Lists that hold the same list
-/// twice, sixty deep, are small until somebody writes them, so every time counts.
-fn charge(state: &State, value: &Value, depth: usize) -> Result<(), Error> {
-    if depth > DEEPEST {
-        return Err(invalid(format!("a value nested more than {DEEPEST} deep cannot be written")));
+/// How a method pays for its value and its arguments.
+fn cost(value: &Value, name: &str) -> Payment {
+    let text = value.kind() == ValueKind::String;
+    match name {
+        "replace" => Payment::Replaced,
+        "split" | "rsplit" | "splitlines" => Payment::Split,
+        "strip" | "lstrip" | "rstrip" => Payment::Trimmed,
+        "format" => Payment::Formatted('{'),
+        "startswith" | "endswith" | "find" | "rfind" | "partition" | "rpartition" => Payment::Whole,
+        "removeprefix" | "removesuffix" | "join" => Payment::Whole,
+        "count" if !text => Payment::Counted,
+        "keys" | "values" | "items" => Payment::Joined,
+        "get" => Payment::Item,
+        _ => Payment::Characters,
     }
-    let bytes = value.as_str().map_or(0, str::len);
-    state.consume_fuel(1 + bytes as u64 / 64)
-}
-
-/// Pays for all that `str` of a value will write.
-fn charge_all(state: &State, value: &Value, depth: usize) -> Result<(), Error> {
-    charge(state, value, depth)?;
-    let map = value.kind() == ValueKind::Map;
-    // What has no length is written as `<iterator>`.
-    if map || value.len().is_some() && value.as_str().is_none() {
-        for item in value.try_iter()? {
-            charge_all(state, &item, depth + 1)?;
-            if map {
-                charge_all(state, &value.get_item(&item)?, depth + 1)?;
-            }
-        }
-    }
-    Ok(())
 }
 
 /// `json.dumps` with transformers' arguments: nothing escaped for HTML, no ASCII only.
@@ -137,7 +131,9 @@ struct Json<'a> {
 
 impl Json<'_> {
     fn write(&mut self, value: &Value, depth: usize) -> Result<(), Error> {
-        charge(self.state, value, depth)?;
+        fuel::node(self.state, value, depth)?;
+        let around = self.item.len() + self.key.len() + self.indent.unwrap_or(0) * depth;
+        self.state.consume_fuel(around as u64 / 8)?;
         match value.kind() {
             ValueKind::None => self.out += "null",
             ValueKind::Bool => self.out += if value.is_true() { "true" } else { "false" },
@@ -160,6 +156,7 @@ impl Json<'_> {
                     keys.sort();
                 }
                 for (i, key) in keys.iter().enumerate() {
+                    fuel::whole(self.state, key)?;
                     self.next(i, depth + 1);
                     match key.kind() {
                         ValueKind::String => self.string(key.as_str().unwrap_or_default()),

@@ -1,25 +1,23 @@
 //! Chat templates: messages to text, as transformers' `apply_chat_template` renders them.
 
-use super::{clock, python};
+use super::{builtins, clock, fuel, program, program::Program, python};
 use crate::{Error, Result, allocator};
-use minijinja::{
-    AutoEscape, Environment, ErrorKind, UndefinedBehavior, Value, syntax::SyntaxConfig,
-};
+use minijinja::{Environment, ErrorKind, State, UndefinedBehavior, Value};
 use regex::Regex;
 use std::ops::Range;
 use uft_core::guard::{catch, record_places};
 
-/// Work that one rendering may do, in instructions or 64 bytes of text. The longest conversations
-/// need some hundred thousand; a template that does not end is stopped within a second and after
-/// 128 MB of text.
+/// Work that one rendering may do, in instructions, 64 bytes of text, or what [`fuel`] takes for them.
+/// Long conversations need some ten thousand; a template that does not end is stopped within about a
+/// second and after 128 MB.
 const FUEL: u64 = 2_000_000;
 /// Stack of a rendering, of which only what is used takes memory. A list that a loop wraps into a new
 /// list every time gets as deep as the fuel lasts, and goes down to its end when it is dropped.
 const STACK: usize = 512 << 20;
+/// Longest template that cannot nest its values deep without a namespace, in bytes.
+const MOST_SHALLOW: usize = 1 << 16;
 /// Depth of macros within macros.
 const RECURSION: usize = 200;
-/// Name of the template in its environment.
-const NAME: &str = "chat";
 /// Noncharacters of Unicode around the text of a `{% generation %}` block, removed after rendering.
 /// In the template each stands between two tags of Jinja's own, of which the outer one behaves
 /// towards white space as the generation tag would, and the other gives the block its scope.
@@ -34,11 +32,12 @@ pub const END: char = '\u{FDD1}';
 /// it; and a loop over None, which Python refuses, does nothing.
 pub struct Template {
     env: Environment<'static>,
+    program: Program,
     /// The file that it comes from, for messages.
     origin: String,
     has_generation: bool,
     uses_clock: bool,
-    /// Whether it can carry a value from one turn of a loop to the next.
+    /// Whether it can nest values deep, in turns of a loop above all.
     nests: bool,
 }
 
@@ -66,10 +65,10 @@ impl Template {
             format!("{{%{}{}set __uft = 0 %}}{mark}{{% {scope}{}{}%}}", &c[1], &c[2], &c[4], &c[5])
         });
         let uses_clock = source.contains("strftime_now");
-        let nests = source.contains("namespace");
-        let mut env = environment(now);
-        sound(&origin, || env.add_template_owned(NAME, source.into_owned()))?;
-        Ok(Self { env, origin, has_generation, uses_clock, nests })
+        let nests = source.contains("namespace") || source.len() > MOST_SHALLOW;
+        let program = sound(&origin, || Program::new(&source))?;
+        let env = environment(now);
+        Ok(Self { env, program, origin, has_generation, uses_clock, nests })
     }
 
     /// Whether the template marks what the assistant says with `{% generation %}`.
@@ -80,6 +79,12 @@ impl Template {
     /// Whether what the template writes can depend on today's date.
     pub fn uses_clock(&self) -> bool {
         self.uses_clock
+    }
+
+    /// Limits the fuel of a rendering.
+    #[cfg(test)]
+    pub(super) fn limit(&mut self, fuel: u64) {
+        self.env.set_fuel(Some(fuel));
     }
 
     /// Renders messages with further variables.
@@ -97,8 +102,7 @@ impl Template {
             ("add_generation_prompt".to_owned(), Value::from(add_generation_prompt)),
         ];
         let context = Value::from_pairs(variables.iter().cloned().chain(own));
-        let render =
-            || sound(&self.origin, || self.env.get_template(NAME).and_then(|t| t.render(context)));
+        let render = || sound(&self.origin, || self.program.render(&self.env, context));
         let text = if self.nests { with_stack(render)? } else { render()? };
         if !self.has_generation {
             return Ok(Rendered { text, generation: Vec::new() });
@@ -136,24 +140,21 @@ fn with_stack(render: impl FnOnce() -> Result<String> + Send) -> Result<String> 
 /// The environment that transformers compiles chat templates in, with bounds on time and memory.
 fn environment(now: i64) -> Environment<'static> {
     let mut env = Environment::new();
-    env.set_syntax(
-        SyntaxConfig::builder()
-            .trim_blocks(true)
-            .lstrip_blocks(true)
-            .keep_trailing_newline(false)
-            .build()
-            .expect("Jinja's own delimiters"),
-    );
-    env.set_auto_escape_callback(|_| AutoEscape::None);
     env.set_undefined_behavior(UndefinedBehavior::Lenient);
     env.set_fuel(Some(FUEL));
     env.set_recursion_limit(RECURSION);
     env.set_debug(true);
+    program::install(&mut env);
+    builtins::install(&mut env);
     python::install(&mut env);
-    env.add_function("raise_exception", |message: String| -> std::result::Result<Value, _> {
-        Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
+    env.add_function("raise_exception", |state: &State, message: Value| {
+        fuel::whole(state, &message)?;
+        let message = message.to_string();
+        state.consume_fuel(message.len() as u64)?;
+        Err::<Value, _>(minijinja::Error::new(ErrorKind::InvalidOperation, message))
     });
-    env.add_function("strftime_now", move |format: &str| {
+    env.add_function("strftime_now", move |state: &State, format: &str| {
+        state.consume_fuel(format.len() as u64)?;
         clock::strftime(now, format).ok_or_else(|| {
             let message = format!("strftime_now: the format {format:?} is not supported");
             minijinja::Error::new(ErrorKind::InvalidOperation, message)

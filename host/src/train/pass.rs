@@ -77,7 +77,10 @@ impl Pass<'_> {
         for source in plan.sources() {
             let step = statistics.step(&plan, source, self.at);
             let Source { objective, name, .. } = &mut sources[source];
-            objective.begin_step(&step).map_err(|e| e.at(format!("source `{name}`")))?;
+            let of_source = plan.segments_of(source);
+            objective
+                .begin_step(&step, &of_source)
+                .map_err(|e| e.at(format!("source `{name}`")))?;
         }
         let mut outcome = Outcome {
             tokens: plan.rows(),

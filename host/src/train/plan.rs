@@ -117,6 +117,12 @@ impl Plan {
         self.totals.iter().enumerate().filter(|(_, t)| t.segments > 0).map(|(source, _)| source)
     }
 
+    /// Every segment of a source, in the order of its place in the step.
+    pub fn segments_of(&self, source: usize) -> Vec<Segment> {
+        let own = self.groups.iter().filter(|group| group.item.source == source);
+        own.flat_map(|group| group.segments.iter().copied()).collect()
+    }
+
     /// Items that a source's mean is over: pairs for objectives on pairs, responses otherwise.
     pub fn items(&self, source: &Source, index: usize) -> u64 {
         let totals = &self.totals[index];

@@ -13,7 +13,7 @@ use crate::group::Group;
 use crate::model::{Packed, Tape};
 use crate::{Error, Result};
 use uft_core::Needs;
-use uft_core::batch::Step;
+use uft_core::batch::{Step, StepResponse};
 
 /// A forward pass of others beside a batch may take so many times the rows of a micro-batch: only one block's
 /// activations are held of all of them.
@@ -66,9 +66,14 @@ impl Pass<'_> {
     ) -> Result<(Statistics, Option<Early>)> {
         let mut statistics = Statistics {
             log_ratios: (0..sources.len())
-                .map(|index| match sources[index].objective.needs(Needs::STEP_LOG_RATIOS) {
-                    true => vec![0.0; plan.totals[index].segments as usize],
-                    false => Vec::new(),
+                .map(|index| {
+                    let needs = |need| sources[index].objective.needs(need);
+                    let columns = match needs(Needs::STEP_LOG_RATIOS) {
+                        true if needs(Needs::STEP_RESPONSES) => StepResponse::COLUMNS,
+                        true => 1,
+                        false => 0,
+                    };
+                    vec![0.0; columns * plan.totals[index].segments as usize]
                 })
                 .collect(),
             mismatched: mismatched.iter().map(|m| vec![0.0; m.groups.len()]).collect(),
@@ -208,7 +213,14 @@ impl Statistics {
                 let policy = sum(&logps[tokens.clone()][segment.range()]);
                 let reference =
                     if ref_logps.is_empty() { 0.0 } else { sum(&ref_logps[segment.range()]) };
-                ratios[segment.in_step as usize] = policy - reference;
+                let response = StepResponse {
+                    group: segment.group,
+                    kind: segment.kind,
+                    logp: policy,
+                    log_ratio: policy - reference,
+                };
+                let n = plan.totals[index].segments as usize;
+                response.put(ratios, n, segment.in_step as usize);
             }
         }
         Ok(())

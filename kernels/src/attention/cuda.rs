@@ -49,7 +49,7 @@ const SHAPES: [(usize, usize); 13] = [
 ];
 
 /// Every kernel for the shapes of heads of known models; others are compiled as they are needed.
-pub const KERNELS: [Kernel; 6 * SHAPES.len()] = {
+pub static KERNELS: [Kernel; 6 * SHAPES.len()] = {
     let mut all = [kernel(&SOURCE, "attention_forward", 64, 1); 6 * SHAPES.len()];
     let mut i = 0;
     while i < SHAPES.len() {

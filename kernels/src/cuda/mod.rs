@@ -53,6 +53,7 @@ use std::sync::Arc;
 pub const KERNELS: &[&[Kernel]] = &[
     &crate::attention::cuda::KERNELS,
     crate::adamw::cuda::KERNELS,
+    &crate::attention::cuda::KERNELS,
     crate::elementwise::cuda::KERNELS,
     crate::embedding::cuda::KERNELS,
     crate::logprob::cuda::KERNELS,

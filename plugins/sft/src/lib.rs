@@ -5,8 +5,8 @@
 //! `per = "response"`: `L = -mean over responses of log pi(y|x)`, the token-summed likelihood that
 //! the UFT paper writes (arXiv 2410.21438, eq. 1).
 //!
-//! It has no reference and no saturation; `uft-sft` has both. Chosen responses of pairs are not
-//! accepted: a row that is to be imitated is a demonstration.
+//! It has no reference and no saturation; `uft-sft` has both. Chosen responses of pairs are imitated
+//! too: as one of several objectives, it gives a preference loss its anchor.
 
 use uft_core::prelude::*;
 
@@ -29,7 +29,7 @@ impl Objective for Sft {
     }
 
     fn accepts(&self) -> Kinds {
-        Kinds::DEMONSTRATION
+        Kinds::DEMONSTRATION | Kinds::CHOSEN
     }
 
     fn evaluate(&self, batch: &Batch, out: &mut Evaluation) -> Result<(), Fault> {

@@ -11,7 +11,7 @@
 //!
 //! A response that is in several pairs of its group collects the gradients of all of them.
 
-use uft_core::math::{sigmoid, softplus};
+use uft_core::math::softplus;
 use uft_core::prelude::*;
 
 struct UnaPairwise {
@@ -22,8 +22,8 @@ struct UnaPairwise {
 
 impl Objective for UnaPairwise {
     const NAME: &'static str = "una-pairwise";
-    const ABOUT: &'static str =
-        "-log sigmoid(beta*(d_w - d_l)), d = log(pi/pi_ref) (DPO, arXiv 2305.18290, eq. 7)";
+    const ABOUT: &'static str = "-log sigmoid(beta*(d_w - d_l)), d = log(pi/pi_ref) \
+        (DPO, arXiv 2305.18290, eq. 7; label-smoothed: cDPO; margins: ODPO, arXiv 2402.10571)";
 
     fn new(params: &mut Params) -> Self {
         let probability = Bound::Within(0.0, 0.5);
@@ -53,19 +53,12 @@ impl Objective for UnaPairwise {
     }
 
     fn evaluate(&self, batch: &Batch, out: &mut Evaluation) -> Result<(), Fault> {
-        let (n, e) = (batch.step.pairs as f64, self.label_smoothing);
-        for segment in batch.segments() {
-            out.gradient(segment, 0.0);
-        }
-        for (chosen, rejected) in batch.pairs() {
-            let [won, lost] = [chosen, rejected].map(|s| self.beta * batch.log_ratio(s));
-            let z = won - lost - self.margin_scale * f64::from(chosen.value);
-            out.loss(((1.0 - e) * softplus(-z) + e * softplus(z)) / n);
-            let slope = (e * sigmoid(z) - (1.0 - e) * sigmoid(-z)) * self.beta / n;
-            out.add_gradient(chosen, slope);
-            out.add_gradient(rejected, -slope);
-            out.pair_metrics(batch, (chosen, won), (rejected, lost));
-        }
+        let e = self.label_smoothing;
+        let reward = |response: &Summed| response.log_ratio() * self.beta;
+        out.mean_over_pairs(batch, reward, |chosen, rejected| {
+            let z = reward(chosen) - reward(rejected) - self.margin_scale * chosen.value();
+            softplus(-z) * (1.0 - e) + softplus(z) * e
+        });
         Ok(())
     }
 }

@@ -33,7 +33,11 @@ fn run(input: &[u8]) {
     // What a run makes of a configuration before it opens any file.
     for data in &config.data {
         data.adapter.params_json();
-        data.objective.params_json();
+        for term in &data.objective.terms {
+            term.plugin.params_json();
+            let weights = [0, 3, u64::MAX].map(|step| term.weight.at(step, 10));
+            assert!(weights.iter().all(|w| *w >= 0.0), "{weights:?}");
+        }
     }
     uft::train::identity::settings(&config);
 }
@@ -49,6 +53,12 @@ fn seeds() -> Vec<Vec<u8>> {
         with("\n--set train.lr=3e-5\n--set data[demonstrations].weight=2\n--set stage[0].steps=10"),
         with("\n--set data[0].objective.beta = { a = [1, nan], b = 1979-05-27 }"),
         with(&deep),
+        with(
+            "\n--set data[0].objective = [{ plugin = 'sft', weight = { schedule = 'linear', from = 1, to = 0 } }]",
+        ),
+        with(
+            "\n--set data[0].objective.beta = { schedule = 'cosine', from = 0.1, to = 1, over = 0.5 }",
+        ),
         with("\n[eval]\nevery = 18446744073709551615\n"),
     ]
 }

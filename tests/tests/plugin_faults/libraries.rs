@@ -7,7 +7,7 @@ use uft_tests::succeed;
 #[test]
 fn a_plugin_that_is_not_there_is_told_with_the_folders_searched() {
     let dir = temporary();
-    let line = refused(PLUGIN, &["plugins", "list", "no-such", "--plugin-dir", text(dir.path())]);
+    let line = refused(PLUGIN, &["plugin", "list", "no-such", "--plugin-dir", text(dir.path())]);
     let own = Path::new(UFT).parent().expect("a folder").display();
     let expected = format!(
         "plugin `no-such`: no libno_such.so in {}, {own}/deps, {own}; build it, add its folder to \
@@ -21,7 +21,7 @@ fn a_plugin_that_is_not_there_is_told_with_the_folders_searched() {
 
     let path = dir.path().join("libmine.so");
     assert_eq!(
-        refused(PLUGIN, &["plugins", "list", text(&path)]),
+        refused(PLUGIN, &["plugin", "list", text(&path)]),
         format!("plugin `{}`: no such file; build the plugin or correct the path", path.display())
     );
 }
@@ -32,7 +32,7 @@ fn a_file_that_is_no_plugin_is_refused() {
     let path = dir.path().join("libtext.so");
     std::fs::write(&path, "a text of more than sixty-four bytes ".repeat(4)).expect("written");
     assert_eq!(
-        refused(PLUGIN, &["plugins", "list", text(&path)]),
+        refused(PLUGIN, &["plugin", "list", text(&path)]),
         format!(
             "plugin {}: it is not a shared library (ELF, 64 bit); give the library that cargo \
              built for the plugin",
@@ -40,7 +40,7 @@ fn a_file_that_is_no_plugin_is_refused() {
         )
     );
     assert_eq!(
-        refused(PLUGIN, &["plugins", "list", "no-plugin"]),
+        refused(PLUGIN, &["plugin", "list", "no-plugin"]),
         format!(
             "plugin {}: it is a shared library, but not a uft plugin; a plugin exports its \
              objectives and adapters with `uft_core::plugin!`",
@@ -58,7 +58,7 @@ fn a_library_that_is_cut_short_does_not_kill_the_process() {
     for size in sizes {
         std::fs::write(&path, &whole[..size]).expect("written");
         assert_eq!(
-            refused(PLUGIN, &["plugins", "list", text(&path)]),
+            refused(PLUGIN, &["plugin", "list", text(&path)]),
             format!(
                 "plugin {}: the file is cut short ({size} bytes); build or copy it again",
                 path.display()
@@ -67,11 +67,11 @@ fn a_library_that_is_cut_short_does_not_kill_the_process() {
     }
     for size in [0, 63] {
         std::fs::write(&path, &whole[..size]).expect("written");
-        let line = refused(PLUGIN, &["plugins", "list", text(&path)]);
+        let line = refused(PLUGIN, &["plugin", "list", text(&path)]);
         assert!(line.contains("it is not a shared library"), "{size} bytes: {line}");
     }
     std::fs::write(&path, &whole).expect("written");
-    assert!(succeed(UFT, &["plugins", "list", text(&path)]).starts_with("sft (objective"));
+    assert!(succeed(UFT, &["plugin", "list", text(&path)]).starts_with("sft (objective"));
 }
 
 #[test]
@@ -84,7 +84,7 @@ fn a_library_for_another_machine_is_refused() {
     other[18..20].copy_from_slice(&[8, 0]);
     std::fs::write(&path, other).expect("written");
     assert_eq!(
-        refused(PLUGIN, &["plugins", "list", text(&path)]),
+        refused(PLUGIN, &["plugin", "list", text(&path)]),
         format!(
             "plugin {}: it is built for another processor (ELF machine 8); build it for this one",
             path.display()
@@ -96,7 +96,7 @@ fn a_library_for_another_machine_is_refused() {
     lost[name..name + 9].copy_from_slice(b"no-such.6");
     std::fs::write(&path, lost).expect("written");
     assert_eq!(
-        refused(PLUGIN, &["plugins", "list", text(&path)]),
+        refused(PLUGIN, &["plugin", "list", text(&path)]),
         format!(
             "plugin {}: the loader refuses it (no-such.6: cannot open shared object file: No such \
              file or directory); build it on this machine",
@@ -108,7 +108,7 @@ fn a_library_for_another_machine_is_refused() {
 #[test]
 fn another_abi_revision_and_another_layout_are_refused() {
     assert_eq!(
-        refused(PLUGIN, &["plugins", "list", "other-abi"]),
+        refused(PLUGIN, &["plugin", "list", "other-abi"]),
         format!(
             "plugin {}: it speaks ABI revision 99, this host speaks 1; rebuild it against this \
              uft-core",
@@ -116,7 +116,7 @@ fn another_abi_revision_and_another_layout_are_refused() {
         )
     );
     assert_eq!(
-        refused(PLUGIN, &["plugins", "list", "other-layout"]),
+        refused(PLUGIN, &["plugin", "list", "other-layout"]),
         format!(
             "plugin {}: its types differ from this host's uft-core (Entry.about: mismatched type, \
              expected RString, found u64); rebuild it against this uft-core",
@@ -129,7 +129,7 @@ fn another_abi_revision_and_another_layout_are_refused() {
 fn a_name_that_is_taken_is_refused() {
     let (sft, namesakes) = (library("sft"), library("namesakes"));
     assert_eq!(
-        refused(PLUGIN, &["plugins", "list", "sft", "namesakes"]),
+        refused(PLUGIN, &["plugin", "list", "sft", "namesakes"]),
         format!(
             "plugin {}: the objective `sft` is exported by {} too; load only one of them",
             namesakes.display(),
@@ -137,7 +137,7 @@ fn a_name_that_is_taken_is_refused() {
         )
     );
     assert_eq!(
-        refused(PLUGIN, &["plugins", "list", "namesakes"]),
+        refused(PLUGIN, &["plugin", "list", "namesakes"]),
         format!(
             "plugin {}: it exports the objective `sft` twice; this is a bug of the plugin, report \
              it to its author",
@@ -145,6 +145,6 @@ fn a_name_that_is_taken_is_refused() {
         )
     );
     // The same library under two names is one.
-    let listed = succeed(UFT, &["plugins", "list", "sft", text(&sft)]);
+    let listed = succeed(UFT, &["plugin", "list", "sft", text(&sft)]);
     assert_eq!(listed.matches("(objective").count(), 1, "{listed}");
 }

@@ -121,7 +121,7 @@ fn what_an_objective_gives_back_is_checked() {
             "infinite loss",
             NON_FINITE,
             "plugin `faulty`: the loss is inf, though its gradient is finite; check its \
-             parameters, and the plugin itself with `uft plugins check faulty`",
+             parameters, and the plugin itself with `uft plugin check faulty`",
         ),
         (
             "unknown need",

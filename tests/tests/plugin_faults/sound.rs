@@ -1,13 +1,18 @@
 //! Plugins without a fault: listed, checked, several in one library, with statistics of the step and
 //! with state.
 
-use super::{CONFIG, NON_FINITE, PLUGIN, Source, UFT, faulty, library, refused, temporary, text};
+use super::{NON_FINITE, PLUGIN, Source, UFT, faulty, library, refused, temporary, text};
 use std::path::{Path, PathBuf};
 use uft_tests::{golden, lines, succeed, tensors};
 
+/// How many plugins come with uft.
+fn bundled() -> usize {
+    bundled::LIBRARIES.iter().map(|library| library.entries.len()).sum()
+}
+
 #[test]
 fn the_bundled_plugins_are_listed_with_their_parameters() {
-    let listed = succeed(UFT, &["plugins", "list"]);
+    let listed = succeed(UFT, &["plugin", "list"]);
     for (name, role, parameter) in [
         ("demonstrations", "adapter", "turns = \"together\""),
         ("scores", "adapter", "range = [0.0, 1.0]"),
@@ -25,30 +30,72 @@ fn the_bundled_plugins_are_listed_with_their_parameters() {
         let entry = entry.unwrap_or_else(|| panic!("no {start} in:\n{listed}"));
         assert!(entry.contains(&format!("\n    {parameter}  # ")), "{entry}");
     }
-    assert_eq!(listed.matches("\n  ").count(), listed.matches("\n    ").count() + 10);
+    assert_eq!(listed.matches("\n  ").count(), listed.matches("\n    ").count() + bundled());
 }
 
 #[test]
 fn the_check_passes_sound_objectives_and_finds_a_wrong_gradient() {
-    let report = succeed(UFT, &["plugins", "check"]);
-    assert_eq!(report.matches("  ok    gradient: ").count(), 6, "{report}");
+    let report = succeed(UFT, &["plugin", "check"]);
+    let objectives = report.matches("  ok    gradient: ").count();
+    let adapters = report.matches("  ok    odd records: ").count();
+    assert!(objectives > 6 && adapters > 4, "{report}");
+    assert_eq!(objectives + adapters, bundled(), "{report}");
     assert!(!report.contains("FAIL"), "{report}");
-    let report = succeed(UFT, &["plugins", "check", "sound"]);
+    let report = succeed(UFT, &["plugin", "check", "sound"]);
     assert_eq!(report.matches("  ok    gradient: ").count(), 2, "{report}");
     assert!(report.contains("  ok    state: 8 bytes, restored"), "{report}");
 
-    let line = refused(CONFIG, &["plugins", "check", "scores"]);
-    assert_eq!(line, "nothing to check: these libraries export no objective");
+    let report = succeed(UFT, &["plugin", "check", "scores"]);
+    assert!(report.starts_with("scores\n  ok    declarations: offers score\n"), "{report}");
+    assert!(report.contains("  ok    odd records: "), "{report}");
 
-    let output = uft_tests::uft(UFT, &["plugins", "check", "sft", "faulty"]);
+    let output = uft_tests::uft(UFT, &["plugin", "check", "sft", "faulty"]);
     assert_eq!(output.status.code(), Some(PLUGIN));
     let report = String::from_utf8(output.stdout).expect("text");
     assert!(report.contains("\n  FAIL  gradient: random step 1, response 0: "), "{report}");
-    assert_eq!(report.matches("FAIL").count(), 1, "{report}");
+    assert_eq!(report.matches("FAIL").count(), 2, "{report}");
+    assert!(report.contains("  FAIL  odd records: {"), "{report}");
     assert_eq!(
         String::from_utf8_lossy(&output.stderr).trim_end(),
-        "error: the check failed for: faulty"
+        "error: the check failed for: objective `faulty`, adapter `faulty`"
     );
+}
+
+#[test]
+fn the_check_takes_parameters_and_records() {
+    let sound = ["plugin", "check", "sound", "--entry", "settle"];
+    let with = |more: &[&'static str]| [&sound[..], more].concat();
+    let report = succeed(UFT, &with(&["--param", "momentum=0.25"]));
+    assert!(report.starts_with("settle\n") && !report.contains("FAIL"), "{report}");
+    let output = uft_tests::uft(UFT, &with(&["--param", "momentum=2"]));
+    assert_eq!(output.status.code(), Some(PLUGIN));
+    let report = String::from_utf8(output.stdout).expect("text");
+    let says = "settle\n  FAIL  declarations: plugin `settle`: parameter `momentum` must be a number from 0 to 1, not 2\n";
+    assert_eq!(report, says);
+
+    let records = golden("data/scores.jsonl");
+    let report = succeed(UFT, &["plugin", "check", "scores", "--records", text(&records)]);
+    assert!(report.contains("  ok    its records: "), "{report}");
+    let records = golden("data/pairs.jsonl");
+    let arguments = ["plugin", "check", "scores", "--records", text(&records)];
+    let output = uft_tests::uft(UFT, &arguments);
+    assert_eq!(output.status.code(), Some(PLUGIN));
+    let report = String::from_utf8(output.stdout).expect("text");
+    assert!(report.contains("  FAIL  its records: {"), "{report}");
+
+    for (arguments, says) in [
+        (&["sound", "--param", "momentum=0"][..], "--param is for one entry, and there are "),
+        (&["sft", "--records", "x.jsonl"], "x.jsonl: cannot be read: "),
+        (
+            &["sound", "--entry", "setle"],
+            "--entry: no library exports `setle`; did you mean `settle`?",
+        ),
+        (&["sft", "--param", "per"], "--param per: expected key=value"),
+    ] {
+        let output = uft_tests::uft(UFT, &[&["plugin", "check"], arguments].concat());
+        let line = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(!output.status.success() && line.contains(says), "{line}");
+    }
 }
 
 #[test]

@@ -119,6 +119,15 @@ fn pythons_ways() {
         ),
         ("a\n  {% if true %}\n    b\n  {% endif %}\nc\n", "a\n    b\nc"),
         ("a\r\n  {%- if true %}\r\nb\r\n{%- endif %}\r\n", "ab"),
+        (
+            "{{ 2 * 'ab' }}{{ [0] * 2 }}{{ 2 * -1.5 }}{{ 2 ** 3 * 2 }}{{ (1,) * 2 }}",
+            "abab[0, 0]-3.016(1, 1)",
+        ),
+        ("{% macro a(x, y) %}{{ x * y }}{% endmacro %}{{ a(*list[1:]) }}{{ a(3, *[4]) }}", "612"),
+        (
+            "{{ 1 < 2 < 3 }}{{ 1 < 2 in list }}{{ 9 not in list }}{{ {'a': 1}.get('a') }}",
+            "TrueTrueTrue1",
+        ),
         ("{{ strftime_now('%d %b %Y') }}", "26 Jul 2024"),
         ("{% generation %}\n  {{ 1 }}\n  {% endgeneration %}\n|", "  1\n|"),
         ("a {%- generation -%} b {%- endgeneration -%} c", "abc"),
@@ -164,24 +173,39 @@ fn a_template_that_does_not_end_is_stopped() {
     let doubling = "{% set ns = namespace(s='xxxxxxxx') %}{% for i in range(999) %}{% set ns.s = ns.s + ns.s %}{% endfor %}";
     let message = render(doubling, &[]).unwrap_err().message;
     assert!(message.contains("does not come to an end"), "{message}");
-    let nested = |turns: usize, wrapped: &str, last: &str| {
+    let nested = |turns: usize, wrapped: fn(&str) -> String, last: &str| {
+        let (x, y) = (wrapped("ns.x"), wrapped("ns.y"));
         format!(
-            "{{% set ns = namespace(x=['x']) %}}{{% for i in range(9) %}}{{% for j in range({turns}) %}}\
-             {{% set ns.x = {wrapped} %}}{{% endfor %}}{{% endfor %}}{last}"
+            "{{% set ns = namespace(x=['x'], y=['x']) %}}{{% for i in range(9) %}}{{% for j in range({turns}) %}}\
+             {{% set ns.x = {x} %}}{{% set ns.y = {y} %}}{{% endfor %}}{{% endfor %}}{last}"
         )
     };
-    for last in ["{{ ns.x }}", "{{ ns.x | string }}", "{{ ns.x | tojson }}"] {
-        for wrapped in ["[ns.x]", "{'a': ns.x}"] {
-            let message = render(&nested(9999, wrapped, last), &[]).unwrap_err().message;
-            assert!(message.contains("nested more than 100 deep"), "{message}");
+    for last in [
+        "{{ ns.x }}",
+        "{{ ns.x | string }}",
+        "{{ ns.x | tojson }}",
+        "{{ ns.x | upper }}",
+        "{{ [ns.x] | join('-') }}",
+        "{{ ns.x ~ '-' }}",
+        "{{ {ns.x: 1} }}",
+        "{{ ns.x == ns.y }}",
+        "{{ ns.x in [ns.y] }}",
+        "{{ 1 < ns.x < ns.y }}",
+        "{{ [ns.x, ns.y] | sort }}",
+        "{{ [ns.x] | map('trim') | list }}",
+        "{{ [ns.x] | select('eq', ns.y) | list }}",
+        "{{ [{'y': ns.x}] | selectattr('y', 'in', [ns.y]) | list }}",
+        "{{ [ns.x].count(ns.y) }}",
+        "{% for y in [ns.x, ns.y] %}{{ loop.changed(y) }}{% endfor %}",
+    ] {
+        for wrapped in [|x: &str| format!("[{x}]"), |x: &str| format!("{{'a': {x}}}")] {
+            let message = render(&nested(3333, wrapped, last), &[]).unwrap_err().message;
+            assert!(message.contains("nested more than 100 deep"), "{last}: {message}");
         }
-        let message = render(&nested(7, "[ns.x, ns.x]", last), &[]).unwrap_err().message;
-        assert!(message.contains("does not come to an end"), "{message}");
+        let twice = |x: &str| format!("[{x}, {x}]");
+        let message = render(&nested(7, twice, last), &[]).unwrap_err().message;
+        assert!(message.contains("does not come to an end"), "{last}: {message}");
     }
-    assert_eq!(
-        render(&nested(9999, "[ns.x]", "{{ ns.x == [ns.x] }}"), &[]).as_deref(),
-        Ok("False")
-    );
     let repeated = "{% set x = [1, 'y'] * 9999 %}{% for i in range(9999) %}{% set y = x | tojson %}{% endfor %}";
     let message = render(repeated, &[]).unwrap_err().message;
     assert!(message.contains("does not come to an end"), "{message}");
@@ -189,6 +213,34 @@ fn a_template_that_does_not_end_is_stopped() {
     assert!(render("{% include '/etc/passwd' %}", &[]).is_err());
     let message = render("{{ [1] | tojson(indent=3000000000) }}", &[]).unwrap_err().message;
     assert!(message.contains("an indent of more than 16"), "{message}");
+}
+
+/// 250 long turns of a conversation need less than an eighth of what a template may do.
+#[test]
+fn long_conversations_come_to_their_end() {
+    let golden = read_json(folder("fixtures/text/renders.json"));
+    let turns: Vec<_> = ["user", "assistant"]
+        .iter()
+        .cycle()
+        .take(250)
+        .map(|role| {
+            values::from_json(&json!({"role": role, "content": "Some words. ".repeat(200)}))
+        })
+        .collect();
+    let tokens = golden["tokens"].as_object().unwrap();
+    let variables: Vec<_> = tokens.iter().map(|(k, v)| (k.clone(), values::from_json(v))).collect();
+    let mut rendered = 0;
+    for name in golden["renders"].as_object().unwrap().keys() {
+        let source =
+            std::fs::read_to_string(folder(&format!("fixtures/text/{name}.jinja"))).unwrap();
+        let mut template = Template::new(&source, name.as_str(), NOW).unwrap();
+        template.limit(250_000);
+        match template.render(&turns, &variables, true) {
+            Ok(_) => rendered += 1,
+            Err(error) => assert!(!error.message.contains("come to an end"), "{name}: {error}"),
+        }
+    }
+    assert_eq!(rendered, golden["renders"].as_object().unwrap().len());
 }
 
 #[test]

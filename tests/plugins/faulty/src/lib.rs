@@ -1,5 +1,5 @@
 //! One objective and one adapter with a fault to choose. Without one the objective's gradient is
-//! wrong, which only `uft plugins check` can see.
+//! wrong, which only `uft plugin check` can see.
 
 use uft_core::prelude::*;
 
