@@ -21,7 +21,9 @@ impl Device {
         let device = match choice {
             Choice::Cpu => Self::Cpu,
             Choice::Emulated => Self::Gpu(Gpu::emulated(0).map_err(|e| missing("emulated", &e))?),
-            Choice::Cuda => Self::Gpu(Gpu::open(usable().unwrap_or(0)).map_err(|e| missing("cuda", &e))?),
+            Choice::Cuda => {
+                Self::Gpu(Gpu::open(usable().unwrap_or(0)).map_err(|e| missing("cuda", &e))?)
+            }
             Choice::Auto => match usable() {
                 Some(ordinal) => Self::Gpu(Gpu::open(ordinal).map_err(|error| {
                     let why = missing("auto", &error);

@@ -2,11 +2,11 @@
 //! in f32 or on a GPU in bf16.
 
 use super::config::ModelConfig;
+use super::cuda;
 use super::decoder::{self, Decoder, Options};
 use super::device::Device;
 use super::lora::{Lora, LoraGrads};
 use super::packed::{Packed, WithOthers};
-use super::cuda;
 use crate::Result;
 use std::path::Path;
 

@@ -53,3 +53,31 @@ impl Counter {
         self.memory.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::{Arena, Gpu, Properties};
+
+    #[test]
+    fn what_would_be_held_is_counted() {
+        let gpu = Gpu::counting(Properties {
+            name: "none".into(),
+            compute_capability: (8, 0),
+            memory: 1 << 40,
+            multiprocessors: 1,
+            shared_bytes: 0,
+        });
+        let weights = gpu.uploaded(&[1.0f32; 100]).unwrap();
+        drop(gpu.alloc::<u8>(1000).unwrap());
+        let more = gpu.alloc::<u32>(10).unwrap();
+        assert_ne!(weights.address(), more.address());
+        assert_eq!(gpu.most_allocated(), Some(1400));
+        let arena = Arena::counting(&gpu);
+        let held = arena.take::<f32>(1 << 30).unwrap();
+        drop(arena.take::<f32>(64).unwrap());
+        drop(held);
+        assert_eq!(arena.high_water(), (4 << 30) + 256);
+        assert_eq!(gpu.most_allocated(), Some(1400), "the arena counts its own");
+        assert_eq!(gpu.downloaded(&weights).unwrap(), [0.0; 100], "nothing is held");
+    }
+}

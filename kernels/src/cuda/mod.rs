@@ -51,7 +51,6 @@ use std::sync::Arc;
 
 /// Every kernel of every op, for what has to be done with all: compiling them, checking their registers.
 pub const KERNELS: &[&[Kernel]] = &[
-    &crate::attention::cuda::KERNELS,
     crate::adamw::cuda::KERNELS,
     &crate::attention::cuda::KERNELS,
     crate::elementwise::cuda::KERNELS,
@@ -102,7 +101,6 @@ pub fn devices() -> Result<Vec<Properties>> {
 pub fn driver_version() -> Result<(i32, i32)> {
     driver::driver_version().map(|version| (version / 1000, version % 1000 / 10))
 }
-
 
 impl Gpu {
     /// CUDA's device of this number.

@@ -92,10 +92,14 @@ impl Gradients {
             end += len.next_multiple_of(4);
             start..start + len
         };
-        let places: Vec<[Range<usize>; 2]> = lora.adapters.iter().map(|adapter| {
-            let rows = rows_of_b(adapter.site, adapter.outputs);
-            [place(adapter.rank * adapter.inputs), place(rows * adapter.rank)]
-        }).collect();
+        let places: Vec<[Range<usize>; 2]> = lora
+            .adapters
+            .iter()
+            .map(|adapter| {
+                let rows = rows_of_b(adapter.site, adapter.outputs);
+                [place(adapter.rank * adapter.inputs), place(rows * adapter.rank)]
+            })
+            .collect();
         let mut numbers = arena.take(end)?;
         gpu.zero(&mut numbers)?;
         Ok(Self { numbers, places })

@@ -288,7 +288,8 @@ impl Decoder {
         lora: &Lora,
         grads: &mut LoraGrads,
     ) -> Result<()> {
-        let Tape { batch, mut layers, adapters, last, inv_rms, hidden, unit_grad, angles, .. } = tape;
+        let Tape { batch, mut layers, adapters, last, inv_rms, hidden, unit_grad, angles, .. } =
+            tape;
         let (gpu, arena, with) = (&self.gpu, &self.arena, self.context(&angles));
         assert_eq!(dlogp.len(), batch.targets.len(), "dlogp must have one entry per target");
         let adapted = Adapted { lora, adapters: &adapters };

@@ -294,7 +294,15 @@ impl Layer {
         let mut attended = with.take(inputs.q.len())?;
         let mut partial = with.take_f32(attention::cuda::decode_room(n + 1, heads, window))?;
         attention::cuda::decode(
-            with.gpu, &inputs.q, keys, values, n + 1, heads, window, &mut partial, &mut attended,
+            with.gpu,
+            &inputs.q,
+            keys,
+            values,
+            n + 1,
+            heads,
+            window,
+            &mut partial,
+            &mut attended,
         )?;
         let mut outputs = self.outputs(&x, &attended, lora, with)?;
         self.last_product(&mut outputs, lora, with)
@@ -435,7 +443,11 @@ impl Layer {
         with.config.windows[self.index]
     }
 
-    fn adapter<'a>(&self, projection: Projection, lora: Option<Adapted<'a>>) -> Option<&'a Adapter> {
+    fn adapter<'a>(
+        &self,
+        projection: Projection,
+        lora: Option<Adapted<'a>>,
+    ) -> Option<&'a Adapter> {
         lora.and_then(|lora| lora.get(Site::Layer(self.index, projection)))
     }
 }

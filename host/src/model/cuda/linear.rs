@@ -123,7 +123,8 @@ impl Linear {
         }
         let Some((dx, beta)) = dx else { return Ok(()) };
         let part = pulled.as_ref();
-        let part = part.map(|(adapter, du)| Part { left: du, right: &adapter.a, rank: adapter.rank });
+        let part =
+            part.map(|(adapter, du)| Part { left: du, right: &adapter.a, rank: adapter.rank });
         Ok(nn(with.gpu, dy, &self.weight, dx, m, n, k, beta, part)?)
     }
 }

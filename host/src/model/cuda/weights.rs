@@ -118,7 +118,12 @@ impl Loader<'_, '_> {
     }
 
     /// `[V, H]` with rows of zeros up to `[P, H]`: the head's products take so many.
-    fn vocabulary(&mut self, name: &str, vocab: usize, hidden: usize) -> Result<DeviceBuffer<bf16>> {
+    fn vocabulary(
+        &mut self,
+        name: &str,
+        vocab: usize,
+        hidden: usize,
+    ) -> Result<DeviceBuffer<bf16>> {
         self.tensor_in(name, &[vocab, hidden], padded_vocabulary(vocab) * hidden)
     }
 

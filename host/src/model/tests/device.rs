@@ -23,8 +23,7 @@ fn load(name: &str) -> cuda::Decoder {
 /// Two short groups of a shared prompt each: a few dozen rows.
 fn small(name: &str) -> Packed {
     let rows = expected(name, "responses.json")["pairs"].clone();
-    let mut groups: Vec<Group> =
-        rows.as_array().unwrap()[..2].iter().map(shared_group).collect();
+    let mut groups: Vec<Group> = rows.as_array().unwrap()[..2].iter().map(shared_group).collect();
     for group in &mut groups {
         group.prompt.truncate(9);
         for branch in &mut group.branches {
@@ -35,7 +34,12 @@ fn small(name: &str) -> Packed {
     pack(&groups)
 }
 
-fn results(model: &cuda::Decoder, packed: &Packed, lora: &Lora, dlogp: &[f32]) -> (Vec<f32>, LoraGrads) {
+fn results(
+    model: &cuda::Decoder,
+    packed: &Packed,
+    lora: &Lora,
+    dlogp: &[f32],
+) -> (Vec<f32>, LoraGrads) {
     let tape = model.forward(packed, lora).unwrap();
     let (logps, mut grads) = (tape.logps().to_vec(), LoraGrads::zeros(lora));
     model.backward(tape, dlogp, lora, &mut grads).unwrap();
@@ -54,7 +58,8 @@ fn numbers_are_as_good_as_those_of_a_plain_run_in_bf16() {
         let exact_grads = gradient(&exact_model, &packed, &lora, &dlogp);
         let (plain, plain_grads) = Plain::new(&exact_model, &lora, &packed).run(&dlogp);
         let (got, got_grads) = results(&model, &packed, &lora, &dlogp);
-        let mut each = vec![("log-probs".to_owned(), relative(&got, &exact), relative(&plain, &exact))];
+        let mut each =
+            vec![("log-probs".to_owned(), relative(&got, &exact), relative(&plain, &exact))];
         let of = |grads| lora.grad_tensors(grads);
         for ((got, plain), exact) in of(&got_grads).zip(of(&plain_grads)).zip(of(&exact_grads)) {
             let errors = (relative(got.data, exact.data), relative(plain.data, exact.data));
@@ -62,7 +67,10 @@ fn numbers_are_as_good_as_those_of_a_plain_run_in_bf16() {
         }
         for (what, got, plain) in each {
             println!("{name} {what}: {got:.2e}, plain {plain:.2e}");
-            assert!(got <= FACTOR * plain, "{name} {what}: off by {got:e}, a plain run by {plain:e}");
+            assert!(
+                got <= FACTOR * plain,
+                "{name} {what}: off by {got:e}, a plain run by {plain:e}"
+            );
             assert!(plain < 0.3, "{name} {what}: the yardstick itself is off by {plain:e}");
         }
     }
@@ -111,7 +119,11 @@ fn choices_of_how_to_compute_change_no_bit_of_log_probs_and_layers_again_none_at
         let lora = adapter(&Decoder::load(&model_dir(name)).unwrap(), ".*proj|lm_head");
         let dlogp = uneven(packed.targets.rows.len());
         let (logps, grads) = results(&model, &packed, &lora, &dlogp);
-        assert_eq!((logps.clone(), grads.clone()), results(&model, &packed, &lora, &dlogp), "{name}");
+        assert_eq!(
+            (logps.clone(), grads.clone()),
+            results(&model, &packed, &lora, &dlogp),
+            "{name}"
+        );
         for recomputed_layers in [1, model.config.layers] {
             model.options = Options { recomputed_layers, ..Options::default() };
             let again = results(&model, &packed, &lora, &dlogp);
@@ -202,6 +214,30 @@ fn generation_goes_on_as_one_pass_would() {
     }
 }
 
+/// Over a cache that grows, a window and other kernels for single tokens.
+#[test]
+fn with_a_cache_the_logits_are_those_of_one_pass() {
+    for name in ["llama", "mistral", "qwen3"] {
+        let model = Model::load(&model_dir(name), &Device::Gpu(gpu().clone())).unwrap();
+        let response = &expected(name, "responses.json")["demos"][0][0];
+        let prompt = ids(&response["prompt_ids"]);
+        // Up to a power of two the cache has room.
+        let steps = prompt.len().next_power_of_two() - prompt.len() + 2;
+        let options = SampleOptions { max_tokens: steps.min(34), ..SampleOptions::greedy() };
+        let tokens = model.generate(&prompt, &options, None).unwrap();
+        let mut generator = Generator::new(&model, None, &prompt).unwrap();
+        let mut text = prompt;
+        for token in tokens {
+            assert_eq!(token, options.choose(generator.logits(), 0).unwrap(), "{name}");
+            generator.push(token).unwrap();
+            text.push(token);
+            let at_once = Generator::new(&model, None, &text).unwrap();
+            let error = relative(generator.logits(), at_once.logits());
+            assert!(error < 0.04, "{name} at {}: off by {error:e}", text.len());
+        }
+    }
+}
+
 /// The plan of memory goes through the same code, so it knows what a pass takes.
 #[test]
 fn a_pass_takes_what_was_counted() {
@@ -213,9 +249,8 @@ fn a_pass_takes_what_was_counted() {
         let dlogp = uneven(batch.own.targets.rows.len());
         for recomputed_layers in [0, 1] {
             let options = Options { recomputed_layers, ..Options::default() };
-            let count = || {
-                cuda::Counted::new(&model.config, options, gpu().properties(), 128).unwrap()
-            };
+            let count =
+                || cuda::Counted::new(&model.config, options, gpu().properties(), 128).unwrap();
             let (alone, beside) = (count(), count());
             alone.step(own, &lora).unwrap();
             beside.step_with_others(own, all, &lora).unwrap();
@@ -236,7 +271,10 @@ fn a_pass_takes_what_was_counted() {
 fn within(name: &str, measured: usize, planned: usize, rows: usize) {
     println!("{name}: {measured} measured, {planned} planned, {rows} rows");
     assert!(measured <= planned, "{name}: {measured} measured, {planned} planned");
-    assert!(planned <= measured + 64 * rows + 16384, "{name}: {measured} measured, {planned} planned");
+    assert!(
+        planned <= measured + 64 * rows + 16384,
+        "{name}: {measured} measured, {planned} planned"
+    );
 }
 
 #[test]
@@ -244,7 +282,10 @@ fn what_a_gpu_cannot_do_is_refused() {
     let scratch = Scratch::copy_of(&model_dir("llama"), "gpu-width");
     scratch.edit("config.json", |config| config["intermediate_size"] = 60.into());
     let refused = cuda::Decoder::load(&scratch.0, gpu()).err().unwrap().message;
-    assert!(refused.contains("intermediate_size is 60: on a GPU it must be a multiple of 8"), "{refused}");
+    assert!(
+        refused.contains("intermediate_size is 60: on a GPU it must be a multiple of 8"),
+        "{refused}"
+    );
     let model = load("llama");
     let config = LoraConfig { rank: 257, ..LoraConfig::default() };
     let lora = Lora::init(&config, &model.config, 1).unwrap();

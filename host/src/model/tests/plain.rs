@@ -182,7 +182,8 @@ impl<'a> Plain<'a> {
         let plain_head = Plain::new(model, lora, packed);
         let (mut logits, of_head) = plain_head.project(&head, Site::Head, &hidden);
         let mut logps = Vec::with_capacity(m);
-        for ((logits, &token), d) in logits.chunks_exact_mut(vocab).zip(&targets.tokens).zip(dlogp) {
+        for ((logits, &token), d) in logits.chunks_exact_mut(vocab).zip(&targets.tokens).zip(dlogp)
+        {
             let top = logits.iter().copied().fold(f32::MIN, f32::max);
             let sum: f32 = logits.iter().map(|l| (l - top).exp()).sum();
             logps.push(logits[token as usize] - top - sum.ln());
