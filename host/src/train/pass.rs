@@ -61,7 +61,7 @@ impl Pass<'_> {
         known: &mut ReferenceLogps,
         mut grads: Option<&mut LoraGrads>,
     ) -> Result<Outcome> {
-        let hidden = self.model.config.hidden;
+        let hidden = self.model.config().hidden;
         let mut plan = Plan::new(sources, rows, items, self.micro_tokens, hidden, self.without);
         let mut mismatched = statistics::mismatched(sources, rows, &plan);
         self.reference_logps(sources, rows, &mut plan, &mut mismatched, known)?;
