@@ -43,7 +43,7 @@ pub struct GenerateArgs {
     #[arg(long, default_value_t = 1)]
     seed: u64,
     /// Where to compute
-    #[arg(long, value_enum, default_value = "auto")]
+    #[arg(long, value_enum, default_value = "cpu")]
     device: DeviceChoice,
     /// Threads; 0 takes every core
     #[arg(long, default_value_t = 0)]

@@ -44,7 +44,7 @@ pub struct ScoreArgs {
     #[arg(long = "plugin-dir", value_name = "DIR")]
     plugin_dirs: Vec<PathBuf>,
     /// Where to compute
-    #[arg(long, value_enum, default_value = "auto")]
+    #[arg(long, value_enum, default_value = "cpu")]
     device: DeviceChoice,
     /// Threads; 0 takes every core
     #[arg(long, default_value_t = 0)]

@@ -145,9 +145,10 @@ section! {
         /// Directory for reference log-probs, which all runs on the same base model share. Unset:
         /// uft/reference in the user's cache directory ($XDG_CACHE_HOME or ~/.cache).
         reference_cache: Option<String> = None,
-        /// "cuda" is the GPU, in bf16; "cpu" computes in f32; "auto" takes the GPU where there is one.
+        /// "cuda" is the GPU, in bf16; "cpu" computes in f32; "auto" takes the GPU where there is one. The default
+        /// will be "auto" once the kernels, which are tested in an emulation, have been run on a GPU.
         /// "emulated" executes the GPU's kernels on the CPU, thousands of times slower, to test them.
-        device: Device = Device::Auto,
+        device: Device = Device::Cpu,
         /// Threads; 0 takes every core.
         threads: usize = 0,
         /// Save a checkpoint every so many steps, to go on from with `uft train --resume`; 0 saves one only

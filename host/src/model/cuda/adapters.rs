@@ -59,6 +59,20 @@ impl Adapters {
     }
 }
 
+/// Adapters with the map of where each is.
+#[derive(Clone, Copy)]
+pub struct Adapted<'a> {
+    pub lora: &'a Lora,
+    pub adapters: &'a Adapters,
+}
+
+impl<'a> Adapted<'a> {
+    /// The adapter of a site.
+    pub fn get(&self, site: Site) -> Option<&'a Adapter> {
+        self.lora.index(site).map(|at| self.adapters.at(at))
+    }
+}
+
 /// Rows of B: the head's are as many as its weight has on a device.
 fn rows_of_b(site: Site, outputs: usize) -> usize {
     match site {

@@ -3,9 +3,9 @@
 //!
 //! T rows, N needed rows (those that targets read), M targets, H hidden width, V vocabulary.
 
-use super::adapters::{Adapters, Gradients};
+use super::adapters::{Adapted, Adapters, Gradients};
 use super::batch::Batch;
-use super::layer::{Adapted, Layer, LayerTape};
+use super::layer::{Layer, LayerTape};
 use super::linear::Product;
 use super::{Context, sent};
 use crate::model::config::ModelConfig;

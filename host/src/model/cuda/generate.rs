@@ -1,8 +1,8 @@
 //! Generation on a device; the twin of [`super::super::generate`].
 
-use super::adapters::Adapters;
+use super::adapters::{Adapted, Adapters};
 use super::decoder::Decoder;
-use super::layer::{Adapted, KeyValues};
+use super::layer::KeyValues;
 use super::linear::Product;
 use super::{Context, sent};
 use crate::Result;

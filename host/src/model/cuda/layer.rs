@@ -2,11 +2,10 @@
 //! formulas, the shapes and what the tape keeps are said.
 
 use super::Context;
-use super::adapters::{Adapter, Adapters, Gradients};
+use super::adapters::{Adapted, Adapter, Gradients};
 use super::batch::{Batch, DeviceLayout};
 use super::linear::{Linear, Trained};
 use crate::Result;
-use crate::model::lora::Lora;
 use crate::model::targets::{Projection, Site};
 use half::bf16;
 use uft_kernels::cuda::{DeviceBuffer, DeviceSlice};
@@ -30,20 +29,6 @@ pub struct Layer {
     pub gate: Linear,
     pub up: Linear,
     pub down: Linear,
-}
-
-/// Adapters with the map of where each is.
-#[derive(Clone, Copy)]
-pub struct Adapted<'a> {
-    pub lora: &'a Lora,
-    pub adapters: &'a Adapters,
-}
-
-impl<'a> Adapted<'a> {
-    /// The adapter of a site.
-    pub fn get(&self, site: Site) -> Option<&'a Adapter> {
-        self.lora.index(site).map(|at| self.adapters.at(at))
-    }
 }
 
 /// What the way back needs of one block.
