@@ -18,7 +18,7 @@ pub enum Model {
 
 /// A forward pass, kept for [`Model::backward`].
 pub enum Tape {
-    Cpu(decoder::Tape),
+    Cpu(Box<decoder::Tape>),
     Cuda(Box<cuda::Tape>),
 }
 
@@ -101,7 +101,7 @@ impl Model {
     /// As [`Self::logps`].
     pub fn forward(&self, packed: Packed, lora: &Lora) -> Result<Tape> {
         Ok(match self {
-            Self::Cpu(model) => Tape::Cpu(model.forward(packed, lora)?),
+            Self::Cpu(model) => Tape::Cpu(Box::new(model.forward(packed, lora)?)),
             Self::Cuda(model) => Tape::Cuda(Box::new(model.forward(&packed, lora)?)),
         })
     }
@@ -115,7 +115,7 @@ impl Model {
         Ok(match self {
             Self::Cpu(model) => {
                 let (tape, logps) = model.forward_with_others(batch, lora)?;
-                (Tape::Cpu(tape), logps)
+                (Tape::Cpu(Box::new(tape)), logps)
             }
             Self::Cuda(model) => {
                 let (tape, logps) = model.forward_with_others(batch, lora)?;
@@ -140,7 +140,7 @@ impl Model {
         grads: &mut LoraGrads,
     ) -> Result<()> {
         match (self, tape) {
-            (Self::Cpu(model), Tape::Cpu(tape)) => model.backward(tape, dlogp, lora, grads),
+            (Self::Cpu(model), Tape::Cpu(tape)) => model.backward(*tape, dlogp, lora, grads),
             (Self::Cuda(model), Tape::Cuda(tape)) => model.backward(*tape, dlogp, lora, grads),
             _ => panic!("the tape of another model"),
         }

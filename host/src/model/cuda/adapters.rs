@@ -44,9 +44,9 @@ impl Adapters {
             }
             let mut a = arena.take(padded(rank) * inputs)?;
             let mut b = arena.take(rows_of_b(adapter.site, outputs) * padded(rank))?;
-            pack_a(gpu, &*sent(gpu, arena, &adapter.a)?, &mut a, rank, inputs)?;
+            pack_a(gpu, &sent(gpu, arena, &adapter.a)?, &mut a, rank, inputs)?;
             let (rows, beyond) = b.split_at_mut(outputs * padded(rank));
-            pack_b(gpu, &*sent(gpu, arena, &adapter.b)?, rows, outputs, rank, adapter.scale)?;
+            pack_b(gpu, &sent(gpu, arena, &adapter.b)?, rows, outputs, rank, adapter.scale)?;
             gpu.zero(beyond)?;
             Ok(Adapter { rank, scale: adapter.scale, a, b })
         });

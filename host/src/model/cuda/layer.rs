@@ -185,7 +185,7 @@ impl Layer {
             None => self.outputs(&x, &attended, lora, with)?,
             Some(rows) => {
                 let attended = with.gather(&attended, &rows.ids, batch.rows)?;
-                self.outputs(&*with.gather(&x, &rows.ids, batch.rows)?, &attended, lora, with)?
+                self.outputs(&with.gather(&x, &rows.ids, batch.rows)?, &attended, lora, with)?
             }
         };
         Ok(LayerTape { x, inputs, attended, lse, outputs })

@@ -44,10 +44,11 @@ impl Product {
         bias: Option<&DeviceSlice<bf16>>,
         adapter: Option<Part>,
     ) -> Result<()> {
-        Ok(match self {
+        let _: () = match self {
             Self::Batch => nt(with.gpu, x, w, y, m, k, n, beta, bias, adapter)?,
             Self::Token => few(with.gpu, x, w, y, m, k, n, beta, bias, adapter)?,
-        })
+        };
+        Ok(())
     }
 }
 

@@ -12,6 +12,8 @@ use uft_kernels::matmul::{Weight, nn, nt, tn};
 use uft_kernels::{attention, rmsnorm, swiglu};
 
 type Numbers = Vec<f32>;
+/// A block's way back: from the gradient to its output to that to its input, with the adapters'.
+type WayBack<'a> = dyn Fn(Numbers, &mut LoraGrads) -> Numbers + 'a;
 
 fn rounded(values: Numbers) -> Numbers {
     values.into_iter().map(|value| bf16::from_f32(value).to_f32()).collect()
@@ -107,7 +109,7 @@ impl<'a> Plain<'a> {
         let (h, heads, positions) = (config.hidden, &config.heads, &layout.positions);
         let table = weight(&model.embedding);
         let mut x: Numbers = packed.tokens.iter().flat_map(|&t| row(&table, t, h)).collect();
-        let mut back: Vec<Box<dyn Fn(Numbers, &mut LoraGrads) -> Numbers + '_>> = Vec::new();
+        let mut back: Vec<Box<WayBack>> = Vec::new();
         for layer in &model.layers {
             let site = |projection| Site::Layer(layer.index, projection);
             let window = config.windows[layer.index];
