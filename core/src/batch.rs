@@ -55,11 +55,57 @@ pub struct Step<'a> {
     /// Segments of each kind, in the order of [`Kind::ALL`].
     pub by_kind: [u64; 5],
     /// With [`Needs::STEP_LOG_RATIOS`](crate::needs::Needs::STEP_LOG_RATIOS): `log pi - log
-    /// pi_ref` of every segment of the step, in nats; otherwise empty.
+    /// pi_ref` of every segment of the step, in nats; otherwise empty. With
+    /// [`Needs::STEP_RESPONSES`](crate::needs::Needs::STEP_RESPONSES) what [`Step::responses`]
+    /// reads follows.
     pub log_ratios: RSlice<'a, f64>,
     /// With [`Needs::MISMATCHED`](crate::needs::Needs::MISMATCHED): `log pi - log pi_ref` of
     /// every segment's prompt with a completion of the group before it; otherwise empty.
     pub mismatched: RSlice<'a, f64>,
+}
+
+impl Step<'_> {
+    /// Every response of the step, by [`Segment::in_step`]; none without
+    /// [`Needs::STEP_RESPONSES`](crate::needs::Needs::STEP_RESPONSES).
+    pub fn responses(&self) -> Vec<StepResponse> {
+        let n = self.segments as usize;
+        let columns: Vec<&[f64]> = self.log_ratios.as_slice().chunks(n.max(1)).collect();
+        let &[log_ratios, logps, kinds, groups] = columns.as_slice() else { return Vec::new() };
+        let response = |i: usize| StepResponse {
+            group: groups[i] as u32,
+            kind: Kind::ALL[kinds[i] as usize],
+            logp: logps[i],
+            log_ratio: log_ratios[i],
+        };
+        (0..n).map(response).collect()
+    }
+}
+
+/// A response of the step, whatever batch it is in.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct StepResponse {
+    /// [`Segment::group`].
+    pub group: u32,
+    /// [`Segment::kind`].
+    pub kind: Kind,
+    /// `log pi(y|x)` in nats.
+    pub logp: f64,
+    /// `log pi(y|x) - log pi_ref(y|x)` in nats.
+    pub log_ratio: f64,
+}
+
+impl StepResponse {
+    /// Numbers of a response in [`Step::log_ratios`], whose type is frozen.
+    pub const COLUMNS: usize = 4;
+
+    /// Puts a response of `n` at its place in [`Step::log_ratios`]: all log-ratios come first, then, if
+    /// there is room for them, all log-probs, kinds and groups as numbers.
+    pub fn put(&self, log_ratios: &mut [f64], n: usize, place: usize) {
+        let numbers = [self.log_ratio, self.logp, f64::from(self.kind as u8), self.group.into()];
+        for (column, number) in log_ratios.chunks_mut(n).zip(numbers) {
+            column[place] = number;
+        }
+    }
 }
 
 /// The part of a step that one call of [`Objective::evaluate`](crate::objective::Objective) sees.
@@ -139,4 +185,36 @@ pub struct Outcome {
     pub loss: f64,
     /// The batch's share of the step's metrics.
     pub metrics: RVec<Metric>,
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::check::Case;
+    use crate::needs::Needs;
+    use crate::sample::{Feedback, Kind};
+
+    #[test]
+    fn the_responses_of_a_step_stand_behind_its_log_ratios() {
+        let case = Case::new()
+            .group(&[
+                (Feedback::Rejected(None.into()), &[-2.0], &[-1.5]),
+                (Feedback::Chosen(None.into()), &[-1.0, -0.5], &[-2.0, -1.0]),
+            ])
+            .group(&[(Feedback::Score(0.25), &[-4.0], &[-4.0])]);
+        let step = case.step(Needs::STEP_RESPONSES.complete());
+        let responses = step.responses();
+        let seen: Vec<_> =
+            responses.iter().map(|r| (r.group, r.kind, r.logp, r.log_ratio)).collect();
+        let expected = [
+            (0, Kind::Rejected, -2.0, -0.5),
+            (0, Kind::Chosen, -1.5, 1.5),
+            (1, Kind::Score, -4.0, 0.0),
+        ];
+        assert_eq!(seen, expected);
+        assert_eq!(step.log_ratios[..3], case.log_ratios);
+        // One that asks for less sees less.
+        let step = case.step(Needs::STEP_LOG_RATIOS.complete());
+        assert_eq!(step.log_ratios.as_slice(), case.log_ratios);
+        assert!(step.responses().is_empty());
+    }
 }

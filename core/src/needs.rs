@@ -33,9 +33,13 @@ impl Needs {
     pub const TOKEN_LOGPS: Needs = Needs(1 << 6);
     /// The objective has state that a checkpoint must keep.
     pub const STATE: Needs = Needs(1 << 7);
+    /// Kind, group, log-prob and log-ratio of every segment of the whole step before the first call,
+    /// from [`Step::responses`](crate::batch::Step::responses): where the loss of a response
+    /// depends on those of other batches. Implies [`STEP_LOG_RATIOS`](Needs::STEP_LOG_RATIOS).
+    pub const STEP_RESPONSES: Needs = Needs(1 << 8);
 
     /// Every need with its name, in the order of the bits.
-    pub const ALL: [(Needs, &'static str); 8] = [
+    pub const ALL: [(Needs, &'static str); 9] = [
         (Needs::REFERENCE, "reference"),
         (Needs::PAIRS, "pairs"),
         (Needs::GROUPS, "groups"),
@@ -44,12 +48,20 @@ impl Needs {
         (Needs::TOKEN_COUNTS, "token counts"),
         (Needs::TOKEN_LOGPS, "per-token log-probs"),
         (Needs::STATE, "saved state"),
+        (Needs::STEP_RESPONSES, "responses of the whole step"),
     ];
 
-    /// These needs and what they imply: log-ratios need a reference.
+    /// These needs and what they imply: responses have log-ratios, and those need a reference.
     pub fn complete(self) -> Needs {
-        let ratios = Needs::MISMATCHED | Needs::STEP_LOG_RATIOS;
-        if self.0 & ratios.0 != 0 { self | Needs::REFERENCE } else { self }
+        let any = |needs: Needs, of: Needs| needs.0 & of.0 != 0;
+        let mut all = self;
+        if any(all, Needs::STEP_RESPONSES) {
+            all = all | Needs::STEP_LOG_RATIOS;
+        }
+        if any(all, Needs::MISMATCHED | Needs::STEP_LOG_RATIOS) {
+            all = all | Needs::REFERENCE;
+        }
+        all
     }
 
     /// Whether all of `other` are among these.

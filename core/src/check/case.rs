@@ -1,7 +1,7 @@
 //! Optimizer steps made by hand, with everything that a host would prepare.
 
 use crate::abi::{ObjectiveObject, make_objective};
-use crate::batch::{Batch, Metric, Segment, Step, pairs};
+use crate::batch::{Batch, Metric, Segment, Step, StepResponse, pairs};
 use crate::fault::Fault;
 use crate::needs::Needs;
 use crate::objective::Objective;
@@ -24,6 +24,8 @@ pub struct Case {
     pub ref_logps: Vec<f32>,
     /// See [`Step::log_ratios`]; [`Case::refresh`] computes them from the log-probs.
     pub log_ratios: Vec<f64>,
+    /// The same with what [`Step::responses`] reads behind them.
+    pub responses: Vec<f64>,
     /// See [`Step::mismatched`].
     pub mismatched: Vec<f64>,
 }
@@ -96,11 +98,21 @@ impl Case {
         self
     }
 
-    /// Computes [`Case::log_ratios`] from the log-probs.
+    /// Computes [`Case::log_ratios`] and [`Case::responses`] from the log-probs.
     pub fn refresh(&mut self) {
         let sum = |values: &[f32]| values.iter().map(|v| f64::from(*v)).sum::<f64>();
-        let ratio = |s: &Segment| sum(&self.logps[s.range()]) - sum(&self.ref_logps[s.range()]);
-        self.log_ratios = self.segments.iter().map(ratio).collect();
+        let response = |s: &Segment| {
+            let logp = sum(&self.logps[s.range()]);
+            let log_ratio = logp - sum(&self.ref_logps[s.range()]);
+            StepResponse { group: s.group, kind: s.kind, logp, log_ratio }
+        };
+        let n = self.segments.len();
+        let mut columns = vec![0.0; StepResponse::COLUMNS * n];
+        for (place, segment) in self.segments.iter().enumerate() {
+            response(segment).put(&mut columns, n, place);
+        }
+        self.log_ratios = columns[..n].to_vec();
+        self.responses = columns;
     }
 
     /// Number of groups.
@@ -170,12 +182,17 @@ impl Case {
     }
 
     /// The step as the host describes it to an objective with these needs.
-    pub(super) fn step(&self, needs: Needs) -> Step<'_> {
+    pub(crate) fn step(&self, needs: Needs) -> Step<'_> {
         let mut by_kind = [0; 5];
         self.segments.iter().for_each(|s| by_kind[s.kind as usize] += 1);
-        let given = |need, values: &'_ [f64]| if needs.contains(need) { values.len() } else { 0 };
-        let ratios = given(Needs::STEP_LOG_RATIOS, &self.log_ratios);
-        let mismatched = given(Needs::MISMATCHED, &self.mismatched);
+        let mismatched = if needs.contains(Needs::MISMATCHED) { &self.mismatched[..] } else { &[] };
+        let log_ratios = if needs.contains(Needs::STEP_RESPONSES) {
+            &self.responses[..]
+        } else if needs.contains(Needs::STEP_LOG_RATIOS) {
+            &self.log_ratios[..]
+        } else {
+            &[]
+        };
         Step {
             number: self.number,
             steps: 10,
@@ -185,8 +202,8 @@ impl Case {
             pairs: pairs(&self.segments).count() as u64,
             tokens: self.logps.len() as u64,
             by_kind,
-            log_ratios: self.log_ratios[..ratios].into(),
-            mismatched: self.mismatched[..mismatched].into(),
+            log_ratios: log_ratios.into(),
+            mismatched: mismatched.into(),
         }
     }
 }

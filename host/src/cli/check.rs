@@ -21,9 +21,19 @@ pub struct CheckArgs {
     /// The source of that row; the first one by default
     #[arg(long, requires = "row")]
     source: Option<String>,
+    /// Print the plan of memory for a GPU with so many GiB, and nothing else; neither it nor the weights need be there
+    #[arg(long, value_name = "GIB", conflicts_with_all = ["row", "source"])]
+    gpu: Option<f64>,
 }
 
 pub fn run(args: &CheckArgs) -> Result<()> {
+    if let Some(memory) = args.gpu {
+        if !(memory > 0.0 && memory.is_finite()) {
+            return Err(Error::config("--gpu must be a positive number of GiB"));
+        }
+        let bytes = (memory * f64::from(1 << 30)) as u64;
+        return print(&format!("{}\n", Run::plan_for_gpu(args.run.load()?, bytes)?.table()));
+    }
     let mut run = Run::prepare(args.run.load()?)?;
     if let Some(line) = args.row {
         return show_mask(&run, args.source.as_deref(), line);

@@ -1,7 +1,8 @@
 //! `uft generate`.
 
 use super::print;
-use crate::model::{Model, ModelConfig, SampleOptions, peft};
+use crate::config::Device as DeviceChoice;
+use crate::model::{Device, Model, ModelConfig, SampleOptions, peft};
 use crate::text::Text;
 use crate::train::setup::use_threads;
 use crate::{Error, Result};
@@ -41,6 +42,9 @@ pub struct GenerateArgs {
     /// Seed of the sampling
     #[arg(long, default_value_t = 1)]
     seed: u64,
+    /// Where to compute
+    #[arg(long, value_enum, default_value = "cpu")]
+    device: DeviceChoice,
     /// Threads; 0 takes every core
     #[arg(long, default_value_t = 0)]
     threads: usize,
@@ -54,6 +58,7 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
         return Err(Error::config("--top-p must be above 0 and at most 1"));
     }
     use_threads(args.threads)?;
+    let device = Device::open(args.device).map_err(|e| e.at("--device"))?;
     let prompt = match args.prompt.as_str() {
         "-" => std::io::read_to_string(std::io::stdin())
             .map_err(|e| Error::data(format!("stdin: {e}")))?,
@@ -75,7 +80,7 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
         Some(dir) => Some(peft::load(dir, &config)?),
         None => None,
     };
-    let model = Model::load(&args.model)?;
+    let model = Model::load(&args.model, &device)?;
     let options = SampleOptions {
         max_tokens: args.max_tokens,
         temperature: args.temperature,

@@ -1,11 +1,11 @@
 //! `uft score`: log-probs and implicit rewards of the responses in a data file.
 
 use super::print;
-use crate::config::{EndOfTurn, LongRows, PluginRef};
+use crate::config::{Device as DeviceChoice, EndOfTurn, LongRows, PluginRef};
 use crate::data::rows;
 use crate::data::source::in_vocabulary;
 use crate::group::Group;
-use crate::model::{Lora, Model, ModelConfig, Packed, peft};
+use crate::model::{Device, Lora, Model, ModelConfig, Packed, peft};
 use crate::plugins::{Adapter, Registry};
 use crate::text::{Limits, Text};
 use crate::train::setup::use_threads;
@@ -43,6 +43,9 @@ pub struct ScoreArgs {
     /// Folders to search for plugins
     #[arg(long = "plugin-dir", value_name = "DIR")]
     plugin_dirs: Vec<PathBuf>,
+    /// Where to compute
+    #[arg(long, value_enum, default_value = "cpu")]
+    device: DeviceChoice,
     /// Threads; 0 takes every core
     #[arg(long, default_value_t = 0)]
     threads: usize,
@@ -53,6 +56,7 @@ pub fn run(args: &ScoreArgs) -> Result<()> {
         return Err(Error::config("--beta must be a finite number"));
     }
     use_threads(args.threads)?;
+    let device = Device::open(args.device).map_err(|e| e.at("--device"))?;
     let plugin = plugin_ref(&args.format)?;
     let adapter = Registry::new(args.plugin_dirs.iter().cloned()).adapter(&plugin)?;
     let config = ModelConfig::load(&args.model)?;
@@ -62,7 +66,7 @@ pub fn run(args: &ScoreArgs) -> Result<()> {
         Some(dir) => Some(peft::load(dir, &config)?),
         None => None,
     };
-    let model = Model::load(&args.model)?;
+    let model = Model::load(&args.model, &device)?;
     let mut rest = scored.as_slice();
     while !rest.is_empty() {
         let mut count = 1;

@@ -111,7 +111,8 @@ section! {
         /// Layers whose activations are computed again on the way back instead of being kept: "auto" (as few
         /// as make the run fit into memory), "none" or "all". No number depends on it.
         recompute: Recompute = Recompute::Auto,
-        /// Most memory to use, in GiB; 0 is what the machine has. A run that needs more is refused.
+        /// Most memory to use, in GiB; 0 is what the machine has, or the GPU where the run computes on one. A run
+        /// that needs more is refused.
         memory: f64 = 0.0,
         /// Peak learning rate.
         lr: f64 = 1e-4,
@@ -144,8 +145,10 @@ section! {
         /// Directory for reference log-probs, which all runs on the same base model share. Unset:
         /// uft/reference in the user's cache directory ($XDG_CACHE_HOME or ~/.cache).
         reference_cache: Option<String> = None,
-        /// "cpu", "cuda" or "auto".
-        device: Device = Device::Auto,
+        /// "cuda" is the GPU, in bf16; "cpu" computes in f32; "auto" takes the GPU where there is one. The default
+        /// will be "auto" once the kernels, which are tested in an emulation, have been run on a GPU.
+        /// "emulated" executes the GPU's kernels on the CPU, thousands of times slower, to test them.
+        device: Device = Device::Cpu,
         /// Threads; 0 takes every core.
         threads: usize = 0,
         /// Save a checkpoint every so many steps, to go on from with `uft train --resume`; 0 saves one only

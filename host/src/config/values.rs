@@ -5,7 +5,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
 macro_rules! words {
     ($(#[$doc:meta])* $name:ident { $($(#[$variant_doc:meta])* $variant:ident),* $(,)? }) => {
         $(#[$doc])*
-        #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, clap::ValueEnum)]
         #[serde(rename_all = "kebab-case")]
         pub enum $name { $($(#[$variant_doc])* $variant),* }
     };
@@ -17,7 +17,16 @@ words! {
 }
 words! {
     /// Where the arithmetic runs.
-    Device { Auto, Cpu, Cuda }
+    Device {
+        /// The GPU where there is one, otherwise the CPU
+        Auto,
+        /// The processor, in f32
+        Cpu,
+        /// The first GPU, in bf16
+        Cuda,
+        /// A GPU's kernels on the processor, thousands of times slower: to test them
+        Emulated,
+    }
 }
 words! {
     /// The reference model of implicit rewards.

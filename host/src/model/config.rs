@@ -5,6 +5,7 @@
 
 use super::json::Keys;
 use super::rope::RopeConfig;
+use super::targets::Projection;
 use crate::Result;
 use serde_json::Value;
 use std::path::Path;
@@ -83,6 +84,15 @@ impl ModelConfig {
             }
         }
         Ok(config)
+    }
+
+    /// Whether a linear layer adds a bias.
+    pub fn has_bias(&self, projection: Projection) -> bool {
+        match projection {
+            Projection::Q | Projection::K | Projection::V => self.qkv_bias,
+            Projection::O => self.o_bias,
+            Projection::Gate | Projection::Up | Projection::Down => self.mlp_bias,
+        }
     }
 
     /// Reads the keys of one `config.json`.

@@ -16,9 +16,9 @@ use uft_kernels::logprob::{self, Chunk, Head, LowRank};
 use uft_kernels::rope::Rope;
 use uft_kernels::{elementwise, embedding, rmsnorm};
 
-/// A decoder with its frozen weights in memory; see [`Model::load`].
+/// A decoder with its frozen weights in memory; see [`super::Model::load`].
 #[derive(Debug)]
-pub struct Model {
+pub struct Decoder {
     pub config: ModelConfig,
     /// `[V, H]`.
     pub(super) embedding: Frozen,
@@ -77,7 +77,7 @@ impl Options {
     }
 }
 
-/// A forward pass, kept for [`Model::backward`].
+/// A forward pass, kept for [`Decoder::backward`].
 #[derive(Debug)]
 pub struct Tape {
     packed: Packed,
@@ -122,7 +122,7 @@ pub(super) struct Top {
     pub hidden: Buffer,
 }
 
-impl Model {
+impl Decoder {
     /// Sets addresses aside for so many bytes of activations, so that they lie in one piece.
     pub fn reserve(&self, bytes: usize) {
         self.pool.reserve(bytes);

@@ -1,6 +1,8 @@
 //! Generation: one token after the other, with the keys and values of all earlier ones kept.
 
-use super::decoder::Model;
+use super::cuda;
+use super::decoder::Decoder;
+use super::engine::Model;
 use super::layer::Context;
 use super::linear::Product;
 use super::lora::Lora;
@@ -28,9 +30,57 @@ pub struct SampleOptions {
 }
 
 /// A text in the making.
-#[derive(Debug)]
 pub struct Generator<'m> {
     model: &'m Model,
+    text: Text<'m>,
+}
+
+/// Where it is made.
+enum Text<'m> {
+    Cpu(Continuation<'m>),
+    Cuda(Box<cuda::Continuation<'m>>),
+}
+
+impl<'m> Generator<'m> {
+    /// Reads a prompt, in one pass. It must not be empty.
+    pub fn new(model: &'m Model, lora: Option<&'m Lora>, prompt: &[u32]) -> Result<Self> {
+        if prompt.is_empty() {
+            return Err(Error::data("generation needs a prompt of a token or more"));
+        }
+        model.check_tokens(prompt)?;
+        let text = match model {
+            Model::Cpu(model) => Text::Cpu(Continuation::new(model, lora, prompt)?),
+            Model::Cuda(model) => {
+                Text::Cuda(Box::new(cuda::Continuation::new(model, lora, prompt)?))
+            }
+        };
+        Ok(Self { model, text })
+    }
+
+    /// `[V]`: the logits of the next token.
+    pub fn logits(&self) -> &[f32] {
+        match &self.text {
+            Text::Cpu(text) => &text.logits,
+            Text::Cuda(text) => text.logits(),
+        }
+    }
+
+    /// Appends a token.
+    pub fn push(&mut self, token: u32) -> Result<()> {
+        self.model.check_tokens(&[token])?;
+        match &mut self.text {
+            Text::Cpu(text) => {
+                text.push(token);
+                Ok(())
+            }
+            Text::Cuda(text) => text.push(token),
+        }
+    }
+}
+
+/// A text in the making, on the processor.
+struct Continuation<'m> {
+    model: &'m Decoder,
     lora: Option<&'m Lora>,
     /// `[L]`: keys and values of all positions so far, `[n, K]` each.
     caches: Vec<[Vec<f32>; 2]>,
@@ -38,13 +88,10 @@ pub struct Generator<'m> {
     logits: Vec<f32>,
 }
 
-impl<'m> Generator<'m> {
-    /// Reads a prompt, in one pass. It must not be empty.
-    pub fn new(model: &'m Model, lora: Option<&'m Lora>, prompt: &[u32]) -> Result<Self> {
-        let last = prompt.len().checked_sub(1);
-        let last =
-            last.ok_or_else(|| Error::data("generation needs a prompt of a token or more"))?;
-        model.check_tokens(prompt)?;
+impl<'m> Continuation<'m> {
+    /// Reads a prompt, in one pass; it is not empty, and its tokens are the model's.
+    fn new(model: &'m Decoder, lora: Option<&'m Lora>, prompt: &[u32]) -> Result<Self> {
+        let last = prompt.len() - 1;
         // The last row alone goes through the top of the model; its target doesn't matter.
         let targets = Targets { rows: vec![last as u32], tokens: vec![0] };
         let packed = Packed { targets, ..Packed::prompt(prompt) };
@@ -52,19 +99,13 @@ impl<'m> Generator<'m> {
         let top = model.run(&packed, lora, |tape| {
             caches.push(tape.keys_and_values().map(<[f32]>::to_vec));
         })?;
-        let mut generator = Self { model, lora, caches, logits: vec![0.0; model.config.vocab] };
-        generator.read_logits(&top.hidden);
-        Ok(generator)
+        let mut text = Self { model, lora, caches, logits: vec![0.0; model.config.vocab] };
+        text.read_logits(&top.hidden);
+        Ok(text)
     }
 
-    /// `[V]`: the logits of the next token.
-    pub fn logits(&self) -> &[f32] {
-        &self.logits
-    }
-
-    /// Appends a token.
-    pub fn push(&mut self, token: u32) -> Result<()> {
-        self.model.check_tokens(&[token])?;
+    /// Appends a token, which is one of the model's.
+    fn push(&mut self, token: u32) {
         let model = self.model;
         let mut x = model.pool.take(model.config.hidden);
         embedding::gather(&model.embedding, &[token], &mut x);
@@ -75,7 +116,6 @@ impl<'m> Generator<'m> {
         let mut hidden = model.pool.take(x.len());
         rmsnorm::forward(&x, &model.norm, model.config.norm_eps, &mut hidden, &mut [0.0]);
         self.read_logits(&hidden);
-        Ok(())
     }
 
     fn read_logits(&mut self, hidden: &[f32]) {
@@ -111,7 +151,7 @@ impl Model {
     }
 
     fn check_tokens(&self, tokens: &[u32]) -> Result<()> {
-        let vocab = self.config.vocab;
+        let vocab = self.config().vocab;
         match tokens.iter().find(|token| **token as usize >= vocab) {
             Some(token) => Err(Error::data(format!("token {token} in a vocabulary of {vocab}"))),
             None => Ok(()),

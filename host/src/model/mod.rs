@@ -5,6 +5,8 @@
 //! token; [`Model::backward`] takes the loss's derivative to those and adds to [`LoraGrads`].
 
 pub mod config;
+pub mod cuda;
+pub mod device;
 pub mod files;
 pub mod generate;
 pub mod lora;
@@ -16,6 +18,7 @@ pub mod targets;
 
 mod buffers;
 mod decoder;
+mod engine;
 mod frozen;
 mod json;
 mod layer;
@@ -25,7 +28,9 @@ mod shards;
 mod weights;
 
 pub use config::{Family, ModelConfig};
-pub use decoder::{Model, Options, Tape};
+pub use decoder::{Decoder, Options};
+pub use device::Device;
+pub use engine::{Model, Tape};
 pub use generate::{Generator, SampleOptions};
 pub use lora::{Adapter, Lora, LoraConfig, LoraGrads};
 pub use packed::Packed;

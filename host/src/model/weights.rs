@@ -2,7 +2,7 @@
 
 use super::buffers::Pool;
 use super::config::ModelConfig;
-use super::decoder::{Model, Options};
+use super::decoder::{Decoder, Options};
 use super::frozen::Frozen;
 use super::layer::Layer;
 use super::linear::Linear;
@@ -13,9 +13,9 @@ use std::collections::BTreeSet;
 use std::path::Path;
 
 /// The embedding table, and the head where it is tied.
-const EMBEDDING: &str = "model.embed_tokens.weight";
+pub(super) const EMBEDDING: &str = "model.embed_tokens.weight";
 
-impl Model {
+impl Decoder {
     /// Reads `config.json` and the weights (f32, f16 or bf16, one file or shards) in `dir`.
     ///
     /// Every tensor that the configuration asks for must be there with its shape, and no other, but
@@ -23,21 +23,26 @@ impl Model {
     pub fn load(dir: &Path) -> Result<Self> {
         let config = ModelConfig::load(dir)?;
         let shards = Shards::open(dir)?;
-        let mut reader = Reader { dir, shards: &shards, unread: shards.names().collect() };
+        let mut reader = Reader::new(dir, &shards);
         let model = reader.model(config)?;
-        reader.refuse_leftovers(&model)?;
+        reader.refuse_leftovers(&model.config)?;
         Ok(model)
     }
 }
 
-struct Reader<'a> {
+/// Reads what a configuration asks for, and knows what is left.
+pub(super) struct Reader<'a> {
     dir: &'a Path,
     shards: &'a Shards,
     unread: BTreeSet<&'a str>,
 }
 
 impl<'a> Reader<'a> {
-    fn model(&mut self, config: ModelConfig) -> Result<Model> {
+    pub fn new(dir: &'a Path, shards: &'a Shards) -> Self {
+        Self { dir, shards, unread: shards.names().collect() }
+    }
+
+    fn model(&mut self, config: ModelConfig) -> Result<Decoder> {
         let hidden = config.hidden;
         let linears = config.linears();
         let layers = linears
@@ -45,7 +50,7 @@ impl<'a> Reader<'a> {
             .enumerate()
             .map(|(index, linears)| self.layer(index, linears, &config))
             .collect::<Result<_>>()?;
-        Ok(Model {
+        Ok(Decoder {
             embedding: self.hold(EMBEDDING, &[config.vocab, hidden])?,
             head: match config.tied {
                 true => None,
@@ -68,12 +73,7 @@ impl<'a> Reader<'a> {
     ) -> Result<Layer> {
         let name = |part: &str| format!("model.layers.{index}.{part}.weight");
         let mut linear = |projection: Projection| {
-            let bias = match projection {
-                Projection::Q | Projection::K | Projection::V => config.qkv_bias,
-                Projection::O => config.o_bias,
-                Projection::Gate | Projection::Up | Projection::Down => config.mlp_bias,
-            };
-            self.linear(&linears[projection as usize], bias)
+            self.linear(&linears[projection as usize], config.has_bias(projection))
         };
         let (q, k) = (linear(Projection::Q)?, linear(Projection::K)?);
         let (v, o) = (linear(Projection::V)?, linear(Projection::O)?);
@@ -103,7 +103,7 @@ impl<'a> Reader<'a> {
     }
 
     /// A large tensor, left in its file.
-    fn hold(&mut self, name: &str, shape: &[usize]) -> Result<Frozen> {
+    pub fn hold(&mut self, name: &str, shape: &[usize]) -> Result<Frozen> {
         let tensor = self.tensor(name, shape)?;
         Frozen::hold(self.shards.file_of(&tensor), &tensor)
     }
@@ -126,14 +126,14 @@ impl<'a> Reader<'a> {
     }
 
     /// A tensor that nothing reads would change the model in transformers, unless it is known not to.
-    fn refuse_leftovers(&self, model: &Model) -> Result<()> {
+    pub fn refuse_leftovers(&self, config: &ModelConfig) -> Result<()> {
         for name in &self.unread {
             // Old files hold the rotation's frequencies, which follow from the configuration.
             if name.ends_with(".rotary_emb.inv_freq") {
                 continue;
             }
             let Some(tensor) = self.shards.tensor(name) else { continue };
-            if model.config.tied && *name == "lm_head.weight" {
+            if config.tied && *name == "lm_head.weight" {
                 let Some(embedding) = self.shards.tensor(EMBEDDING) else { continue };
                 let same = match embedding.dtype == tensor.dtype {
                     true => embedding.bytes == tensor.bytes,
@@ -148,7 +148,7 @@ impl<'a> Reader<'a> {
             }
             return Err(tensor.error(format!(
                 "not a tensor of a {} model with this config.json; it would have no effect",
-                model.config.family.name()
+                config.family.name()
             )));
         }
         Ok(())

@@ -25,7 +25,8 @@ pub fn is_path(name: &str) -> bool {
 }
 
 /// Finds a library: a path as it is; a name in the configured folders, then in `deps` beside the
-/// executable and in its own folder. Cargo keeps `deps` current; what lies beside the executable in a
+/// executable and in its own folder; the name of a bundled plugin in a library of another name there.
+/// Cargo keeps `deps` current; what lies beside the executable in a
 /// target directory may be of an earlier build.
 ///
 /// # Errors
@@ -45,7 +46,9 @@ pub fn find(name: &str, dirs: &[PathBuf]) -> Result<PathBuf> {
         folders.extend([own.join("deps"), own.to_owned()]);
     }
     let file = file_name(name);
-    folders.iter().map(|folder| folder.join(&file)).find(|path| path.is_file()).ok_or_else(|| {
+    let bundled = bundled::library_of(name).map(file_name);
+    let there = |file: &String| folders.iter().map(|f| f.join(file)).find(|path| path.is_file());
+    there(&file).or_else(|| bundled.as_ref().and_then(there)).ok_or_else(|| {
         let searched: Vec<String> = folders.iter().map(|f| f.display().to_string()).collect();
         Error::plugin(format!(
             "plugin `{name}`: no {file} in {}; build it, add its folder to [plugins] dirs, or give its path",
@@ -55,6 +58,12 @@ pub fn find(name: &str, dirs: &[PathBuf]) -> Result<PathBuf> {
 }
 
 impl Library {
+    /// Its name, from its file's.
+    pub fn name(&self) -> String {
+        let file = self.path.file_stem().unwrap_or_default().to_string_lossy();
+        file.strip_prefix(std::env::consts::DLL_PREFIX).unwrap_or(&file).replace('_', "-")
+    }
+
     /// Loads a library. It is never unloaded: its code stands behind every object it made.
     ///
     /// # Errors

@@ -6,6 +6,7 @@ pub mod library;
 pub mod objective;
 mod selection;
 mod sum;
+pub mod table;
 
 use crate::config::PluginRef;
 use crate::{Error, Result};

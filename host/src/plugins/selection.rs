@@ -38,9 +38,10 @@ impl Selection {
             places[segment.in_step as usize] = Some(place as u32);
             by_kind[segment.kind as usize] += 1;
         }
+        // One number for each response, or several, one after the other.
         let statistics = |all: &[f64]| {
-            let of_all = own.iter().filter(|_| !all.is_empty());
-            of_all.map(|s| all[s.in_step as usize]).collect()
+            let columns = all.chunks(segments.len().max(1));
+            columns.flat_map(|column| own.iter().map(|s| column[s.in_step as usize])).collect()
         };
         Self {
             places,
@@ -133,6 +134,11 @@ mod tests {
         assert_eq!(seen.by_kind, [1, 0, 0, 2, 0]);
         assert_eq!(seen.log_ratios.as_slice(), [0.0, 2.0, 4.0]);
         assert_eq!(seen.mismatched.as_slice(), [5.0; 3]);
+        // Several numbers for each response, one after the other.
+        let columns = [0.0, 1.0, 2.0, 3.0, 4.0, 10.0, 11.0, 12.0, 13.0, 14.0];
+        let more = Step { log_ratios: columns[..].into(), ..step };
+        let chosen_of_more = Selection::new(&more, &segments, Kinds::CHOSEN);
+        assert_eq!(chosen_of_more.step(&more).log_ratios.as_slice(), [0.0, 4.0, 10.0, 14.0]);
         let pairs = Selection::new(&step, &segments, Kinds::PAIR);
         assert_eq!((pairs.step(&step).pairs, pairs.step(&step).groups), (2, 2));
         assert!(!pairs.is_empty() && Selection::new(&step, &segments, Kinds::SCORE).is_empty());

@@ -193,6 +193,8 @@ impl At {
         };
         if !needs.contains(Needs::STEP_LOG_RATIOS) {
             view.log_ratios = (&[][..]).into();
+        } else if !needs.contains(Needs::STEP_RESPONSES) {
+            view.log_ratios = view.log_ratios.slice(..view.segments as usize);
         }
         if !needs.contains(Needs::MISMATCHED) {
             view.mismatched = (&[][..]).into();

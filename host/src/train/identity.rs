@@ -3,6 +3,7 @@
 use super::setup::Run;
 use crate::config::Config;
 use crate::data::Example;
+use crate::model::Device;
 use crate::{Error, Result};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -25,6 +26,9 @@ pub struct Identity {
     /// Of every plugin library, by file name.
     pub plugins: BTreeMap<String, String>,
     pub threads: usize,
+    /// What it was computed on.
+    #[serde(default = "cpu")]
+    pub device: String,
     /// The configuration without what does not touch the numbers: where and when things are written.
     pub config: BTreeMap<String, String>,
 }
@@ -59,6 +63,7 @@ impl Identity {
             data,
             plugins,
             threads: rayon::current_num_threads(),
+            device: run.device.clone(),
             config: settings(&run.config),
         })
     }
@@ -86,6 +91,9 @@ impl Identity {
                 saved.threads, self.threads
             ));
         }
+        if self.device != saved.device {
+            changed.push(format!("the device ({} then, {} now)", saved.device, self.device));
+        }
         if changed.is_empty() {
             return Ok(());
         }
@@ -95,6 +103,11 @@ impl Identity {
             changed.join(", ")
         )))
     }
+}
+
+/// Checkpoints of versions that had nothing else do not say it.
+fn cpu() -> String {
+    Device::Cpu.name()
 }
 
 fn file(path: &Path) -> Result<String> {
@@ -141,7 +154,9 @@ fn examples(examples: &[Example]) -> String {
 pub fn settings(config: &Config) -> BTreeMap<String, String> {
     // Places may move: what stands there is compared by hash, or is only written.
     // What decides how much memory is used changes no bit.
-    const PLACES: [&str; 10] = [
+    // What computes is compared as it was found.
+    const PLACES: [&str; 11] = [
+        "train.device",
         "train.output",
         "train.reference_cache",
         "train.recompute",

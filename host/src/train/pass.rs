@@ -2,19 +2,17 @@
 //! evaluation, `grad` and `check` all go through here.
 
 use super::metrics::Metrics;
-use super::mismatched;
 use super::optimizer;
 use super::plan::{At, Plan, Planned, Rows};
 use super::reference::ReferenceLogps;
 use super::reference_pass::{self, Wanted};
-use super::statistics::{Mismatched, Statistics};
+use super::statistics::{self, Mismatched, Statistics};
 use crate::config::{Gain, Mixing};
 use crate::data::{Example, Item, Source};
 use crate::group::Group;
 use crate::model::{Lora, LoraGrads, Model, Packed};
 use crate::{Error, Result};
 use std::ops::Range;
-use uft_core::Needs;
 use uft_core::batch::{Batch, Segment};
 
 /// What a pass computes with.
@@ -63,14 +61,9 @@ impl Pass<'_> {
         known: &mut ReferenceLogps,
         mut grads: Option<&mut LoraGrads>,
     ) -> Result<Outcome> {
-        let hidden = self.model.config.hidden;
+        let hidden = self.model.config().hidden;
         let mut plan = Plan::new(sources, rows, items, self.micro_tokens, hidden, self.without);
-        let mut mismatched: Vec<Mismatched> = (0..sources.len())
-            .map(|index| match sources[index].objective.needs(Needs::MISMATCHED) {
-                true => mismatched::of(&sources[index], index, rows, &plan),
-                false => Mismatched::default(),
-            })
-            .collect();
+        let mut mismatched = statistics::mismatched(sources, rows, &plan);
         self.reference_logps(sources, rows, &mut plan, &mut mismatched, known)?;
         let (statistics, mut early) =
             self.statistics(sources, rows, &plan, &mismatched, grads.is_some())?;

@@ -141,8 +141,9 @@ fn for_this_run_only(why: &Error) -> ReferenceLogps {
 
 /// A text of token ids all over the vocabulary, whose log-probs tell one arithmetic from another.
 fn made_up(model: &Model) -> Group {
-    let ids =
-        |count: u32| (0..count).map(|i| i.wrapping_mul(2_654_435_761) % model.config.vocab as u32);
+    let ids = |count: u32| {
+        (0..count).map(|i| i.wrapping_mul(2_654_435_761) % model.config().vocab as u32)
+    };
     let segment = Segment { feedback: Feedback::Demonstration, trained: vec![0..64] };
     Group {
         prompt: ids(64).collect(),

@@ -3,16 +3,17 @@
 use super::memory::{MemoryPlan, Planner};
 use super::plan::Rows;
 use crate::config::schema::{Config, StageSection, TrainSection};
-use crate::config::{Device, Reference, Targets as ConfigTargets};
+use crate::config::{Reference, Targets as ConfigTargets};
 use crate::data::{Item, Order, Source};
 use crate::model::memory::Weights;
 use crate::model::targets::{Patterns, Targets};
-use crate::model::{Lora, LoraConfig, Model, ModelConfig, Options, peft};
+use crate::model::{Device, Lora, LoraConfig, Model, ModelConfig, Options, peft};
 use crate::plugins::Registry;
 use crate::text::Text;
 use crate::{Error, ErrorKind, Result};
 use std::error::Error as _;
 use std::path::{Path, PathBuf};
+use uft_kernels::cuda::{Gpu, Properties};
 
 /// A run before its first step.
 pub struct Run {
@@ -20,6 +21,8 @@ pub struct Run {
     pub text: Text,
     pub sources: Vec<Source>,
     pub model: Model,
+    /// What it computes on, for people and for the identity of a run.
+    pub device: String,
     /// The adapter that is trained.
     pub lora: Lora,
     /// The plugin libraries.
@@ -42,33 +45,34 @@ impl Run {
     /// # Errors
     /// Whatever cannot be used, in one line.
     pub fn prepare(config: Config) -> Result<Self> {
-        use_device(config.train.device)?;
         use_threads(config.train.threads)?;
-        let dir = PathBuf::from(&config.model.path);
-        let model_config = ModelConfig::load(&dir)?;
-        let text = load_text(&config)?;
-        let mut registry = registry(&config)?;
-        let mut sources = Vec::new();
-        for data in &config.data {
-            sources.push(Source::load(&config, data, &text, model_config.vocab, &mut registry)?);
-        }
-        let lora = match &config.model.adapter {
-            Some(adapter) => peft::load(Path::new(adapter), &model_config)?,
-            None => Lora::init(&lora_config(&config)?, &model_config, config.train.seed)?,
-        };
-        let memory = MemoryPlan::new(&Planner {
-            config: &config,
-            model: &model_config,
-            weights: Weights::of(&dir, &model_config)?,
-            lora: &lora,
-            sources: &sources,
-            stages: &stages(&config, &sources),
-        })?;
-        let mut model = Model::load(&dir)?;
-        model.options = Options::new(&config.train.without, memory.recomputed_layers);
-        model.reserve(memory.activations);
+        let device = Device::open(config.train.device).map_err(|e| e.at("[train]"))?;
+        let material = Material::gather(config)?;
+        let weights = Weights::of(&material.dir, &material.model)?;
+        let memory = material.memory(&device, weights)?;
+        let mut model = Model::load(&material.dir, &device)?;
+        let Material { config, text, registry, sources, lora, .. } = material;
+        let options = Options::new(&config.train.without, memory.recomputed_layers);
+        model.prepare(options, memory.activations, memory.positions)?;
         let libraries = registry.paths().map(Path::to_owned).collect();
-        Ok(Self { config, text, sources, model, lora, libraries, memory })
+        let device = device.name();
+        Ok(Self { config, text, sources, model, device, lora, libraries, memory })
+    }
+
+    /// The plan of a run's memory on a GPU that has so much, in bytes: there need be none, and no weights.
+    ///
+    /// # Errors
+    /// As [`Self::prepare`].
+    pub fn plan_for_gpu(config: Config, memory: u64) -> Result<MemoryPlan> {
+        use_threads(config.train.threads)?;
+        let gpu = Gpu::counting(Properties {
+            name: "such a GPU".into(),
+            compute_capability: (8, 0),
+            memory,
+            multiprocessors: 108,
+            shared_bytes: 163 << 10,
+        });
+        Material::gather(config)?.memory(&Device::Gpu(gpu), Weights::default())
     }
 
     /// The stages in order; one over all sources if the configuration has none.
@@ -106,6 +110,41 @@ impl Run {
             (0..self.sources[source].rows(Rows::HeldOut).len()).map(move |row| Item { source, row })
         };
         sources.iter().flat_map(of).collect()
+    }
+}
+
+/// What a run is made of, but for the weights.
+struct Material {
+    config: Config,
+    dir: PathBuf,
+    model: ModelConfig,
+    text: Text,
+    registry: Registry,
+    sources: Vec<Source>,
+    lora: Lora,
+}
+
+impl Material {
+    fn gather(config: Config) -> Result<Self> {
+        let dir = PathBuf::from(&config.model.path);
+        let model = ModelConfig::load(&dir)?;
+        let text = load_text(&config)?;
+        let mut registry = registry(&config)?;
+        let mut sources = Vec::new();
+        for data in &config.data {
+            sources.push(Source::load(&config, data, &text, model.vocab, &mut registry)?);
+        }
+        let lora = match &config.model.adapter {
+            Some(adapter) => peft::load(Path::new(adapter), &model)?,
+            None => Lora::init(&lora_config(&config)?, &model, config.train.seed)?,
+        };
+        Ok(Self { config, dir, model, text, registry, sources, lora })
+    }
+
+    fn memory(&self, device: &Device, weights: Weights) -> Result<MemoryPlan> {
+        let Self { config, model, sources, lora, .. } = self;
+        let stages = stages(config, sources);
+        MemoryPlan::new(&Planner { config, model, device, weights, lora, sources, stages: &stages })
     }
 }
 
@@ -176,19 +215,6 @@ fn lora_config(config: &Config) -> Result<LoraConfig> {
         alpha_pattern: Patterns(lora.alpha_pattern.iter().map(|(k, v)| (k.clone(), *v)).collect()),
         rslora: lora.rslora,
     })
-}
-
-/// Checks that the device is one that this build has.
-///
-/// # Errors
-/// For `cuda`, which is not there yet.
-pub fn use_device(device: Device) -> Result<()> {
-    match device {
-        Device::Auto | Device::Cpu => Ok(()),
-        Device::Cuda => Err(Error::config(
-            "[train] device = \"cuda\": this version computes on the CPU only; set device to \"cpu\" or \"auto\"",
-        )),
-    }
 }
 
 /// Sets the number of threads for the whole process; 0 takes every core. The first call decides.

@@ -10,10 +10,10 @@ use super::plan::{At, Plan, Rows};
 use crate::config::Gain;
 use crate::data::Source;
 use crate::group::Group;
-use crate::model::{Packed, Tape};
+use crate::model::{Packed, Tape, packed::WithOthers};
 use crate::{Error, Result};
 use uft_core::Needs;
-use uft_core::batch::Step;
+use uft_core::batch::{Step, StepResponse};
 
 /// A forward pass of others beside a batch may take so many times the rows of a micro-batch: only one block's
 /// activations are held of all of them.
@@ -46,7 +46,7 @@ pub struct Early {
 }
 
 /// One of a source's mismatched completions, next to the group of a micro-batch whose prompt it continues.
-struct Beside {
+pub struct Beside {
     source: usize,
     /// In the source's.
     index: usize,
@@ -66,9 +66,14 @@ impl Pass<'_> {
     ) -> Result<(Statistics, Option<Early>)> {
         let mut statistics = Statistics {
             log_ratios: (0..sources.len())
-                .map(|index| match sources[index].objective.needs(Needs::STEP_LOG_RATIOS) {
-                    true => vec![0.0; plan.totals[index].segments as usize],
-                    false => Vec::new(),
+                .map(|index| {
+                    let needs = |need| sources[index].objective.needs(need);
+                    let columns = match needs(Needs::STEP_LOG_RATIOS) {
+                        true if needs(Needs::STEP_RESPONSES) => StepResponse::COLUMNS,
+                        true => 1,
+                        false => 0,
+                    };
+                    vec![0.0; columns * plan.totals[index].segments as usize]
                 })
                 .collect(),
             mismatched: mismatched.iter().map(|m| vec![0.0; m.groups.len()]).collect(),
@@ -76,14 +81,12 @@ impl Pass<'_> {
         let wanted = |batch: &Vec<usize>, of: &[Vec<f64>]| {
             stretches(plan, batch).any(|(source, ..)| !of[source].is_empty())
         };
-        let early = plan.micro_batches.iter().position(|batch| {
-            wanted(batch, &statistics.log_ratios) || wanted(batch, &statistics.mismatched)
+        let early = early(sources, plan).filter(|_| way_back);
+        let room = WIDEST * self.micro_tokens;
+        let beside = early.map_or_else(Vec::new, |batch| {
+            let batch = &plan.micro_batches[batch];
+            beside(sources, rows, plan, batch, mismatched, room, self.without)
         });
-        let early = early.filter(|_| way_back);
-        let beside = match early {
-            Some(batch) => self.beside(sources, rows, plan, &plan.micro_batches[batch], mismatched),
-            None => Vec::new(),
-        };
 
         for (index, of) in mismatched.iter().enumerate() {
             let apart: Vec<usize> = (0..of.groups.len())
@@ -118,47 +121,6 @@ impl Pass<'_> {
         Ok((statistics, early))
     }
 
-    /// The mismatched completions that go beside a micro-batch: those that continue the prompt of one of its
-    /// groups, while there is room.
-    fn beside(
-        &self,
-        sources: &[Source],
-        rows: Rows,
-        plan: &Plan,
-        batch: &[usize],
-        mismatched: &[Mismatched],
-    ) -> Vec<Beside> {
-        if self.without.contains(&Gain::SharedPrompts) {
-            return Vec::new();
-        }
-        let mut room = (WIDEST * self.micro_tokens)
-            .saturating_sub(batch.iter().map(|&g| plan.groups[g].rows).sum());
-        let mut next = vec![0; sources.len()];
-        let mut beside = Vec::new();
-        for (planned, own) in plan.groups.iter().enumerate() {
-            let (item, responses) = (own.item, own.segments.len());
-            let source = item.source;
-            if mismatched[source].groups.is_empty() {
-                continue;
-            }
-            let of_group = next[source]..next[source] + responses;
-            next[source] = of_group.end;
-            let Some(group) = batch.iter().position(|&g| g == planned) else { continue };
-            let prompt = &sources[source].rows(rows)[item.row].group.prompt;
-            for index in of_group {
-                let other = &mismatched[source].groups[index];
-                let load = other.rows() - other.prompt.len();
-                if other.prompt == *prompt && load <= room {
-                    room -= load;
-                    beside.push(Beside { source, index, group });
-                }
-            }
-        }
-        // In the order of the batch, as their log-probs are.
-        beside.sort_by_key(|b| b.group);
-        beside
-    }
-
     /// The forward pass of a micro-batch, and the log-ratios of what goes beside it.
     fn early(
         &self,
@@ -166,13 +128,11 @@ impl Pass<'_> {
         mismatched: &[Mismatched],
         beside: &[Beside],
     ) -> Result<(Tape, Vec<f64>)> {
-        if self.without.contains(&Gain::SharedPrompts) {
+        if beside.is_empty() {
             let packed = self.pack(members);
             return Ok((self.model.forward(packed, self.policy)?, Vec::new()));
         }
-        let other = |b: &Beside| (b.group, &mismatched[b.source].groups[b.index]);
-        let others: Vec<(usize, &Group)> = beside.iter().map(other).collect();
-        let batch = Packed::with_others(members, &others);
+        let batch = with_others(members, mismatched, beside);
         let (tape, logps) = self.model.forward_with_others(batch, self.policy)?;
         let mut rest = logps.as_slice();
         let ratios = beside.iter().map(|b| {
@@ -184,6 +144,72 @@ impl Pass<'_> {
         let ratios = ratios.collect();
         Ok((tape, ratios))
     }
+}
+
+/// Every source's mismatched completions, where its objective needs them.
+pub fn mismatched(sources: &[Source], rows: Rows, plan: &Plan) -> Vec<Mismatched> {
+    let of = |(index, source): (usize, &Source)| match source.objective.needs(Needs::MISMATCHED) {
+        true => mismatched::of(source, index, rows, plan),
+        false => Mismatched::default(),
+    };
+    sources.iter().enumerate().map(of).collect()
+}
+
+/// The micro-batch whose forward pass is done early: the first that statistics are wanted of.
+pub fn early(sources: &[Source], plan: &Plan) -> Option<usize> {
+    let wanted = |source: usize| {
+        let needs = |need| sources[source].objective.needs(need);
+        needs(Needs::MISMATCHED) || needs(Needs::STEP_LOG_RATIOS)
+    };
+    let any = |batch: &Vec<usize>| stretches(plan, batch).any(|(source, ..)| wanted(source));
+    plan.micro_batches.iter().position(any)
+}
+
+/// The mismatched completions that go beside a micro-batch: those that continue the prompt of one of its
+/// groups, while all together have at most `room` rows.
+pub fn beside(
+    sources: &[Source],
+    rows: Rows,
+    plan: &Plan,
+    batch: &[usize],
+    mismatched: &[Mismatched],
+    room: usize,
+    without: &[Gain],
+) -> Vec<Beside> {
+    if without.contains(&Gain::SharedPrompts) {
+        return Vec::new();
+    }
+    let mut room = room.saturating_sub(batch.iter().map(|&g| plan.groups[g].rows).sum());
+    let mut next = vec![0; sources.len()];
+    let mut beside = Vec::new();
+    for (planned, own) in plan.groups.iter().enumerate() {
+        let (item, responses) = (own.item, own.segments.len());
+        let source = item.source;
+        if mismatched[source].groups.is_empty() {
+            continue;
+        }
+        let of_group = next[source]..next[source] + responses;
+        next[source] = of_group.end;
+        let Some(group) = batch.iter().position(|&g| g == planned) else { continue };
+        let prompt = &sources[source].rows(rows)[item.row].group.prompt;
+        for index in of_group {
+            let other = &mismatched[source].groups[index];
+            let load = other.rows() - other.prompt.len();
+            if other.prompt == *prompt && load <= room {
+                room -= load;
+                beside.push(Beside { source, index, group });
+            }
+        }
+    }
+    // In the order of the batch, as their log-probs are.
+    beside.sort_by_key(|b| b.group);
+    beside
+}
+
+/// A micro-batch's groups laid out with what goes beside them.
+pub fn with_others(members: &[&Group], mismatched: &[Mismatched], beside: &[Beside]) -> WithOthers {
+    let other = |b: &Beside| (b.group, &mismatched[b.source].groups[b.index]);
+    Packed::with_others(members, &beside.iter().map(other).collect::<Vec<_>>())
 }
 
 impl Statistics {
@@ -208,7 +234,14 @@ impl Statistics {
                 let policy = sum(&logps[tokens.clone()][segment.range()]);
                 let reference =
                     if ref_logps.is_empty() { 0.0 } else { sum(&ref_logps[segment.range()]) };
-                ratios[segment.in_step as usize] = policy - reference;
+                let response = StepResponse {
+                    group: segment.group,
+                    kind: segment.kind,
+                    logp: policy,
+                    log_ratio: policy - reference,
+                };
+                let n = plan.totals[index].segments as usize;
+                response.put(ratios, n, segment.in_step as usize);
             }
         }
         Ok(())

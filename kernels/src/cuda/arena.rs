@@ -5,7 +5,7 @@
 //! the byte.
 
 use super::memory::{DeviceBuffer, Owner};
-use super::{Error, Gpu, Plain, Result};
+use super::{Gpu, Plain, Result};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Buffers begin at multiples of this, as those of the driver do.
@@ -79,48 +79,59 @@ pub struct Arena(Arc<Inner>);
 
 struct Inner {
     gpu: Gpu,
-    /// None on the emulated device, where every buffer is a mapping of its own with guards around it.
-    memory: Option<DeviceBuffer<u8>>,
-    ranges: Mutex<Ranges>,
+    /// What was set aside, and what had to be added because that was not enough.
+    segments: Mutex<Vec<Segment>>,
 }
+
+struct Segment {
+    /// None on the emulated device, where every buffer is a mapping of its own with guards around it, and
+    /// where memory is only counted.
+    memory: Option<DeviceBuffer<u8>>,
+    ranges: Ranges,
+}
+
+/// Bytes of the smallest segment that is added, and of the largest that no buffer needs.
+const SEGMENT: usize = 64 << 20;
+const MOST: usize = 1 << 30;
 
 /// A buffer's place in an arena, and the arena.
 pub(super) struct Place {
     arena: Arena,
+    segment: usize,
     start: usize,
     bytes: usize,
 }
 
 impl Arena {
+    /// With `bytes` set aside.
+    ///
     /// # Errors
     /// The device has no `bytes` left.
     pub fn new(gpu: &Gpu, bytes: usize) -> Result<Self> {
-        let memory = if gpu.is_emulated() { None } else { Some(gpu.alloc(bytes)?) };
-        let ranges = Mutex::new(Ranges::new(bytes));
-        Ok(Self(Arc::new(Inner { gpu: gpu.clone(), memory, ranges })))
+        let first = Segment::new(gpu, bytes)?;
+        Ok(Self(Arc::new(Inner { gpu: gpu.clone(), segments: Mutex::new(vec![first]) })))
+    }
+
+    /// Without end, on a device that counts.
+    pub fn counting(gpu: &Gpu) -> Self {
+        let first = Segment { memory: None, ranges: Ranges::counting() };
+        Self(Arc::new(Inner { gpu: gpu.clone(), segments: Mutex::new(vec![first]) }))
     }
 
     /// Memory for `len` numbers, until it is dropped. Launches are in order, so what was given back may be
-    /// taken again while the launches that use it are still under way.
+    /// taken again while the launches that use it are still under way. Where what was set aside is not
+    /// enough, memory is added, which then stays the arena's.
     ///
     /// # Errors
-    /// No stretch of that length is free.
+    /// No stretch of that length is free, and the device has none either.
     pub fn take<T: Plain>(&self, len: usize) -> Result<DeviceBuffer<T>> {
         let bytes = len * size_of::<T>();
-        let start = {
-            let mut ranges = self.ranges();
-            ranges.take(bytes).ok_or_else(|| {
-                Error::OutOfMemory(format!(
-                    "the arena of {} bytes, {} of them taken, has no stretch of {bytes} left",
-                    ranges.capacity, ranges.taken
-                ))
-            })?
-        };
+        let (segment, start, memory) = self.place(bytes)?;
         // From here on the place is given back whatever happens.
-        let mut place = Place { arena: self.clone(), start, bytes };
-        let address = match &self.0.memory {
-            Some(memory) => Ok(memory.address() + start as u64),
-            None => self.0.gpu.allocate(bytes),
+        let mut place = Place { arena: self.clone(), segment, start, bytes };
+        let address = match memory {
+            Some(memory) => Ok(memory + start as u64),
+            None => self.0.gpu.place_apart(bytes),
         };
         match address {
             Ok(address) => Ok(DeviceBuffer::new(address, len, Owner::Arena(place))),
@@ -131,26 +142,52 @@ impl Arena {
         }
     }
 
-    /// Bytes that were ever needed.
-    pub fn high_water(&self) -> usize {
-        self.ranges().high_water()
+    /// A segment with a free stretch, where the stretch begins, and where the segment lies.
+    fn place(&self, bytes: usize) -> Result<(usize, usize, Option<u64>)> {
+        let mut segments = self.segments();
+        let address = |segment: &Segment| segment.memory.as_ref().map(|memory| memory.address());
+        for (index, segment) in segments.iter_mut().enumerate() {
+            if let Some(start) = segment.ranges.take(bytes) {
+                return Ok((index, start, address(segment)));
+            }
+        }
+        // As much again as there is, within reason, if the device has it.
+        let all: usize = segments.iter().map(|segment| segment.ranges.capacity).sum();
+        let larger = Segment::new(&self.0.gpu, all.clamp(SEGMENT, MOST).max(rounded(bytes)));
+        let mut segment = larger.or_else(|_| Segment::new(&self.0.gpu, rounded(bytes)))?;
+        let start = segment.ranges.take(bytes).expect("the segment is large enough");
+        let address = address(&segment);
+        segments.push(segment);
+        Ok((segments.len() - 1, start, address))
     }
 
-    fn ranges(&self) -> MutexGuard<'_, Ranges> {
-        self.0.ranges.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Bytes that were ever needed.
+    pub fn high_water(&self) -> usize {
+        self.segments().iter().map(|segment| segment.ranges.high_water()).sum()
+    }
+
+    fn segments(&self) -> MutexGuard<'_, Vec<Segment>> {
+        self.0.segments.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Segment {
+    fn new(gpu: &Gpu, bytes: usize) -> Result<Self> {
+        let memory = if gpu.lends_pieces() && bytes > 0 { Some(gpu.alloc(bytes)?) } else { None };
+        Ok(Self { memory, ranges: Ranges::new(bytes) })
     }
 }
 
 impl Place {
     pub(super) fn give_back(&mut self, address: u64) {
-        if self.arena.0.memory.is_none() {
-            self.arena.0.gpu.free(address);
+        if !self.arena.0.gpu.lends_pieces() {
+            self.arena.0.gpu.give_back_apart(address);
         }
         self.give_back_range();
     }
 
     fn give_back_range(&mut self) {
-        self.arena.ranges().give_back(self.start, self.bytes);
+        self.arena.segments()[self.segment].ranges.give_back(self.start, self.bytes);
     }
 }
 
@@ -197,10 +234,15 @@ mod tests {
         let a = arena.take::<f32>(100).unwrap();
         let b = arena.take::<half::bf16>(100).unwrap();
         assert_ne!(a.address(), b.address());
-        let refused = arena.take::<u32>(100).err().unwrap();
-        assert!(matches!(&refused, Error::OutOfMemory(text) if text.contains("no stretch of 400")));
-        drop(a);
-        arena.take::<u32>(100).unwrap();
         assert_eq!(arena.high_water(), 768);
+        drop(a);
+        let c = arena.take::<u32>(100).unwrap();
+        assert_eq!(arena.high_water(), 768, "what was given back is used again");
+        // More than was set aside.
+        let d = arena.take::<u32>(200).unwrap();
+        assert_eq!(arena.high_water(), 768 + 1024);
+        drop((b, c, d));
+        arena.take::<u32>(SEGMENT / 4).unwrap();
+        assert_eq!(arena.high_water(), 768 + SEGMENT, "the segment that was added stays");
     }
 }

@@ -77,6 +77,20 @@ impl<T: Plain> DeviceSlice<T> {
     }
 }
 
+impl DeviceSlice<f32> {
+    /// The same memory as twice as many halves of numbers, for what moves bits and does not compute.
+    pub fn halves(&self) -> &DeviceSlice<bf16> {
+        // SAFETY: the same bytes, borrowed as long as they.
+        unsafe { &*at(self.address(), 2 * self.len()) }
+    }
+
+    /// As [`Self::halves`].
+    pub fn halves_mut(&mut self) -> &mut DeviceSlice<bf16> {
+        // SAFETY: as above, and the borrow is exclusive.
+        unsafe { &mut *at(self.address(), 2 * self.len()) }
+    }
+}
+
 /// A slice at an address, which is no place that this program could read.
 fn at<T: Plain>(address: u64, len: usize) -> *mut DeviceSlice<T> {
     let elements: *mut Element<T> = std::ptr::without_provenance_mut(address as usize);

@@ -7,6 +7,8 @@
 //! * the emulated device, which executes the same sources on the processor, thousands of times slower: g++
 //!   compiles them, with emulation.h, to a library. It is there to test kernels without a GPU.
 //!
+//! A third one only counts ([`Gpu::counting`]): nothing is computed on it.
+//!
 //! Everything above, from the plan to the argument list of a launch, is one code for both. Compiled files
 //! are kept in a cache ([`cache_folder`]).
 //!
@@ -17,6 +19,7 @@
 
 mod arena;
 mod cache;
+mod counter;
 mod driver;
 mod emulator;
 mod error;
@@ -67,6 +70,7 @@ pub struct Gpu(Arc<Device>);
 enum Device {
     Driver(driver::Driver),
     Emulator(emulator::Emulator),
+    Counter(counter::Counter),
 }
 
 /// What a device is.
@@ -98,16 +102,6 @@ pub fn driver_version() -> Result<(i32, i32)> {
     driver::driver_version().map(|version| (version / 1000, version % 1000 / 10))
 }
 
-/// One code for the two kinds of device.
-macro_rules! on {
-    ($gpu:expr, $device:ident => $call:expr) => {
-        match &*$gpu.0 {
-            Device::Driver($device) => $call,
-            Device::Emulator($device) => $call,
-        }
-    };
-}
-
 impl Gpu {
     /// CUDA's device of this number.
     ///
@@ -134,12 +128,31 @@ impl Gpu {
         Ok(Self(Arc::new(Device::Emulator(emulator))))
     }
 
+    /// A device that holds and computes nothing, to find out how much memory something takes on one like
+    /// `properties`: [`Gpu::most_allocated`], and of an arena [`Arena::high_water`]. What is downloaded from it
+    /// stays as it was.
+    pub fn counting(properties: Properties) -> Self {
+        Self(Arc::new(Device::Counter(counter::Counter::new(properties))))
+    }
+
+    /// Of a device that counts: most bytes that were allocated at a time, what arenas lend not included.
+    pub fn most_allocated(&self) -> Option<usize> {
+        match &*self.0 {
+            Device::Counter(device) => Some(device.most()),
+            _ => None,
+        }
+    }
+
     pub fn is_emulated(&self) -> bool {
         matches!(&*self.0, Device::Emulator(_))
     }
 
     pub fn properties(&self) -> &Properties {
-        on!(self, device => &device.properties)
+        match &*self.0 {
+            Device::Driver(device) => &device.properties,
+            Device::Emulator(device) => &device.properties,
+            Device::Counter(device) => &device.properties,
+        }
     }
 
     /// Bytes of memory that are free; of the emulated device, all that the machine has.
@@ -150,15 +163,45 @@ impl Gpu {
         match &*self.0 {
             Device::Driver(device) => Ok(device.memory()?.0),
             Device::Emulator(device) => Ok(device.properties.memory),
+            Device::Counter(device) => Ok(device.properties.memory),
         }
     }
 
     fn allocate(&self, bytes: usize) -> Result<u64> {
-        on!(self, device => device.allocate(bytes))
+        match &*self.0 {
+            Device::Driver(device) => device.allocate(bytes),
+            Device::Emulator(device) => device.allocate(bytes),
+            Device::Counter(device) => Ok(device.allocate(bytes)),
+        }
     }
 
     fn free(&self, address: u64) {
-        on!(self, device => device.free(address));
+        match &*self.0 {
+            Device::Driver(device) => device.free(address),
+            Device::Emulator(device) => device.free(address),
+            Device::Counter(device) => device.free(address),
+        }
+    }
+
+    /// Whether an arena's buffers are pieces of one allocation. Otherwise each is a mapping of its own with guards
+    /// around it, or nothing at all.
+    fn lends_pieces(&self) -> bool {
+        matches!(&*self.0, Device::Driver(_))
+    }
+
+    /// Memory for a buffer of an arena that is no piece of it.
+    fn place_apart(&self, bytes: usize) -> Result<u64> {
+        match &*self.0 {
+            // The arena counts it. An address as good as any: nothing is ever there.
+            Device::Counter(_) => Ok(1 << 40),
+            _ => self.allocate(bytes),
+        }
+    }
+
+    fn give_back_apart(&self, address: u64) {
+        if !matches!(&*self.0, Device::Counter(_)) {
+            self.free(address);
+        }
     }
 
     /// Copies numbers to the device. They may change once the call has returned.
@@ -170,6 +213,9 @@ impl Gpu {
     /// The lengths differ.
     pub fn upload<T: Plain>(&self, from: &[T], to: &mut DeviceSlice<T>) -> Result<()> {
         assert_eq!(from.len(), to.len(), "upload: as many numbers as there is room for");
+        if to.len() == 0 {
+            return Ok(());
+        }
         // SAFETY: plain numbers are bytes.
         let bytes = unsafe { std::slice::from_raw_parts(from.as_ptr().cast(), size_of_val(from)) };
         match &*self.0 {
@@ -179,6 +225,7 @@ impl Gpu {
                 unsafe { copy(bytes.as_ptr(), here(to.address()), bytes.len()) };
                 Ok(())
             }
+            Device::Counter(_) => Ok(()),
         }
     }
 
@@ -191,6 +238,9 @@ impl Gpu {
     /// The lengths differ.
     pub fn download<T: Plain>(&self, from: &DeviceSlice<T>, to: &mut [T]) -> Result<()> {
         assert_eq!(from.len(), to.len(), "download: as many numbers as there is room for");
+        if to.is_empty() {
+            return Ok(());
+        }
         // SAFETY: plain numbers are bytes, and all bytes are numbers.
         let bytes =
             unsafe { std::slice::from_raw_parts_mut(to.as_mut_ptr().cast(), size_of_val(to)) };
@@ -201,6 +251,7 @@ impl Gpu {
                 unsafe { copy(here(from.address()), bytes.as_mut_ptr(), bytes.len()) };
                 Ok(())
             }
+            Device::Counter(_) => Ok(()),
         }
     }
 
@@ -213,6 +264,9 @@ impl Gpu {
     /// The lengths differ.
     pub fn copy<T: Plain>(&self, from: &DeviceSlice<T>, to: &mut DeviceSlice<T>) -> Result<()> {
         assert_eq!(from.len(), to.len(), "copy: as many numbers as there is room for");
+        if to.len() == 0 {
+            return Ok(());
+        }
         let bytes = from.len() * size_of::<T>();
         match &*self.0 {
             Device::Driver(device) => device.copy(from.address(), to.address(), bytes),
@@ -221,6 +275,7 @@ impl Gpu {
                 unsafe { copy(here(from.address()), here(to.address()), bytes) };
                 Ok(())
             }
+            Device::Counter(_) => Ok(()),
         }
     }
 
@@ -229,6 +284,9 @@ impl Gpu {
     /// # Errors
     /// The driver's.
     pub fn zero<T: Plain>(&self, to: &mut DeviceSlice<T>) -> Result<()> {
+        if to.len() == 0 {
+            return Ok(());
+        }
         let bytes = to.len() * size_of::<T>();
         match &*self.0 {
             Device::Driver(device) => device.zero(to.address(), bytes),
@@ -237,6 +295,7 @@ impl Gpu {
                 unsafe { here(to.address()).write_bytes(0, bytes) };
                 Ok(())
             }
+            Device::Counter(_) => Ok(()),
         }
     }
 
@@ -265,7 +324,11 @@ impl Gpu {
             let name = &self.properties().name;
             return refuse(format!("{shared_bytes} bytes of shared memory, {name} has {most}"));
         }
-        on!(self, device => device.launch(kernel, grid, shared_bytes, &args))
+        match &*self.0 {
+            Device::Driver(device) => device.launch(kernel, grid, shared_bytes, &args),
+            Device::Emulator(device) => device.launch(kernel, grid, shared_bytes, &args),
+            Device::Counter(_) => Ok(()),
+        }
     }
 
     /// Waits until everything is done.
@@ -275,7 +338,7 @@ impl Gpu {
     pub fn synchronize(&self) -> Result<()> {
         match &*self.0 {
             Device::Driver(device) => device.synchronize(),
-            Device::Emulator(_) => Ok(()),
+            Device::Emulator(_) | Device::Counter(_) => Ok(()),
         }
     }
 }

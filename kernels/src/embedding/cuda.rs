@@ -2,7 +2,7 @@
 
 use crate::args;
 use crate::cuda::{
-    DeviceBuffer, DeviceSlice, Gpu, Kernel, Result, Source, TILE, assert_aligned, blocks,
+    Arena, DeviceBuffer, DeviceSlice, Gpu, Kernel, Result, Source, TILE, assert_aligned, blocks,
 };
 use half::bf16;
 
@@ -60,9 +60,11 @@ impl Readers {
     ///
     /// # Panics
     /// An id is not in the table.
-    pub fn new(gpu: &Gpu, ids: &[u32], rows: usize) -> Result<Self> {
+    pub fn new(gpu: &Gpu, arena: &Arena, ids: &[u32], rows: usize) -> Result<Self> {
         let numbers = Self::sorted(ids, rows);
-        Ok(Self { rows, count: ids.len(), starts_and_readers: gpu.uploaded(&numbers)? })
+        let mut starts_and_readers = arena.take(numbers.len())?;
+        gpu.upload(&numbers, &mut starts_and_readers)?;
+        Ok(Self { rows, count: ids.len(), starts_and_readers })
     }
 
     /// Counting sort, which keeps the order among the readers of one row.

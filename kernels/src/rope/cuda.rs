@@ -37,6 +37,11 @@ impl Table {
         let angles: Vec<f32> = pairs.flat_map(|(cos, sin)| [*cos, *sin]).collect();
         Ok(Self { angles: gpu.uploaded(&angles)?, positions, head_dim: rope.head_dim() })
     }
+
+    /// Positions below this one have angles.
+    pub fn positions(&self) -> usize {
+        self.positions
+    }
 }
 
 /// [`Rope::forward`] in bf16: rotates `x`: `[T, heads, D]` in place, row t by `positions[t]`. A position

@@ -22,8 +22,8 @@ struct UnaPairwise {
 
 impl Objective for UnaPairwise {
     const NAME: &'static str = "una-pairwise";
-    const ABOUT: &'static str =
-        "-log sigmoid(beta*(d_w - d_l)), d = log(pi/pi_ref) (DPO, arXiv 2305.18290, eq. 7)";
+    const ABOUT: &'static str = "-log sigmoid(beta*(d_w - d_l)), d = log(pi/pi_ref) \
+        (DPO, arXiv 2305.18290, eq. 7; label-smoothed: cDPO; margins: ODPO, arXiv 2402.10571)";
 
     fn new(params: &mut Params) -> Self {
         let probability = Bound::Within(0.0, 0.5);

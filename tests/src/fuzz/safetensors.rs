@@ -4,7 +4,7 @@ use super::directory::Directory;
 use super::{NUMBERS, Target, scratch};
 use ::safetensors::tensor::{Dtype, TensorView, serialize};
 use std::sync::LazyLock;
-use uft::model::{Model, ModelConfig};
+use uft::model::{Decoder, ModelConfig};
 
 pub const TARGET: Target = Target { name: "safetensors", run, seeds, tokens: &TOKENS };
 
@@ -86,7 +86,7 @@ fn run(input: &[u8]) {
     let dir = scratch();
     DIRECTORY.write(dir.path(), input);
     // A model that loads has been read to its last number.
-    let _ = Model::load(dir.path());
+    let _ = Decoder::load(dir.path());
 }
 
 /// The model's shape, for other inputs that belong to it.
@@ -100,7 +100,7 @@ fn seeds() -> Vec<Vec<u8>> {
     let dir = scratch();
     let seeds = DIRECTORY.seeds();
     DIRECTORY.write(dir.path(), &seeds[0]);
-    assert!(Model::load(dir.path()).is_ok(), "the seeds are a whole model");
+    assert!(Decoder::load(dir.path()).is_ok(), "the seeds are a whole model");
     let many = CONFIG.replace("\"num_hidden_layers\":1", "\"num_hidden_layers\":1073741824");
     let mut seeds = seeds;
     seeds.push(DIRECTORY.seed("config.json", &many));

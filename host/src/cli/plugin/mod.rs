@@ -4,7 +4,7 @@ mod new;
 
 use super::print;
 use crate::config::{PluginRef, overrides};
-use crate::plugins::{Registry, role_name};
+use crate::plugins::{Registry, role_name, table};
 use crate::{Error, Result};
 use clap::{Args, Subcommand};
 use std::fmt::Write;
@@ -13,26 +13,12 @@ use uft_core::abi::Role;
 use uft_core::params::nearest;
 use uft_core::{Fault, check};
 
-/// The plugins that come with `uft`.
-pub const BUNDLED: [&str; 10] = [
-    "demonstrations",
-    "scores",
-    "labels",
-    "preferences",
-    "sft",
-    "uft-sft",
-    "una-score",
-    "una-binary",
-    "una-pairwise",
-    "kto",
-];
-
 #[derive(Subcommand)]
 pub enum PluginCommand {
     /// Make the crate of a new plugin, which builds, passes its tests and trains as it is
     New(new::NewArgs),
     /// Show what plugins export, with every parameter
-    List(PluginsArgs),
+    List(ListArgs),
     /// Check objectives (gradient against finite differences, extremes, split of the step, state,
     /// time) and adapters (odd records)
     Check(CheckArgs),
@@ -45,6 +31,15 @@ pub struct PluginsArgs {
     /// Folders to search for plugins
     #[arg(long = "plugin-dir", value_name = "DIR")]
     plugin_dirs: Vec<PathBuf>,
+}
+
+#[derive(Args)]
+pub struct ListArgs {
+    #[command(flatten)]
+    plugins: PluginsArgs,
+    /// Print the page plugins/README.md instead, which is of the bundled plugins
+    #[arg(long, conflicts_with_all = ["plugins", "plugin_dirs"])]
+    markdown: bool,
 }
 
 #[derive(Args)]
@@ -65,7 +60,8 @@ pub struct CheckArgs {
 pub fn run(command: &PluginCommand) -> Result<()> {
     match command {
         PluginCommand::New(args) => new::run(args),
-        PluginCommand::List(args) => list(&args.load()?),
+        PluginCommand::List(args) if args.markdown => print(&table::page()?),
+        PluginCommand::List(args) => list(&args.plugins.load()?),
         PluginCommand::Check(args) => args.run(),
     }
 }
@@ -73,7 +69,7 @@ pub fn run(command: &PluginCommand) -> Result<()> {
 impl PluginsArgs {
     fn load(&self) -> Result<Registry> {
         let mut registry = Registry::new(self.plugin_dirs.iter().cloned());
-        let bundled = BUNDLED.map(String::from);
+        let bundled = bundled::LIBRARIES.map(|library| library.name.to_owned());
         let names = if self.plugins.is_empty() { &bundled[..] } else { &self.plugins };
         for name in names {
             registry.load(name)?;

@@ -2,7 +2,6 @@
 //! consists of are the files in `host/templates`.
 
 use super::super::print;
-use super::BUNDLED;
 use crate::{Error, Result};
 use clap::{ArgGroup, Args};
 use std::path::{Path, PathBuf};
@@ -125,7 +124,7 @@ fn type_name(name: &str, source: &str) -> Result<String> {
             "lower-case letters and digits, with `-` between words, each beginning with a letter",
         ));
     }
-    if BUNDLED.contains(&name) {
+    if bundled::LIBRARIES.iter().any(|library| library.name == name) {
         return Err(wrong("a plugin that comes with uft has this name"));
     }
     if RESERVED.contains(&name) {

@@ -9,7 +9,7 @@ fn text(name: &str) -> (Vec<u32>, Vec<u32>) {
     (ids(&response["prompt_ids"]), ids(&response["ids"]))
 }
 
-fn log_softmax(logits: &[f32], token: u32) -> f64 {
+pub(super) fn log_softmax(logits: &[f32], token: u32) -> f64 {
     let top = logits.iter().copied().fold(f32::MIN, f32::max);
     let sum: f64 = logits.iter().map(|l| f64::from(l - top).exp()).sum();
     f64::from(logits[token as usize] - top) - sum.ln()
@@ -18,8 +18,8 @@ fn log_softmax(logits: &[f32], token: u32) -> f64 {
 #[test]
 fn with_a_cache_the_log_probs_are_those_of_one_pass() {
     for name in MODELS {
-        let model = Model::load(&model_dir(name)).unwrap();
-        let lora = peft::load(&model_dir(name).join("adapter"), &model.config).unwrap();
+        let model = Model::load(&model_dir(name), &Device::Cpu).unwrap();
+        let lora = peft::load(&model_dir(name).join("adapter"), model.config()).unwrap();
         let (prompt, tokens) = text(name);
         for lora in [None, Some(&lora)] {
             let mut generator = Generator::new(&model, lora, &prompt).unwrap();
@@ -37,7 +37,7 @@ fn with_a_cache_the_log_probs_are_those_of_one_pass() {
 
 #[test]
 fn greedy_takes_the_most_probable_token_until_an_end() {
-    let model = Model::load(&model_dir("mistral")).unwrap();
+    let model = Model::load(&model_dir("mistral"), &Device::Cpu).unwrap();
     let (prompt, _) = text("mistral");
     let options = SampleOptions { max_tokens: 12, ..SampleOptions::greedy() };
     let tokens = model.generate(&prompt, &options, None).unwrap();
@@ -85,7 +85,7 @@ fn sampling_follows_the_distribution() {
 
 #[test]
 fn what_cannot_be_continued_is_an_error() {
-    let model = Model::load(&model_dir("llama")).unwrap();
+    let model = Model::load(&model_dir("llama"), &Device::Cpu).unwrap();
     let options = SampleOptions::greedy();
     let refused = |prompt: &[u32]| model.generate(prompt, &options, None).unwrap_err().message;
     assert!(refused(&[]).contains("a prompt of a token or more"));

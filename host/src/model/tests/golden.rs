@@ -5,7 +5,7 @@ use super::*;
 #[test]
 fn log_probs_are_those_of_transformers_and_peft() {
     for name in MODELS {
-        let model = Model::load(&model_dir(name)).unwrap();
+        let model = Decoder::load(&model_dir(name)).unwrap();
         let all = expected(name, "responses.json");
         let adapters = all["demos"][0][0]["logps"].as_object().unwrap().clone();
         for which in adapters.keys() {
@@ -28,7 +28,7 @@ fn log_probs_are_those_of_transformers_and_peft() {
 #[test]
 fn gradients_are_those_of_transformers_and_peft() {
     for name in MODELS {
-        let model = Model::load(&model_dir(name)).unwrap();
+        let model = Decoder::load(&model_dir(name)).unwrap();
         let lora = peft::load(&model_dir(name).join("adapter"), &model.config).unwrap();
         let all = expected(name, "responses.json");
         let bytes =

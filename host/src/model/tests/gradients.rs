@@ -16,7 +16,7 @@ pub(super) fn batch(name: &str) -> Packed {
 }
 
 /// A fresh adapter with a B that isn't zero.
-pub(super) fn adapter(model: &Model, targets: &str) -> Lora {
+pub(super) fn adapter(model: &Decoder, targets: &str) -> Lora {
     let config = LoraConfig {
         rank: 3,
         alpha: 4.0,
@@ -36,7 +36,7 @@ pub(super) fn adapter(model: &Model, targets: &str) -> Lora {
 #[test]
 fn every_gradient_is_the_slope() {
     for name in MODELS {
-        let model = Model::load(&model_dir(name)).unwrap();
+        let model = Decoder::load(&model_dir(name)).unwrap();
         let packed = batch(name);
         let mut lora = adapter(&model, ".*proj|lm_head");
         let dlogp = uneven(packed.targets.rows.len());
@@ -75,7 +75,7 @@ fn every_gradient_is_the_slope() {
 #[test]
 fn fewer_adapters_have_the_same_gradients() {
     for name in ["llama", "llama-bias", "qwen3"] {
-        let model = Model::load(&model_dir(name)).unwrap();
+        let model = Decoder::load(&model_dir(name)).unwrap();
         let packed = batch(name);
         let dlogp = uneven(packed.targets.rows.len());
         for targets in [
@@ -118,7 +118,7 @@ fn fewer_adapters_have_the_same_gradients() {
 
 #[test]
 fn gradients_accumulate() {
-    let model = Model::load(&model_dir("llama")).unwrap();
+    let model = Decoder::load(&model_dir("llama")).unwrap();
     let packed = batch("llama");
     let lora = adapter(&model, "all-linear");
     let dlogp = uneven(packed.targets.rows.len());

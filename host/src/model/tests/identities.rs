@@ -11,7 +11,7 @@ fn rows(name: &str, file: &str) -> Vec<Value> {
 #[test]
 fn a_shared_prompt_is_as_good_as_a_copy_for_each_response() {
     for name in MODELS {
-        let model = Model::load(&model_dir(name)).unwrap();
+        let model = Decoder::load(&model_dir(name)).unwrap();
         let lora = peft::load(&model_dir(name).join("adapter"), &model.config).unwrap();
         let rows = rows(name, "pairs");
         let shared: Vec<Group> = rows.iter().map(shared_group).collect();
@@ -36,7 +36,7 @@ fn a_shared_prompt_is_as_good_as_a_copy_for_each_response() {
 #[test]
 fn packed_together_is_the_same_as_alone() {
     for name in MODELS {
-        let model = Model::load(&model_dir(name)).unwrap();
+        let model = Decoder::load(&model_dir(name)).unwrap();
         let lora = peft::load(&model_dir(name).join("adapter"), &model.config).unwrap();
         let mut groups: Vec<Group> = rows(name, "pairs").iter().map(shared_group).collect();
         // As little company as there can be: a single row, a few rows.
@@ -63,7 +63,7 @@ fn packed_together_is_the_same_as_alone() {
 #[test]
 fn an_adapter_that_adds_nothing_changes_no_bit() {
     for name in MODELS {
-        let model = Model::load(&model_dir(name)).unwrap();
+        let model = Decoder::load(&model_dir(name)).unwrap();
         let mut config = LoraConfig { rank: 4, ..LoraConfig::default() };
         for targets in ["all-linear", ".*proj|lm_head"] {
             config.targets = targets::Targets::from_text(targets);
@@ -87,7 +87,7 @@ fn with_and_without_a_tape_are_the_same_bits() {
     for (name, adapter) in
         [("llama", "adapter-patterns"), ("qwen2", "adapter-head"), ("mistral", "adapter")]
     {
-        let model = Model::load(&model_dir(name)).unwrap();
+        let model = Decoder::load(&model_dir(name)).unwrap();
         let lora = peft::load(&model_dir(name).join(adapter), &model.config).unwrap();
         let packed = pack(&rows(name, "pairs").iter().map(shared_group).collect::<Vec<_>>());
         let logps = model.logps(&packed, Some(&lora)).unwrap();
@@ -112,7 +112,7 @@ pub(super) fn with_others(name: &str) -> WithOthers {
 #[test]
 fn others_beside_a_batch_change_no_bit() {
     for name in MODELS {
-        let mut model = Model::load(&model_dir(name)).unwrap();
+        let mut model = Decoder::load(&model_dir(name)).unwrap();
         let lora = peft::load(&model_dir(name).join("adapter"), &model.config).unwrap();
         for (recomputed_layers, skipped_gradients) in [(0, true), (1, true), (0, false)] {
             model.options = Options { recomputed_layers, skipped_gradients, ..Options::default() };
@@ -134,7 +134,7 @@ fn others_beside_a_batch_change_no_bit() {
 
 #[test]
 fn a_batch_with_nothing_to_predict_has_no_log_probs() {
-    let model = Model::load(&model_dir("llama")).unwrap();
+    let model = Decoder::load(&model_dir("llama")).unwrap();
     assert!(model.logps(&Packed::prompt(&[1, 2, 3]), None).unwrap().is_empty());
     assert!(model.logps(&Packed::new(&[]), None).unwrap().is_empty());
 }

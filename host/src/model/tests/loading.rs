@@ -7,13 +7,13 @@ use crate::model::lora::LoraTensor;
 use crate::model::shards::Shards;
 
 fn refusal(dir: &Path) -> String {
-    Model::load(dir).unwrap_err().message
+    Decoder::load(dir).unwrap_err().message
 }
 
 #[test]
 fn shards_and_dtypes_are_read() {
     for name in MODELS {
-        let model = Model::load(&model_dir(name)).unwrap();
+        let model = Decoder::load(&model_dir(name)).unwrap();
         assert_eq!(model.layers.len(), model.config.layers, "{name}");
         let mut row = vec![f32::NAN; model.config.hidden];
         uft_kernels::embedding::gather(&model.embedding, &[1], &mut row);
@@ -37,7 +37,7 @@ fn the_place_in_the_file_does_not_matter() {
         }
         let packed = pack(&[group(&responses(&expected(name, "responses.json"), "demos")[0])]);
         for dir in [model_dir(name), scratch.0.clone()] {
-            let model = Model::load(&dir).unwrap();
+            let model = Decoder::load(&dir).unwrap();
             held.push((
                 matches!(model.embedding, Frozen::Mapped { .. }),
                 model.logps(&packed, None).unwrap(),

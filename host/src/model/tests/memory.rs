@@ -7,7 +7,7 @@ use crate::model::buffers::Pool;
 use crate::model::memory::{Shadow, Size};
 
 /// Most activations of a pass, in bytes.
-fn measured(model: &mut Model, pass: impl FnOnce(&Model)) -> usize {
+fn measured(model: &mut Decoder, pass: impl FnOnce(&Decoder)) -> usize {
     model.pool = Pool::default();
     pass(model);
     model.pool.high_water()
@@ -16,7 +16,7 @@ fn measured(model: &mut Model, pass: impl FnOnce(&Model)) -> usize {
 #[test]
 fn every_pass_takes_what_its_shadow_says() {
     for name in MODELS {
-        let mut model = Model::load(&model_dir(name)).unwrap();
+        let mut model = Decoder::load(&model_dir(name)).unwrap();
         let packed = batch(name);
         let size = Size::of(&packed);
         let dlogp = uneven(size.targets);
@@ -76,7 +76,7 @@ fn sizes_of_groups_add_up() {
 
 #[test]
 fn recomputation_takes_less() {
-    let model = Model::load(&model_dir("llama")).unwrap();
+    let model = Decoder::load(&model_dir("llama")).unwrap();
     let (packed, lora) = (batch("llama"), adapter(&model, "all-linear"));
     let peak = |recomputed_layers| {
         let options = Options { recomputed_layers, ..Options::default() };

@@ -6,7 +6,7 @@ use crate::model::shards::Shards;
 fn merge_and_compare(name: &str, adapter: &str, tolerance: f64) -> Scratch {
     let (from, out) = (model_dir(name), Scratch::new(&format!("merge-{name}-{adapter}")));
     merge::save(&from, &from.join(adapter), &out.0).unwrap();
-    let (base, merged) = (Model::load(&from).unwrap(), Model::load(&out.0).unwrap());
+    let (base, merged) = (Decoder::load(&from).unwrap(), Decoder::load(&out.0).unwrap());
     let lora = peft::load(&from.join(adapter), &base.config).unwrap();
     let responses = expected(name, "responses.json");
     let groups: Vec<Group> =

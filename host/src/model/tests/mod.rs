@@ -1,6 +1,7 @@
 //! Tests of the whole decoder, on the small models of tests/golden.
 
 mod adapters;
+mod device;
 mod generation;
 mod golden;
 mod gradients;
@@ -9,6 +10,7 @@ mod loading;
 mod memory;
 mod merging;
 mod options;
+mod plain;
 
 use super::*;
 use crate::group::{Branch, Group, Segment};
@@ -107,7 +109,7 @@ fn uneven(count: usize) -> Vec<f32> {
 }
 
 /// The gradient of `Σ dlogp logp`.
-fn gradient(model: &Model, packed: &Packed, lora: &Lora, dlogp: &[f32]) -> LoraGrads {
+fn gradient(model: &Decoder, packed: &Packed, lora: &Lora, dlogp: &[f32]) -> LoraGrads {
     let mut grads = LoraGrads::zeros(lora);
     model.backward(model.forward(packed.clone(), lora).unwrap(), dlogp, lora, &mut grads).unwrap();
     grads

@@ -4,7 +4,7 @@ use super::gradients::{adapter, batch};
 use super::*;
 
 /// Log-probs and gradients under one choice of options.
-fn results(model: &Model, packed: &Packed, lora: &Lora) -> (Vec<f32>, Vec<f32>, LoraGrads) {
+fn results(model: &Decoder, packed: &Packed, lora: &Lora) -> (Vec<f32>, Vec<f32>, LoraGrads) {
     let dlogp = uneven(packed.targets.rows.len());
     let logps = |lora| model.logps(packed, lora).unwrap();
     let (with, without) = (logps(Some(lora)), logps(None));
@@ -35,7 +35,7 @@ fn assert_same(
 #[test]
 fn every_gain_switched_off_gives_the_same_gradients() {
     for name in ["llama", "llama-bias", "qwen3"] {
-        let mut model = Model::load(&model_dir(name)).unwrap();
+        let mut model = Decoder::load(&model_dir(name)).unwrap();
         let packed = batch(name);
         for targets in [".*proj|lm_head", r".*1\.mlp\.up_proj", "lm_head"] {
             let lora = adapter(&model, targets);
@@ -56,7 +56,7 @@ fn every_gain_switched_off_gives_the_same_gradients() {
 #[test]
 fn a_prompt_for_every_branch_gives_the_same_gradients() {
     for name in ["llama", "qwen3"] {
-        let model = Model::load(&model_dir(name)).unwrap();
+        let model = Decoder::load(&model_dir(name)).unwrap();
         let lora = adapter(&model, ".*proj|lm_head");
         let responses = expected(name, "responses.json");
         let rows = responses["pairs"].as_array().unwrap();
@@ -73,7 +73,7 @@ fn a_prompt_for_every_branch_gives_the_same_gradients() {
 #[test]
 fn recomputed_layers_give_the_same_bits() {
     for name in MODELS {
-        let mut model = Model::load(&model_dir(name)).unwrap();
+        let mut model = Decoder::load(&model_dir(name)).unwrap();
         let packed = batch(name);
         for targets in [".*proj|lm_head", r".*1\.self_attn\.q_proj", r".*0\.mlp\.down_proj"] {
             let lora = adapter(&model, targets);

@@ -1,8 +1,9 @@
 //! The largest micro-batches of a run, found by going through all of its steps without computing any.
 
+use super::super::pass::groups;
 use super::super::plan::{Plan, Rows};
 use super::super::setup::Stage;
-use super::super::statistics::WIDEST;
+use super::super::statistics::{self, WIDEST};
 use crate::config::Gain;
 use crate::data::{Example, Item, Source};
 use crate::group::Group;
@@ -75,14 +76,12 @@ impl Largest {
             let mut most = 0;
             for _ in 0..steps.min(DRAWN) {
                 let items = order.batch(stage.train.batch);
-                let others = others(sources, &items, sizes, without);
-                let sizes = micro_batches(sources, &items, sizes, micro_tokens, hidden, without);
+                let plan = Plan::new(sources, Rows::Train, &items, micro_tokens, hidden, without);
+                let sizes = micro_batches(&plan, sizes);
                 most = most.max(sizes.iter().map(|size| size.rows).sum());
-                for size in sizes {
-                    keep(&mut largest.steps, size);
-                    if others > 0 {
-                        largest.keep_with_others(size, others, micro_tokens);
-                    }
+                sizes.into_iter().for_each(|size| keep(&mut largest.steps, size));
+                if let Some(pair) = with_others(sources, &plan, micro_tokens, without) {
+                    largest.keep_with_others(pair);
                 }
             }
             if steps > DRAWN {
@@ -91,7 +90,9 @@ impl Largest {
                 keep(&mut largest.steps, size);
                 let any = |&source: &usize| has_others(&sources[source], without);
                 if stage.sources.iter().any(any) {
-                    largest.keep_with_others(size, most, micro_tokens);
+                    let rows = most.min((WIDEST * micro_tokens).saturating_sub(size.rows));
+                    let others = Size { rows, needed: rows, targets: rows, longest: rows };
+                    largest.keep_with_others([size, size + others]);
                 }
             }
             // Of a step's rows the reference pass takes those that are not known.
@@ -122,11 +123,8 @@ impl Largest {
         largest
     }
 
-    /// Adds a micro-batch with up to `rows` of others beside it.
-    fn keep_with_others(&mut self, own: Size, rows: usize, micro_tokens: usize) {
-        let rows = rows.min((WIDEST * micro_tokens).saturating_sub(own.rows));
-        let others = Size { rows, needed: rows, targets: rows, longest: own.longest + rows };
-        let new = [own, own + others];
+    /// Adds a micro-batch alone and with others beside it.
+    fn keep_with_others(&mut self, new: [Size; 2]) {
         let inside = |a: &[Size; 2], b: &[Size; 2]| a[0].is_within(&b[0]) && a[1].is_within(&b[1]);
         if !self.with_others.iter().any(|pair| inside(&new, pair)) {
             self.with_others.retain(|pair| !inside(pair, &new));
@@ -157,15 +155,7 @@ impl Largest {
 }
 
 /// The micro-batches of a step.
-fn micro_batches(
-    sources: &[Source],
-    items: &[Item],
-    sizes: &Sizes,
-    micro_tokens: usize,
-    hidden: usize,
-    without: &[Gain],
-) -> Vec<Size> {
-    let plan = Plan::new(sources, Rows::Train, items, micro_tokens, hidden, without);
+fn micro_batches(plan: &Plan, sizes: &Sizes) -> Vec<Size> {
     let size = |g: &usize| sizes.get(plan.groups[*g].item, Rows::Train);
     let sum = |batch: &Vec<usize>| batch.iter().map(size).fold(Size::default(), |a, b| a + b);
     plan.micro_batches.iter().map(sum).collect()
@@ -211,15 +201,27 @@ fn has_others(source: &Source, without: &[Gain]) -> bool {
     source.objective.needs(Needs::MISMATCHED) && !without.contains(&Gain::SharedPrompts)
 }
 
-/// Rows of a step's mismatched completions. Where every group has one, they are the step's own; otherwise
-/// this is a bound.
-fn others(sources: &[Source], items: &[Item], sizes: &Sizes, without: &[Gain]) -> usize {
-    let own = items.iter().filter(|item| has_others(&sources[item.source], without));
-    let size = |item: &Item| sizes.get(*item, Rows::Train).targets;
-    let most_responses =
-        |item: &Item| sources[item.source].train[item.row].group.segments().count();
-    let responses = own.clone().map(most_responses).max().unwrap_or(0);
-    own.map(size).sum::<usize>() * responses
+/// A step's micro-batch that has mismatched completions beside it, alone and with them.
+fn with_others(
+    sources: &[Source],
+    plan: &Plan,
+    micro_tokens: usize,
+    without: &[Gain],
+) -> Option<[Size; 2]> {
+    if !plan.sources().any(|source| has_others(&sources[source], without)) {
+        return None;
+    }
+    let rows = Rows::Train;
+    let batch = &plan.micro_batches[statistics::early(sources, plan)?];
+    let mismatched = statistics::mismatched(sources, rows, plan);
+    let room = WIDEST * micro_tokens;
+    let beside = statistics::beside(sources, rows, plan, batch, &mismatched, room, without);
+    if beside.is_empty() {
+        return None;
+    }
+    let members = groups(sources, rows, plan, batch);
+    let laid_out = statistics::with_others(&members, &mismatched, &beside);
+    Some([Size::of(&laid_out.own), Size::of(&laid_out.all)])
 }
 
 /// Adds a size, unless another is as large in every way, and drops those that it outgrows.

@@ -1,6 +1,9 @@
 //! The plan of a run's memory, made before the weights are loaded: what will be held, and for what. The
 //! largest micro-batches are found by going through the run ([`Largest`]), their activations by going
-//! through a pass without arithmetic ([`Shadow`]); what is in memory already is measured.
+//! through a pass without arithmetic ([`Shadow`], [`Counted`]); what is in memory already is measured.
+//!
+//! A run on a GPU holds its weights and activations there, and the rest in the machine's memory: of two
+//! memories, the GPU's is what a plan chooses for.
 
 mod largest;
 
@@ -9,12 +12,14 @@ use crate::config::schema::Config;
 use crate::config::{Gain, Recompute, Reference};
 use crate::data::{Example, Source};
 use crate::machine;
+use crate::model::cuda::Counted;
 use crate::model::memory::{Shadow, Weights};
-use crate::model::{Lora, ModelConfig, Options};
+use crate::model::{Device, Lora, ModelConfig, Options};
 use crate::{Error, ErrorKind, Result};
 use comfy_table::{CellAlignment, Table, presets};
 use largest::{Largest, Sizes};
 use std::cell::Cell;
+use uft_kernels::cuda::Gpu;
 use uft_kernels::memory as kernels;
 
 /// Of the machine's memory, so much is filled before layers are computed again to save some: a plan is
@@ -36,12 +41,29 @@ pub struct MemoryPlan {
     pub recomputed_layers: usize,
     /// Bytes to set aside for activations.
     pub activations: usize,
+    /// Tokens of the longest text.
+    pub positions: usize,
+    /// What a GPU is going to hold, where the run computes on one.
+    gpu: Option<OnGpu>,
+}
+
+/// What a GPU is going to hold.
+struct OnGpu {
+    name: String,
+    /// Of weights.
+    held: usize,
+    activations: usize,
+    /// What is to be said about them.
+    note: String,
+    /// Bytes that it has left.
+    available: usize,
 }
 
 /// All that a plan is made from.
 pub struct Planner<'a> {
     pub config: &'a Config,
     pub model: &'a ModelConfig,
+    pub device: &'a Device,
     pub weights: Weights,
     pub lora: &'a Lora,
     pub sources: &'a [Source],
@@ -56,6 +78,8 @@ struct Choice {
     /// By how much the chunk raises them.
     chunk: usize,
     kernels: usize,
+    /// Held on a GPU in any case.
+    held: usize,
 }
 
 impl MemoryPlan {
@@ -65,20 +89,42 @@ impl MemoryPlan {
         let train = &planner.config.train;
         let resident = machine::resident();
         let limit = (train.memory > 0.0).then_some((train.memory * f64::from(1 << 30)) as usize);
-        let machine =
-            machine::available().map(|bytes| bytes as usize).into_iter().chain(limit).min();
+        let machine = machine::available().map(|bytes| bytes as usize);
+        let (machine, gpu) = match planner.device {
+            Device::Cpu => (machine.into_iter().chain(limit).min(), None),
+            Device::Gpu(gpu) => {
+                (machine, Some((gpu.free_memory()? as usize).min(limit.unwrap_or(usize::MAX))))
+            }
+        };
         let sizes = Sizes::of(planner.sources, &train.without);
         let largest = planner.largest(&sizes, train.micro_tokens);
 
         let mut parts = planner.fixed(resident.now as usize);
         let fixed: usize = parts.iter().map(|(_, bytes, _)| bytes).sum();
+        if let (Some(_), Some(machine)) = (gpu, machine)
+            && fixed > machine
+        {
+            return Err(Error::new(
+                ErrorKind::OutOfMemory,
+                format!(
+                    "the run needs {} of memory beside the GPU's and {} are available: take a lower rank, less data \
+                     at a time, or a larger machine",
+                    mebibytes(fixed),
+                    mebibytes(machine)
+                ),
+            ));
+        }
         let fits = |choice: &Choice, share: f64| {
-            machine.is_none_or(|machine| (fixed + choice.total()) as f64 <= share * machine as f64)
+            let (needed, available) = match gpu {
+                None => (fixed + choice.total(), machine),
+                Some(_) => (choice.held + choice.total(), gpu),
+            };
+            available.is_none_or(|available| needed as f64 <= share * available as f64)
         };
-        let choice = planner.choose(&largest, |choice| fits(choice, COMFORTABLE));
+        let choice = planner.choose(&largest, |choice| fits(choice, COMFORTABLE))?;
         let refused = !fits(&choice, 1.0);
 
-        let Choice { recomputed_layers, activations, chunk, kernels } = choice;
+        let Choice { recomputed_layers, activations, chunk, kernels, held } = choice;
         let reached = planner.reached_layers();
         let recomputed = match recomputed_layers.min(reached) {
             0 => "no layer computed again".to_owned(),
@@ -89,9 +135,22 @@ impl MemoryPlan {
             "largest micro-batch: {} rows, {} targets; {recomputed}",
             most.rows, most.targets
         );
-        parts.push(("activations", activations - chunk, pass));
-        parts.push(("log-prob chunk", chunk, "what it adds to them".into()));
-        parts.push(("kernels", kernels, "what products and attention take for themselves".into()));
+        let gpu = match planner.device {
+            Device::Gpu(device) => Some(OnGpu {
+                name: device.properties().name.clone(),
+                held,
+                activations,
+                note: pass,
+                available: gpu.unwrap_or_default(),
+            }),
+            Device::Cpu => {
+                parts.push(("activations", activations - chunk, pass));
+                parts.push(("log-prob chunk", chunk, "what it adds to them".into()));
+                let note = "what products and attention take for themselves";
+                parts.push(("kernels", kernels, note.into()));
+                None
+            }
+        };
         let loading = planner.weights.held + planner.weights.mapped + resident.now as usize;
         let plan = Self {
             parts,
@@ -99,18 +158,24 @@ impl MemoryPlan {
             machine,
             recomputed_layers,
             activations,
+            positions: planner.positions(),
+            gpu,
         };
         if !refused {
             return Ok(plan);
         }
         log::info!("{}", plan.table());
         let would_fit = planner.would_fit(&sizes, |choice| fits(choice, 1.0));
+        let (needed, whose, available) = match &plan.gpu {
+            None => (plan.total(), "memory", machine.unwrap_or_default()),
+            Some(gpu) => (gpu.held + gpu.activations, "the GPU's memory", gpu.available),
+        };
         Err(Error::new(
             ErrorKind::OutOfMemory,
             format!(
-                "the run needs {} of memory and {} are available: {would_fit}",
-                mebibytes(plan.total()),
-                mebibytes(machine.unwrap_or_default())
+                "the run needs {} of {whose} and {} are available: {would_fit}",
+                mebibytes(needed),
+                mebibytes(available)
             ),
         ))
     }
@@ -140,6 +205,12 @@ impl MemoryPlan {
             format!("of {} available", mebibytes(machine))
         });
         row("total", self.total(), &machine);
+        if let Some(OnGpu { name, held, activations, note, available }) = &self.gpu {
+            row("on the GPU: weights", *held, "in bf16, and the rotation's angles");
+            row("on the GPU: activations", *activations, note);
+            let available = format!("of {} available on {name}", mebibytes(*available));
+            row("on the GPU: total", held + activations, &available);
+        }
         if let Some(column) = table.column_mut(1) {
             column.set_cell_alignment(CellAlignment::Right);
         }
@@ -175,13 +246,14 @@ impl Planner<'_> {
             false => PLACE * self.examples().filter(|(source, _)| source.needs_reference()).count(),
         };
         let program = resident.saturating_sub(data + matrices);
+        let (weights, downloaded) = match self.device {
+            Device::Cpu => (self.weights.held + self.weights.mapped, 0),
+            Device::Gpu(_) => (0, matrices),
+        };
         vec![
-            (
-                "weights",
-                self.weights.held + self.weights.mapped,
-                "pages of their files, and copies".into(),
-            ),
+            ("weights", weights, "pages of their files, and copies".into()),
             ("adapter and optimizer", (1 + copies) * matrices, what.into()),
+            ("gradients from the GPU", downloaded, "of one micro-batch".into()),
             ("writing files", saved * matrices, what_is_saved.into()),
             ("data", data + reference, "tokens, segments, places of reference log-probs".into()),
             ("program and tokenizer", program, "measured".into()),
@@ -205,14 +277,19 @@ impl Planner<'_> {
     }
 
     /// As few recomputed layers as fit, or as the configuration says.
-    fn choose(&self, largest: &Largest, fits: impl Fn(&Choice) -> bool) -> Choice {
+    fn choose(&self, largest: &Largest, fits: impl Fn(&Choice) -> bool) -> Result<Choice> {
         let reached = self.reached_layers();
         match self.config.train.recompute {
             Recompute::None => self.choice(largest, 0),
             Recompute::All => self.choice(largest, reached),
             Recompute::Auto => {
-                let mut choices = (0..reached).map(|layers| self.choice(largest, layers));
-                choices.find(fits).unwrap_or_else(|| self.choice(largest, reached))
+                for layers in 0..reached {
+                    let choice = self.choice(largest, layers)?;
+                    if fits(&choice) {
+                        return Ok(choice);
+                    }
+                }
+                self.choice(largest, reached)
             }
         }
     }
@@ -221,7 +298,41 @@ impl Planner<'_> {
         Largest::of(self.sources, self.stages, sizes, micro_tokens, self.model.hidden)
     }
 
-    fn choice(&self, largest: &Largest, recomputed_layers: usize) -> Choice {
+    /// Tokens of the longest text.
+    fn positions(&self) -> usize {
+        self.examples().map(|(_, e)| e.group.longest()).max().unwrap_or(1).max(1)
+    }
+
+    fn choice(&self, largest: &Largest, recomputed_layers: usize) -> Result<Choice> {
+        match self.device {
+            Device::Cpu => Ok(self.choice_on_cpu(largest, recomputed_layers)),
+            Device::Gpu(gpu) => self.choice_on_gpu(largest, recomputed_layers, gpu),
+        }
+    }
+
+    fn choice_on_gpu(
+        &self,
+        largest: &Largest,
+        recomputed_layers: usize,
+        gpu: &Gpu,
+    ) -> Result<Choice> {
+        let (options, lora) = (self.options(recomputed_layers), self.lora);
+        let counted = Counted::new(self.model, options, gpu.properties(), self.positions())?;
+        for size in &largest.steps {
+            counted.step(*size, lora)?;
+        }
+        for [own, all] in &largest.with_others {
+            counted.step_with_others(*own, *all, lora)?;
+        }
+        // With an adapter a pass takes no less than without.
+        for size in largest.steps.iter().chain(&largest.forward) {
+            counted.logps(*size, Some(lora))?;
+        }
+        let (activations, held) = (counted.peak(), counted.held());
+        Ok(Choice { recomputed_layers, activations, chunk: 0, kernels: 0, held })
+    }
+
+    fn choice_on_cpu(&self, largest: &Largest, recomputed_layers: usize) -> Choice {
         let options = self.options(recomputed_layers);
         let previous = self.stages.iter().any(|s| s.train.reference == Reference::Previous);
         let peak = |with_chunk: bool| {
@@ -240,7 +351,8 @@ impl Planner<'_> {
         };
         let (activations, without_chunk) = (peak(true), peak(false));
         let chunk = activations - without_chunk;
-        Choice { recomputed_layers, activations, chunk, kernels: self.kernels(largest, &options) }
+        let kernels = self.kernels(largest, &options);
+        Choice { recomputed_layers, activations, chunk, kernels, held: 0 }
     }
 
     fn kernels(&self, largest: &Largest, options: &Options) -> usize {
@@ -257,9 +369,8 @@ impl Planner<'_> {
             kernels::product(chunk.rows.min(targets), *hidden, columns),
         ];
         let largest_product = products.into_iter().max().unwrap_or(0);
-        let positions = self.examples().map(|(_, e)| e.group.longest()).max().unwrap_or(1);
         largest_product.max(kernels::attention(heads, largest.longest()))
-            + kernels::rotation(heads, positions)
+            + kernels::rotation(heads, self.positions())
     }
 
     /// What to change so that the run fits, in words.
@@ -268,7 +379,7 @@ impl Planner<'_> {
         let all = self.reached_layers();
         let with = |micro_tokens: usize| {
             let largest = self.largest(sizes, micro_tokens);
-            fits(&self.choice(&largest, all))
+            self.choice(&largest, all).is_ok_and(|choice| fits(&choice))
         };
         let recompute = match train.recompute {
             Recompute::None => " with recompute = \"all\"",
@@ -288,7 +399,7 @@ impl Planner<'_> {
             let shorter = sizes.alone(self.sources).filter(|(longest, _)| *longest <= length);
             let steps: Vec<_> = shorter.map(|(_, size)| size).collect();
             let largest = Largest { steps, ..Largest::default() };
-            let fit = fits(&self.choice(&largest.reduced(), all));
+            let fit = self.choice(&largest.reduced(), all).is_ok_and(|choice| fits(&choice));
             if fit {
                 rows.set(largest.most_rows().rows);
             }

@@ -20,7 +20,7 @@ fn check_scatter(gpu: &Gpu, vocab: usize, width: usize, rows: usize) {
         (random_bf16(rows * width, 1), random_ids(rows, vocab, 2), random(rows, 3));
     let on_x = gpu.uploaded(&x).unwrap();
     let on_factors = gpu.uploaded(&some).unwrap();
-    let readers = Readers::new(gpu, &ids, vocab).unwrap();
+    let readers = Readers::new(gpu, &Arena::new(gpu, 0).unwrap(), &ids, vocab).unwrap();
     for factors in [None, Some(&some)] {
         let mut out = gpu.alloc(vocab * width).unwrap();
         let on_device = factors.map(|_| &on_factors[..]);
@@ -61,7 +61,7 @@ fn rows_are_copied_and_added_whatever_the_order() {
 fn scattering_fills_up_with_zeros() {
     let gpu = gpu(1);
     let x: Vec<bf16> = (1..=6).map(|x| bf16::from_f32(x as f32)).collect();
-    let readers = Readers::new(&gpu, &[1, 4], 5).unwrap();
+    let readers = Readers::new(&gpu, &Arena::new(&gpu, 0).unwrap(), &[1, 4], 5).unwrap();
     let mut out = gpu.alloc(15).unwrap();
     scatter(&gpu, &gpu.uploaded(&x).unwrap(), &readers, None, &mut out).unwrap();
     let expected = [0, 0, 0, 1, 2, 3, 0, 0, 0, 0, 0, 0, 4, 5, 6];
@@ -73,7 +73,7 @@ fn nothing_to_do_is_done() {
     let gpu = gpu(0);
     let table = gpu.alloc(16).unwrap();
     gather(&gpu, &table, &gpu.alloc(0).unwrap(), &mut gpu.alloc(0).unwrap()).unwrap();
-    let readers = Readers::new(&gpu, &[], 2).unwrap();
+    let readers = Readers::new(&gpu, &Arena::new(&gpu, 0).unwrap(), &[], 2).unwrap();
     let mut out = gpu.alloc(16).unwrap();
     scatter(&gpu, &gpu.alloc(0).unwrap(), &readers, None, &mut out).unwrap();
     assert_eq!(gpu.downloaded(&out).unwrap(), [bf16::ZERO; 16]);
@@ -98,7 +98,8 @@ fn check_unknown_id(gpu: &Gpu) {
 #[test]
 #[should_panic(expected = "embedding: reader of row 2 of 2")]
 fn a_reader_of_no_row_is_named() {
-    let _ = Readers::new(&gpu(0), &[0, 2], 2);
+    let gpu = gpu(0);
+    let _ = Readers::new(&gpu, &Arena::new(&gpu, 0).unwrap(), &[0, 2], 2);
 }
 
 #[test]

@@ -1,0 +1,493 @@
+//! One decoder block, forward and, read upwards, backward; the twin of [`super::super::layer`], where the
+//! formulas, the shapes and what the tape keeps are said.
+
+use super::Context;
+use super::adapters::{Adapted, Adapter, Gradients};
+use super::batch::{Batch, DeviceLayout};
+use super::linear::{Linear, Trained};
+use crate::Result;
+use crate::model::targets::{Projection, Site};
+use half::bf16;
+use uft_kernels::cuda::{DeviceBuffer, DeviceSlice};
+use uft_kernels::{attention, embedding, rmsnorm, rope, swiglu};
+
+type Buffer = DeviceBuffer<bf16>;
+
+/// The frozen weights of a block.
+pub struct Layer {
+    pub index: usize,
+    /// `[H]`.
+    pub input_norm: Buffer,
+    pub q: Linear,
+    pub k: Linear,
+    pub v: Linear,
+    pub o: Linear,
+    /// `[D]` for q and for k (Qwen3).
+    pub head_norms: Option<[Buffer; 2]>,
+    /// `[H]`.
+    pub mlp_norm: Buffer,
+    pub gate: Linear,
+    pub up: Linear,
+    pub down: Linear,
+}
+
+/// What the way back needs of one block.
+pub struct LayerTape {
+    x: Buffer, // [T, H]
+    inputs: AttentionInputs,
+    attended: Buffer,       // [T, Q]
+    lse: DeviceBuffer<f32>, // [T, heads]
+    outputs: Outputs,
+}
+
+impl LayerTape {
+    /// k and v, `[T, K]` each.
+    pub fn keys_and_values(&self) -> [&DeviceSlice<bf16>; 2] {
+        [&self.inputs.k, &self.inputs.v]
+    }
+
+    /// The block's input alone, `[T, H]`.
+    pub fn into_input(self) -> Buffer {
+        self.x
+    }
+
+    /// The tape of some of the rows alone, which attend to none of the others; `needed` are those of them
+    /// that go on after the attention, counted among all that do.
+    pub fn of_rows(
+        self,
+        rows: &DeviceSlice<u32>,
+        needed: &DeviceSlice<u32>,
+        with: Context,
+    ) -> Result<Self> {
+        let (total, going_on) = (self.inputs.inv_rms.len(), self.outputs.inv_rms.len());
+        let of_all = |buffer: Buffer| with.gather(&buffer, rows, total);
+        let roots_of_all = |buffer: DeviceBuffer<f32>| with.gather_f32(&buffer, rows, total);
+        let of_going_on = |buffer: Buffer| with.gather(&buffer, needed, going_on);
+        // Given back and taken in the order in which they were taken.
+        let x = of_all(self.x)?;
+        let AttentionInputs { inv_rms, q, k, v, head_norms, u } = self.inputs;
+        let inv_rms = roots_of_all(inv_rms)?;
+        let (q, k, v) = (of_all(q)?, of_all(k)?, of_all(v)?);
+        let u = each(u, of_all)?;
+        let head_norms = match head_norms {
+            None => None,
+            Some([q, k]) => {
+                let part = |HeadNorm { before, inv_rms }: HeadNorm| -> Result<HeadNorm> {
+                    Ok(HeadNorm { before: of_all(before)?, inv_rms: roots_of_all(inv_rms)? })
+                };
+                Some([part(q)?, part(k)?])
+            }
+        };
+        let inputs = AttentionInputs { inv_rms, q, k, v, head_norms, u };
+        let (attended, lse) = (of_all(self.attended)?, roots_of_all(self.lse)?);
+        let Outputs { mid, inv_rms, gate, up, u } = self.outputs;
+        let mid = of_going_on(mid)?;
+        let inv_rms = with.gather_f32(&inv_rms, needed, going_on)?;
+        let (gate, up) = (of_going_on(gate)?, of_going_on(up)?);
+        let outputs = Outputs { mid, inv_rms, gate, up, u: each(u, of_going_on)? };
+        Ok(Self { x, inputs, attended, lse, outputs })
+    }
+}
+
+/// `part` of each that is there.
+fn each<const N: usize>(
+    buffers: [Option<Buffer>; N],
+    part: impl Fn(Buffer) -> Result<Buffer>,
+) -> Result<[Option<Buffer>; N]> {
+    let mut parts = [const { None }; N];
+    for (to, from) in parts.iter_mut().zip(buffers) {
+        *to = from.map(&part).transpose()?;
+    }
+    Ok(parts)
+}
+
+/// Queries, keys and values, ready for attention.
+struct AttentionInputs {
+    inv_rms: DeviceBuffer<f32>, // [T]
+    q: Buffer,                  // [T, Q]
+    k: Buffer,                  // [T, K]
+    v: Buffer,                  // [T, K]
+    head_norms: Option<[HeadNorm; 2]>,
+    u: [Option<Buffer>; 3], // [T, R] of q, k, v
+}
+
+/// The norm of q's or k's heads.
+struct HeadNorm {
+    before: Buffer,             // [T, heads, D]
+    inv_rms: DeviceBuffer<f32>, // [T, heads]
+}
+
+/// What follows the attention.
+struct Outputs {
+    mid: Buffer,                // [N, H]
+    inv_rms: DeviceBuffer<f32>, // [N]
+    gate: Buffer,               // [N, I]
+    up: Buffer,                 // [N, I]
+    u: [Option<Buffer>; 4],     // [N, R] of o, gate, up, down
+}
+
+/// Keys and values of a text in the making, with room for more: `[capacity, K]` each.
+pub struct KeyValues {
+    pub keys: Buffer,
+    pub values: Buffer,
+}
+
+use Projection::{Down, Gate, K, O, Q, Up, V};
+
+impl Layer {
+    /// `x`: `[T, H]`. Returns `[N, H]` for the rows that go on, and the tape.
+    pub fn forward(
+        &self,
+        x: Buffer,
+        batch: &Batch,
+        lora: Option<Adapted>,
+        with: Context,
+    ) -> Result<(Buffer, LayerTape)> {
+        let mut tape = self.before_down(x, batch, lora, with)?;
+        let y = self.last_product(&mut tape.outputs, lora, with)?;
+        Ok((y, tape))
+    }
+
+    /// The tape of [`Self::forward`] once more, bit for bit, without the block's output.
+    pub fn again(
+        &self,
+        x: Buffer,
+        batch: &Batch,
+        lora: Adapted,
+        with: Context,
+    ) -> Result<LayerTape> {
+        let mut tape = self.before_down(x, batch, Some(lora), with)?;
+        if let Some(adapter) = self.adapter(Down, Some(lora)) {
+            let Outputs { gate, up, u, .. } = &mut tape.outputs;
+            let mut act = with.take(gate.len())?;
+            swiglu::cuda::forward(with.gpu, gate, up, &mut act)?;
+            u[3] = Some(self.down.project(&act, adapter, with)?);
+        }
+        Ok(tape)
+    }
+
+    /// Everything but the last product; the tape lacks what that one keeps.
+    fn before_down(
+        &self,
+        x: Buffer,
+        batch: &Batch,
+        lora: Option<Adapted>,
+        with: Context,
+    ) -> Result<LayerTape> {
+        let (heads, DeviceLayout { positions, .. }) = (&with.config.heads, &batch.layout);
+        let inputs = self.attention_inputs(&x, positions, lora, with)?;
+        let mut attended = with.take(inputs.q.len())?;
+        let mut lse = with.take_f32(batch.rows * heads.heads)?;
+        let AttentionInputs { q, k, v, .. } = &inputs;
+        let (schedule, tables) = batch.layout.schedule(self.window(with));
+        attention::cuda::forward(with.gpu, q, k, v, schedule, tables, &mut attended, &mut lse)?;
+        let outputs = match batch.needed_after(self.index, with.config) {
+            None => self.outputs(&x, &attended, lora, with)?,
+            Some(rows) => {
+                let attended = with.gather(&attended, &rows.ids, batch.rows)?;
+                self.outputs(&with.gather(&x, &rows.ids, batch.rows)?, &attended, lora, with)?
+            }
+        };
+        Ok(LayerTape { x, inputs, attended, lse, outputs })
+    }
+
+    /// Everything before the attention. `x`: `[T, H]`, `positions`: `[T]`.
+    fn attention_inputs(
+        &self,
+        x: &DeviceSlice<bf16>,
+        positions: &DeviceSlice<u32>,
+        lora: Option<Adapted>,
+        with: Context,
+    ) -> Result<AttentionInputs> {
+        let (config, gpu, rows) = (with.config, with.gpu, positions.len());
+        let (query_width, key_width) = (config.query_width(), config.key_width());
+        let (mut h, mut inv_rms) = (with.take(x.len())?, with.take_f32(rows)?);
+        rmsnorm::cuda::forward(gpu, x, &self.input_norm, config.norm_eps, &mut h, &mut inv_rms)?;
+        let mut q = with.take(rows * query_width)?;
+        let mut k = with.take(rows * key_width)?;
+        let mut v = with.take(rows * key_width)?;
+        let u = [
+            self.q.forward(&h, self.adapter(Q, lora), &mut q, 0.0, with)?,
+            self.k.forward(&h, self.adapter(K, lora), &mut k, 0.0, with)?,
+            self.v.forward(&h, self.adapter(V, lora), &mut v, 0.0, with)?,
+        ];
+        let head_norms = match &self.head_norms {
+            None => None,
+            Some([q_norm, k_norm]) => {
+                Some([head_norm(&mut q, q_norm, with)?, head_norm(&mut k, k_norm, with)?])
+            }
+        };
+        rope::cuda::forward(gpu, with.rope, &mut q, config.heads.heads, positions)?;
+        rope::cuda::forward(gpu, with.rope, &mut k, config.heads.kv_heads, positions)?;
+        Ok(AttentionInputs { inv_rms, q, k, v, head_norms, u })
+    }
+
+    /// What follows the attention, up to the last product. `x`: `[N, H]`, `attended`: `[N, Q]`.
+    fn outputs(
+        &self,
+        x: &DeviceSlice<bf16>,
+        attended: &DeviceSlice<bf16>,
+        lora: Option<Adapted>,
+        with: Context,
+    ) -> Result<Outputs> {
+        let (config, gpu) = (with.config, with.gpu);
+        let rows = x.len() / config.hidden;
+        let mut mid = with.copy(x)?;
+        let u_o = self.o.forward(attended, self.adapter(O, lora), &mut mid, 1.0, with)?;
+        let (mut h, mut inv_rms) = (with.take(x.len())?, with.take_f32(rows)?);
+        rmsnorm::cuda::forward(gpu, &mid, &self.mlp_norm, config.norm_eps, &mut h, &mut inv_rms)?;
+        let mut gate = with.take(rows * config.intermediate)?;
+        let mut up = with.take(rows * config.intermediate)?;
+        let u_gate = self.gate.forward(&h, self.adapter(Gate, lora), &mut gate, 0.0, with)?;
+        let u_up = self.up.forward(&h, self.adapter(Up, lora), &mut up, 0.0, with)?;
+        Ok(Outputs { mid, inv_rms, gate, up, u: [u_o, u_gate, u_up, None] })
+    }
+
+    /// y: `[N, H]`.
+    fn last_product(
+        &self,
+        outputs: &mut Outputs,
+        lora: Option<Adapted>,
+        with: Context,
+    ) -> Result<Buffer> {
+        let Outputs { mid, gate, up, u, .. } = outputs;
+        let mut act = with.take(gate.len())?;
+        swiglu::cuda::forward(with.gpu, gate, up, &mut act)?;
+        let mut y = with.copy(mid)?;
+        u[3] = self.down.forward(&act, self.adapter(Down, lora), &mut y, 1.0, with)?;
+        Ok(y)
+    }
+
+    /// The block for one new token of a text: `x`: `[H]` at position `n`, whose number is in `position`: `[1]`,
+    /// with the keys and values of positions 0 to n-1 in `cache`, which gets the new ones and must have room
+    /// for them.
+    pub fn decode(
+        &self,
+        x: Buffer,
+        n: usize,
+        position: &DeviceSlice<u32>,
+        cache: &mut KeyValues,
+        lora: Option<Adapted>,
+        with: Context,
+    ) -> Result<Buffer> {
+        let (heads, window, width) =
+            (&with.config.heads, self.window(with), with.config.key_width());
+        let inputs = self.attention_inputs(&x, position, lora, with)?;
+        let KeyValues { keys, values } = cache;
+        with.gpu.copy(&inputs.k, &mut keys[n * width..(n + 1) * width])?;
+        with.gpu.copy(&inputs.v, &mut values[n * width..(n + 1) * width])?;
+        let mut attended = with.take(inputs.q.len())?;
+        let mut partial = with.take_f32(attention::cuda::decode_room(n + 1, heads, window))?;
+        attention::cuda::decode(
+            with.gpu,
+            &inputs.q,
+            keys,
+            values,
+            n + 1,
+            heads,
+            window,
+            &mut partial,
+            &mut attended,
+        )?;
+        let mut outputs = self.outputs(&x, &attended, lora, with)?;
+        self.last_product(&mut outputs, lora, with)
+    }
+
+    /// Turns `d`, the gradient to the block's output `[N, H]`, into that to its input `[T, H]`,
+    /// which is `None` where `input_needed` is false. Adds to the adapters' gradients.
+    pub fn backward(
+        &self,
+        mut d: Buffer,
+        tape: &LayerTape,
+        batch: &Batch,
+        input_needed: bool,
+        lora: Adapted,
+        grads: &mut Gradients,
+        with: Context,
+    ) -> Result<Option<Buffer>> {
+        let (config, gpu) = (with.config, with.gpu);
+        let needed = batch.needed_after(self.index, config);
+        let mut back = Back { layer: self.index, lora, grads, with };
+        let below_o = input_needed || back.any(&[Q, K, V]);
+        let below_mlp = below_o || back.any(&[O]);
+        if !self.mlp_backward(&mut d, &tape.outputs, below_mlp, &mut back)? {
+            return Ok(None);
+        }
+
+        let gathered = needed.map(|rows| with.gather(&tape.attended, &rows.ids, batch.rows));
+        let gathered = gathered.transpose()?;
+        let attended = gathered.as_ref().unwrap_or(&tape.attended);
+        let mut dattended = below_o.then(|| with.take(attended.len())).transpose()?;
+        let u = &tape.outputs.u[0];
+        let dx = dattended.as_deref_mut().map(|dx| (dx, 0.0));
+        back.linear(&self.o, O, &d, Some(attended), u, dx)?;
+        let Some(mut dattended) = dattended else { return Ok(None) };
+        if let Some(rows) = needed {
+            for (gradient, width) in
+                [(&mut d, config.hidden), (&mut dattended, config.query_width())]
+            {
+                let mut all = with.take(batch.rows * width)?;
+                embedding::cuda::scatter(gpu, gradient, &rows.readers, None, &mut all)?;
+                *gradient = all;
+            }
+        }
+
+        let AttentionInputs { inv_rms, q, k, v, head_norms, u } = &tape.inputs;
+        let (mut dq, mut dk) = (with.take(q.len())?, with.take(k.len())?);
+        let mut dv = with.take(v.len())?;
+        let (schedule, tables) = batch.layout.schedule(self.window(with));
+        let mut delta = with.take_f32(tape.lse.len())?;
+        attention::cuda::backward(
+            gpu,
+            &dattended,
+            q,
+            k,
+            v,
+            &tape.attended,
+            &tape.lse,
+            schedule,
+            tables,
+            &mut delta,
+            &mut dq,
+            &mut dk,
+            &mut dv,
+        )?;
+        drop((delta, dattended));
+        let (heads, positions) = (&config.heads, &batch.layout.positions);
+        rope::cuda::backward(gpu, with.rope, &mut dq, heads.heads, positions)?;
+        rope::cuda::backward(gpu, with.rope, &mut dk, heads.kv_heads, positions)?;
+        if let (Some(weights), Some(norms)) = (&self.head_norms, head_norms) {
+            for ((dx, weight), norm) in [&mut dq, &mut dk].into_iter().zip(weights).zip(norms) {
+                let mut before = with.zeros(dx.len())?;
+                rmsnorm::cuda::backward(gpu, dx, &norm.before, weight, &norm.inv_rms, &mut before)?;
+                *dx = before;
+            }
+        }
+
+        let each = [(&self.q, Q, &dq, &u[0]), (&self.k, K, &dk, &u[1]), (&self.v, V, &dv, &u[2])];
+        // Only adapters read what was normed.
+        let h = match back.any(&[Q, K, V]) {
+            true => Some(normed(&tape.x, &self.input_norm, inv_rms.len(), with)?),
+            false => None,
+        };
+        let mut dh = input_needed.then(|| with.take(tape.x.len())).transpose()?;
+        for (i, (linear, projection, dy, u)) in each.into_iter().enumerate() {
+            let beta = if i == 0 { 0.0 } else { 1.0 };
+            let dx = dh.as_deref_mut().map(|dx| (dx, beta));
+            back.linear(linear, projection, dy, h.as_deref(), u, dx)?;
+        }
+        let Some(dh) = dh else { return Ok(None) };
+        rmsnorm::cuda::backward(gpu, &dh, &tape.x, &self.input_norm, inv_rms, &mut d)?;
+        Ok(Some(d))
+    }
+
+    /// The feed-forward part: turns `d` from the gradient to y into that to mid, both `[N, H]`, if
+    /// `below_needed`, which it returns.
+    fn mlp_backward(
+        &self,
+        d: &mut Buffer,
+        tape: &Outputs,
+        below_needed: bool,
+        back: &mut Back,
+    ) -> Result<bool> {
+        let with = back.with;
+        let gpu = with.gpu;
+        let Outputs { mid, inv_rms, gate, up, u } = tape;
+        let below_act = below_needed || back.any(&[Gate, Up]);
+        let mut act = None;
+        if back.any(&[Down]) {
+            let mut again = with.take(gate.len())?;
+            swiglu::cuda::forward(gpu, gate, up, &mut again)?;
+            act = Some(again);
+        }
+        let mut dact = below_act.then(|| with.take(gate.len())).transpose()?;
+        let dx = dact.as_deref_mut().map(|dx| (dx, 0.0));
+        back.linear(&self.down, Down, d, act.as_deref(), &u[3], dx)?;
+        drop(act);
+        let Some(dact) = dact else { return Ok(false) };
+        let (mut dgate, mut dup) = (with.take(gate.len())?, with.take(up.len())?);
+        swiglu::cuda::backward(gpu, &dact, gate, up, &mut dgate, &mut dup)?;
+        drop(dact);
+
+        let h = match back.any(&[Gate, Up]) {
+            true => Some(normed(mid, &self.mlp_norm, inv_rms.len(), with)?),
+            false => None,
+        };
+        let mut dh = below_needed.then(|| with.take(mid.len())).transpose()?;
+        let h = h.as_deref();
+        let dx = dh.as_deref_mut().map(|dx| (dx, 0.0));
+        back.linear(&self.gate, Gate, &dgate, h, &u[1], dx)?;
+        let dx = dh.as_deref_mut().map(|dx| (dx, 1.0));
+        back.linear(&self.up, Up, &dup, h, &u[2], dx)?;
+        let Some(dh) = dh else { return Ok(false) };
+        rmsnorm::cuda::backward(gpu, &dh, mid, &self.mlp_norm, inv_rms, d)?;
+        Ok(true)
+    }
+
+    fn window(&self, with: Context) -> Option<usize> {
+        with.config.windows[self.index]
+    }
+
+    fn adapter<'a>(
+        &self,
+        projection: Projection,
+        lora: Option<Adapted<'a>>,
+    ) -> Option<&'a Adapter> {
+        lora.and_then(|lora| lora.get(Site::Layer(self.index, projection)))
+    }
+}
+
+/// The norm of the heads of `x`, which receives the result.
+fn head_norm(x: &mut Buffer, weight: &DeviceSlice<bf16>, with: Context) -> Result<HeadNorm> {
+    let mut normed = with.take(x.len())?;
+    let mut inv_rms = with.take_f32(x.len() / weight.len())?;
+    let eps = with.config.norm_eps;
+    rmsnorm::cuda::forward(with.gpu, x, weight, eps, &mut normed, &mut inv_rms)?;
+    Ok(HeadNorm { before: std::mem::replace(x, normed), inv_rms })
+}
+
+/// What a norm of `rows` rows gave on the way forward.
+fn normed(
+    x: &DeviceSlice<bf16>,
+    weight: &DeviceSlice<bf16>,
+    rows: usize,
+    with: Context,
+) -> Result<Buffer> {
+    let (mut h, mut inv_rms) = (with.take(x.len())?, with.take_f32(rows)?);
+    rmsnorm::cuda::forward(with.gpu, x, weight, with.config.norm_eps, &mut h, &mut inv_rms)?;
+    Ok(h)
+}
+
+/// The adapters of one block on the way back.
+struct Back<'a> {
+    layer: usize,
+    lora: Adapted<'a>,
+    grads: &'a mut Gradients,
+    with: Context<'a>,
+}
+
+impl Back<'_> {
+    /// Whether any of the projections has an adapter.
+    fn any(&self, projections: &[Projection]) -> bool {
+        projections.iter().any(|p| self.lora.lora.index(Site::Layer(self.layer, *p)).is_some())
+    }
+
+    /// [`Linear::backward`] with the projection's adapter, if there is one.
+    fn linear(
+        &mut self,
+        linear: &Linear,
+        projection: Projection,
+        dy: &DeviceSlice<bf16>,
+        x: Option<&DeviceSlice<bf16>>,
+        u: &Option<Buffer>,
+        dx: Option<(&mut DeviceSlice<bf16>, f32)>,
+    ) -> Result<()> {
+        let place = self.lora.lora.index(Site::Layer(self.layer, projection));
+        let trained = place.zip(u.as_deref()).map(|(at, u)| Trained {
+            adapter: self.lora.adapters.at(at),
+            grad: self.grads.at(at),
+            u,
+        });
+        linear.backward(dy, x, trained, dx, self.with)
+    }
+}

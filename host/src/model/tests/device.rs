@@ -1,0 +1,294 @@
+//! The decoder of GPUs, on the emulated device: against the processor's, and what must hold of its bits.
+
+use super::gradients::{adapter, batch};
+use super::identities::with_others;
+use super::plain::Plain;
+use super::*;
+use crate::model::memory::Size;
+use std::sync::OnceLock;
+use uft_kernels::cuda::Gpu;
+
+/// Numbers may be so many times as far off as a plain run in bf16.
+const FACTOR: f64 = 2.0;
+
+fn gpu() -> &'static Gpu {
+    static GPU: OnceLock<Gpu> = OnceLock::new();
+    GPU.get_or_init(|| Gpu::emulated(1).unwrap_or_else(|error| panic!("{error}")))
+}
+
+fn load(name: &str) -> cuda::Decoder {
+    cuda::Decoder::load(&model_dir(name), gpu()).unwrap()
+}
+
+/// Two short groups of a shared prompt each: a few dozen rows.
+fn small(name: &str) -> Packed {
+    let rows = expected(name, "responses.json")["pairs"].clone();
+    let mut groups: Vec<Group> = rows.as_array().unwrap()[..2].iter().map(shared_group).collect();
+    for group in &mut groups {
+        group.prompt.truncate(9);
+        for branch in &mut group.branches {
+            branch.tokens.truncate(5);
+            branch.segments[0].trained = vec![0..branch.tokens.len()];
+        }
+    }
+    pack(&groups)
+}
+
+fn results(
+    model: &cuda::Decoder,
+    packed: &Packed,
+    lora: &Lora,
+    dlogp: &[f32],
+) -> (Vec<f32>, LoraGrads) {
+    let tape = model.forward(packed, lora).unwrap();
+    let (logps, mut grads) = (tape.logps().to_vec(), LoraGrads::zeros(lora));
+    model.backward(tape, dlogp, lora, &mut grads).unwrap();
+    (logps, grads)
+}
+
+#[test]
+fn numbers_are_as_good_as_those_of_a_plain_run_in_bf16() {
+    for name in MODELS {
+        let (exact_model, model) = (Decoder::load(&model_dir(name)).unwrap(), load(name));
+        let lora = adapter(&exact_model, ".*proj|lm_head");
+        // Longer than Mistral's window.
+        let packed = batch(name);
+        let dlogp = uneven(packed.targets.rows.len());
+        let exact = exact_model.logps(&packed, Some(&lora)).unwrap();
+        let exact_grads = gradient(&exact_model, &packed, &lora, &dlogp);
+        let (plain, plain_grads) = Plain::new(&exact_model, &lora, &packed).run(&dlogp);
+        let (got, got_grads) = results(&model, &packed, &lora, &dlogp);
+        let mut each =
+            vec![("log-probs".to_owned(), relative(&got, &exact), relative(&plain, &exact))];
+        let of = |grads| lora.grad_tensors(grads);
+        for ((got, plain), exact) in of(&got_grads).zip(of(&plain_grads)).zip(of(&exact_grads)) {
+            let errors = (relative(got.data, exact.data), relative(plain.data, exact.data));
+            each.push((got.name, errors.0, errors.1));
+        }
+        for (what, got, plain) in each {
+            println!("{name} {what}: {got:.2e}, plain {plain:.2e}");
+            assert!(
+                got <= FACTOR * plain,
+                "{name} {what}: off by {got:e}, a plain run by {plain:e}"
+            );
+            assert!(plain < 0.3, "{name} {what}: the yardstick itself is off by {plain:e}");
+        }
+    }
+}
+
+#[test]
+fn how_a_batch_is_packed_changes_no_bit() {
+    for name in MODELS {
+        let model = load(name);
+        let lora = adapter(&Decoder::load(&model_dir(name)).unwrap(), ".*proj|lm_head");
+        let rows = expected(name, "responses.json")["pairs"].clone();
+        let groups: Vec<Group> = rows.as_array().unwrap()[..3].iter().map(shared_group).collect();
+        let together = model.logps(&pack(&groups), Some(&lora)).unwrap();
+        let alone: Vec<f32> = groups
+            .iter()
+            .flat_map(|group| model.logps(&pack(std::slice::from_ref(group)), Some(&lora)).unwrap())
+            .collect();
+        assert!(together == alone, "{name}: a group's log-probs depend on its company");
+        let copies: Vec<&Group> = groups.iter().collect();
+        let copies = model.logps(&Packed::with_prompt_copies(&copies), Some(&lora)).unwrap();
+        assert!(together == copies, "{name}: a response's log-probs depend on the prompt's others");
+    }
+}
+
+#[test]
+fn an_adapter_that_adds_nothing_changes_no_bit() {
+    for name in MODELS {
+        let model = load(name);
+        let packed = small(name);
+        for targets in ["all-linear", ".*proj|lm_head"] {
+            let targets = targets::Targets::from_text(targets);
+            let config = LoraConfig { rank: 4, targets, ..LoraConfig::default() };
+            let lora = Lora::init(&config, &model.config, 1).unwrap();
+            let base = model.logps(&packed, None).unwrap();
+            assert_eq!(base, model.logps(&packed, Some(&lora)).unwrap(), "{name}");
+            assert_eq!(base, model.forward(&packed, &lora).unwrap().logps(), "{name}, with a tape");
+        }
+    }
+}
+
+#[test]
+fn choices_of_how_to_compute_change_no_bit_of_log_probs_and_layers_again_none_at_all() {
+    for name in ["llama", "mistral", "qwen3"] {
+        let mut model = load(name);
+        let packed = small(name);
+        let lora = adapter(&Decoder::load(&model_dir(name)).unwrap(), ".*proj|lm_head");
+        let dlogp = uneven(packed.targets.rows.len());
+        let (logps, grads) = results(&model, &packed, &lora, &dlogp);
+        assert_eq!(
+            (logps.clone(), grads.clone()),
+            results(&model, &packed, &lora, &dlogp),
+            "{name}"
+        );
+        for recomputed_layers in [1, model.config.layers] {
+            model.options = Options { recomputed_layers, ..Options::default() };
+            let again = results(&model, &packed, &lora, &dlogp);
+            assert!((&logps, &grads) == (&again.0, &again.1), "{name}: {recomputed_layers} layers");
+        }
+        model.options = Options { fused_log_probs: false, ..Options::default() };
+        assert_eq!(logps, model.logps(&packed, Some(&lora)).unwrap(), "{name}: all logits");
+        model.options = Options { skipped_gradients: false, ..Options::default() };
+        let (all_rows, all_grads) = results(&model, &packed, &lora, &dlogp);
+        assert_eq!(logps, all_rows, "{name}: no row left out");
+        for (a, b) in lora.grad_tensors(&grads).zip(lora.grad_tensors(&all_grads)) {
+            assert!(relative(a.data, b.data) < 0.02, "{name}: {}", a.name);
+        }
+    }
+}
+
+#[test]
+fn others_beside_a_batch_change_no_bit() {
+    for name in ["llama", "mistral", "qwen3"] {
+        let mut model = load(name);
+        let lora = adapter(&Decoder::load(&model_dir(name)).unwrap(), ".*proj|lm_head");
+        for recomputed_layers in [0, 1] {
+            model.options = Options { recomputed_layers, ..Options::default() };
+            let batch = with_others(name);
+            let (own, of_others) = (batch.own.clone(), batch.of_others.clone());
+            let all = model.logps(&batch.all, Some(&lora)).unwrap();
+            let (tape, others) = model.forward_with_others(batch, &lora).unwrap();
+            let dlogp = uneven(own.targets.rows.len());
+            let expected: Vec<f32> =
+                of_others.into_iter().flat_map(|range| all[range].to_vec()).collect();
+            assert_eq!(others, expected, "{name}");
+            let (own_logps, own_grads) = results(&model, &own, &lora, &dlogp);
+            assert_eq!(tape.logps(), own_logps, "{name}");
+            let mut grads = LoraGrads::zeros(&lora);
+            model.backward(tape, &dlogp, &lora, &mut grads).unwrap();
+            assert!(grads == own_grads, "{name}");
+        }
+    }
+}
+
+/// Where only some layers have adapters the way back stops early, and where it does depends on which.
+#[test]
+fn fewer_adapters_have_the_same_gradients() {
+    let name = "qwen3";
+    let (exact_model, model) = (Decoder::load(&model_dir(name)).unwrap(), load(name));
+    let packed = small(name);
+    let dlogp = uneven(packed.targets.rows.len());
+    for targets in [
+        "lm_head",
+        r".*1\.mlp\.down_proj",
+        r".*1\.mlp\.up_proj",
+        r".*1\.self_attn\.o_proj",
+        r".*1\.self_attn\.v_proj",
+        r".*0\.mlp\.gate_proj|.*1\.self_attn\.k_proj",
+    ] {
+        let lora = adapter(&exact_model, targets);
+        let exact = gradient(&exact_model, &packed, &lora, &dlogp);
+        let (_, got) = results(&model, &packed, &lora, &dlogp);
+        for (got, exact) in lora.grad_tensors(&got).zip(lora.grad_tensors(&exact)) {
+            let error = relative(got.data, exact.data);
+            assert!(error < 0.1, "{targets}: {}: {error:e}", got.name);
+        }
+    }
+}
+
+#[test]
+fn generation_goes_on_as_one_pass_would() {
+    for name in ["llama-bias", "mistral", "qwen3"] {
+        let exact_model = Decoder::load(&model_dir(name)).unwrap();
+        let model = Model::load(&model_dir(name), &Device::Gpu(gpu().clone())).unwrap();
+        let lora = adapter(&exact_model, ".*proj|lm_head");
+        let response = &expected(name, "responses.json")["demos"][0][0];
+        let (prompt, tokens) = (ids(&response["prompt_ids"]), ids(&response["ids"]));
+        let tokens = &tokens[..tokens.len().min(6)];
+        let response = serde_json::json!({"prompt_ids": prompt, "ids": tokens});
+        let packed = pack(&[group(&response)]);
+        let exact = exact_model.logps(&packed, Some(&lora)).unwrap();
+        let (plain, _) = Plain::new(&exact_model, &lora, &packed).run(&uneven(tokens.len()));
+        let mut generator = Generator::new(&model, Some(&lora), &prompt).unwrap();
+        let mut stepwise = Vec::new();
+        for token in tokens {
+            stepwise.push(super::generation::log_softmax(generator.logits(), *token) as f32);
+            generator.push(*token).unwrap();
+        }
+        let (got, plain) = (relative(&stepwise, &exact), relative(&plain, &exact));
+        println!("{name}: {got:.2e}, plain {plain:.2e}");
+        assert!(got <= FACTOR * plain, "{name}: off by {got:e}, a plain run by {plain:e}");
+    }
+}
+
+/// Over a cache that grows, a window and other kernels for single tokens.
+#[test]
+fn with_a_cache_the_logits_are_those_of_one_pass() {
+    for name in ["llama", "mistral", "qwen3"] {
+        let model = Model::load(&model_dir(name), &Device::Gpu(gpu().clone())).unwrap();
+        let response = &expected(name, "responses.json")["demos"][0][0];
+        let prompt = ids(&response["prompt_ids"]);
+        // Up to a power of two the cache has room.
+        let steps = prompt.len().next_power_of_two() - prompt.len() + 2;
+        let options = SampleOptions { max_tokens: steps.min(34), ..SampleOptions::greedy() };
+        let tokens = model.generate(&prompt, &options, None).unwrap();
+        let mut generator = Generator::new(&model, None, &prompt).unwrap();
+        let mut text = prompt;
+        for token in tokens {
+            assert_eq!(token, options.choose(generator.logits(), 0).unwrap(), "{name}");
+            generator.push(token).unwrap();
+            text.push(token);
+            let at_once = Generator::new(&model, None, &text).unwrap();
+            let error = relative(generator.logits(), at_once.logits());
+            assert!(error < 0.04, "{name} at {}: off by {error:e}", text.len());
+        }
+    }
+}
+
+/// The plan of memory goes through the same code, so it knows what a pass takes.
+#[test]
+fn a_pass_takes_what_was_counted() {
+    for name in ["llama", "mistral", "qwen3"] {
+        let mut model = load(name);
+        let lora = adapter(&Decoder::load(&model_dir(name)).unwrap(), ".*proj|lm_head");
+        let batch = with_others(name);
+        let (own, all) = (Size::of(&batch.own), Size::of(&batch.all));
+        let dlogp = uneven(batch.own.targets.rows.len());
+        for recomputed_layers in [0, 1] {
+            let options = Options { recomputed_layers, ..Options::default() };
+            let count =
+                || cuda::Counted::new(&model.config, options, gpu().properties(), 128).unwrap();
+            let (alone, beside) = (count(), count());
+            alone.step(own, &lora).unwrap();
+            beside.step_with_others(own, all, &lora).unwrap();
+            model.options = options;
+            model.reserve(0, 128).unwrap();
+            results(&model, &batch.own, &lora, &dlogp);
+            within(name, model.activations(), alone.peak(), own.rows);
+            model.reserve(0, 128).unwrap();
+            let batch = with_others(name);
+            let (tape, _) = model.forward_with_others(batch, &lora).unwrap();
+            model.backward(tape, &dlogp, &lora, &mut LoraGrads::zeros(&lora)).unwrap();
+            within(name, model.activations(), beside.peak(), all.rows);
+        }
+    }
+}
+
+/// But for tables, which are planned with room to spare.
+fn within(name: &str, measured: usize, planned: usize, rows: usize) {
+    println!("{name}: {measured} measured, {planned} planned, {rows} rows");
+    assert!(measured <= planned, "{name}: {measured} measured, {planned} planned");
+    assert!(
+        planned <= measured + 64 * rows + 16384,
+        "{name}: {measured} measured, {planned} planned"
+    );
+}
+
+#[test]
+fn what_a_gpu_cannot_do_is_refused() {
+    let scratch = Scratch::copy_of(&model_dir("llama"), "gpu-width");
+    scratch.edit("config.json", |config| config["intermediate_size"] = 60.into());
+    let refused = cuda::Decoder::load(&scratch.0, gpu()).err().unwrap().message;
+    assert!(
+        refused.contains("intermediate_size is 60: on a GPU it must be a multiple of 8"),
+        "{refused}"
+    );
+    let model = load("llama");
+    let config = LoraConfig { rank: 257, ..LoraConfig::default() };
+    let lora = Lora::init(&config, &model.config, 1).unwrap();
+    let refused = model.logps(&small("llama"), Some(&lora)).err().unwrap().message;
+    assert!(refused.contains("rank 257 of model.layers.0.self_attn.q_proj"), "{refused}");
+}

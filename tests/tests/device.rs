@@ -1,0 +1,214 @@
+//! A GPU's whole path through the command line, on the emulated device: the same kernels, launches and
+//! bookkeeping as on a real one.
+
+use std::path::Path;
+use std::process::Output;
+use uft_tests::mixed::{assert_same, copy, finished, temporary};
+use uft_tests::{command, golden, lines, tensors};
+
+const UFT: &str = env!("CARGO_BIN_EXE_uft-under-test");
+
+/// Runs the command line, with compiled kernels kept from one test to the next.
+fn uft(arguments: &[&str]) -> Output {
+    let kernels = concat!(env!("CARGO_TARGET_TMPDIR"), "/device");
+    command(UFT, arguments).env("UFT_CACHE_DIR", kernels).output().expect("the program runs")
+}
+
+fn succeed(arguments: &[&str]) -> String {
+    let output = uft(arguments);
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "uft {}: {stderr}", arguments.join(" "));
+    String::from_utf8(output.stdout).expect("stdout is text")
+}
+
+fn fail(code: i32, arguments: &[&str]) -> String {
+    let output = uft(arguments);
+    let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(code), "uft {}: {stderr}", arguments.join(" "));
+    stderr
+}
+
+/// The first rows of a data file.
+fn some_rows(dir: &Path, name: &str, count: usize) -> String {
+    let all = std::fs::read_to_string(golden(&format!("data/{name}.jsonl"))).expect("the data");
+    let some: String = all.lines().take(count).map(|line| format!("{line}\n")).collect();
+    let path = dir.join(format!("{name}.jsonl"));
+    std::fs::write(&path, some).expect("the rows are written");
+    path.display().to_string()
+}
+
+/// A short run with a reference, several micro-batches in a step, and held-out rows.
+fn write_run(dir: &Path) -> String {
+    let text = format!(
+        r#"
+[model]
+path = "{model}"
+[lora]
+rank = 4
+alpha = 8
+targets = ["q_proj", "o_proj", "gate_proj", "down_proj", "lm_head"]
+[[data]]
+name = "demos"
+files = ["{demos}"]
+adapter = "demonstrations"
+objective = {{ plugin = "uft-sft", beta = 0.1 }}
+[[data]]
+name = "pairs"
+files = ["{pairs}"]
+eval_fraction = 0.34
+adapter = "preferences"
+objective = {{ plugin = "una-pairwise", beta = 0.1 }}
+[train]
+output = "{out}"
+reference_cache = "{out}/reference"
+device = "emulated"
+steps = 4
+batch = 3
+micro_tokens = 100
+lr = 5e-3
+threads = 2
+save_every = 2
+"#,
+        model = golden("models/qwen3").display(),
+        demos = some_rows(dir, "demos", 2),
+        pairs = some_rows(dir, "pairs", 3),
+        out = dir.join("out").display(),
+    );
+    let path = dir.join("run.toml");
+    std::fs::write(&path, text).expect("the run is written");
+    path.display().to_string()
+}
+
+#[test]
+fn a_run_is_the_same_when_resumed_and_the_processor_s_but_for_rounding() {
+    let (_guard, dir) = temporary();
+    let run = write_run(&dir);
+    succeed(&["train", &run]);
+    let whole = finished(&dir.join("out"));
+    assert_eq!(whole.metrics.len(), 4);
+
+    let (_guard, other) = temporary();
+    let resumed = write_run(&other);
+    copy(&dir.join("out/checkpoint-2"), &other.join("out/checkpoint-2"));
+    let refused = fail(2, &["train", &resumed, "--resume", "--set", "train.device=\"cpu\""]);
+    assert!(refused.contains("the device (emulated then, the CPU now)"), "{refused}");
+    succeed(&["train", &resumed, "--resume"]);
+    assert_same(&whole, &finished(&other.join("out")), "from checkpoint-2");
+
+    let (_guard, other) = temporary();
+    let run = write_run(&other);
+    succeed(&["train", &run, "--set", "train.device=\"cpu\""]);
+    for (device, cpu) in whole.metrics.iter().zip(&finished(&other.join("out")).metrics) {
+        for (what, tolerance) in [("loss", 0.01), ("grad_norm", 0.05)] {
+            let [device, cpu] = [device, cpu].map(|m| m[what].as_f64().expect("a number"));
+            assert!((device - cpu).abs() < tolerance * cpu.abs(), "{what}: {device}, CPU {cpu}");
+        }
+    }
+}
+
+#[test]
+fn check_and_grad_agree_with_the_processor_and_the_plan_is_of_the_gpu() {
+    let (_guard, dir) = temporary();
+    let run = write_run(&dir);
+    let checked = succeed(&["check", &run]);
+    assert!(checked.contains("every implicit reward is exactly 0"), "{checked}");
+    assert!(checked.contains("on the GPU: activations"), "{checked}");
+    assert!(checked.contains("available on emulated"), "{checked}");
+    assert!(checked.contains("no layer computed again"), "{checked}");
+
+    // Where no weights are, for a GPU that is not there.
+    let model = dir.join("model");
+    std::fs::create_dir(&model).expect("a folder");
+    for file in ["config.json", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json"] {
+        let from = golden(&format!("models/qwen3/{file}"));
+        std::fs::copy(from, model.join(file)).expect("a copy");
+    }
+    let path = format!("model.path=\"{}\"", model.display());
+    let planned = succeed(&["check", &run, "--gpu", "24", "--set", &path]);
+    assert!(planned.contains("of 24576.0 MiB available on such a GPU"), "{planned}");
+    fail(2, &["check", &run, "--gpu", "0"]);
+
+    // Less than all activations, more than none.
+    let total = |checked: &str| -> f64 {
+        let line = checked.lines().find(|l| l.contains("on the GPU: total")).expect("a total");
+        let cells: Vec<&str> = line.split(['│', '┆', '|']).map(str::trim).collect();
+        cells.iter().find_map(|cell| cell.parse().ok()).expect("a number")
+    };
+    let all = total(&checked);
+    let memory = |share: f64| format!("train.memory={}", share * all / 1024.0);
+    let less = succeed(&["check", &run, "--set", &memory(0.97)]);
+    assert!(less.contains("of 2 layers computed again on the way back"), "{less}");
+    assert!(total(&less) < all, "{less}");
+    let refused = fail(7, &["check", &run, "--set", &memory(0.2)]);
+    assert!(refused.contains("of the GPU's memory"), "{refused}");
+
+    let gradient = |device: &str| {
+        let out = dir.join(format!("{device}.safetensors"));
+        let set = format!("train.device=\"{device}\"");
+        succeed(&["grad", &run, "--out", &out.display().to_string(), "--set", &set]);
+        tensors(&out)
+    };
+    for ((name, device), (_, cpu)) in gradient("emulated").into_iter().zip(gradient("cpu")) {
+        let square = |values: &mut dyn Iterator<Item = f32>| -> f64 {
+            values.map(|x| f64::from(x).powi(2)).sum()
+        };
+        let difference = square(&mut device.iter().zip(&cpu).map(|(a, b)| a - b));
+        let error = (difference / square(&mut cpu.iter().copied()).max(1e-30)).sqrt();
+        // At B = 0 the gradient of A is exactly 0.
+        let same = cpu.iter().all(|x| *x == 0.0) && device == cpu;
+        assert!(same || error < 0.05, "{name}: off by {error}");
+    }
+}
+
+#[test]
+fn score_and_generate_run_on_a_device() {
+    let (_guard, dir) = temporary();
+    let model = golden("models/mistral").display().to_string();
+    let adapter = format!("{model}/adapter");
+    let data = some_rows(&dir, "pairs", 2);
+    let score = |device: &str, adapter: &[&str]| {
+        let arguments = [
+            "score",
+            "--model",
+            &model,
+            "--data",
+            &data,
+            "--format",
+            "preferences",
+            "--device",
+            device,
+        ];
+        lines(&succeed(&[&arguments[..], adapter].concat()))
+    };
+    let base = score("emulated", &[]);
+    assert!(base.iter().all(|line| line["reward"] == 0.0));
+    let adapter = ["--adapter", adapter.as_str()];
+    let (device, cpu) = (score("emulated", &adapter), score("cpu", &adapter));
+    assert_eq!(device.len(), cpu.len());
+    for (device, cpu) in device.iter().zip(&cpu) {
+        for what in ["logp", "ref_logp"] {
+            let [device, cpu] = [device, cpu].map(|line| line[what].as_f64().expect("a log-prob"));
+            assert!((device - cpu).abs() < 0.01 * cpu.abs(), "{what}: {device}, CPU {cpu}");
+        }
+    }
+    let generate = ["generate", "--model", &model, "--prompt", "Hello", "--max-tokens", "4"];
+    let on = |device: &str| succeed(&[&generate[..], &["--device", device]].concat());
+    assert_eq!(on("emulated"), on("emulated"));
+    assert!(!on("emulated").trim().is_empty());
+}
+
+#[test]
+fn what_is_missing_for_a_gpu_is_said_with_the_remedy() {
+    if !succeed(&["device"]).contains("GPUs: none") {
+        return;
+    }
+    let model = golden("models/llama").display().to_string();
+    let refused =
+        fail(2, &["generate", "--model", &model, "--prompt", "Hello", "--device", "cuda"]);
+    assert!(refused.contains("--device: device = \"cuda\": "), "{refused}");
+    assert_eq!(refused.trim().lines().count(), 1, "{refused}");
+    let (_guard, dir) = temporary();
+    let run = write_run(&dir);
+    let refused = fail(2, &["check", &run, "--set", "train.device=\"cuda\""]);
+    assert!(refused.contains("[train]: device = \"cuda\": "), "{refused}");
+}
