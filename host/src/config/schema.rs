@@ -105,7 +105,7 @@ section! {
         epochs: f64 = 1.0,
         /// Groups (a prompt with its responses) per optimizer step.
         batch: usize = 8,
-        /// Most tokens in one forward and backward pass; fewer are taken where more would be no faster. Memory
+        /// Most tokens in one forward and backward pass; on the CPU fewer where more would be no faster. Memory
         /// grows with it; the gradient does not depend on it.
         micro_tokens: usize = 4096,
         /// Layers whose activations are computed again on the way back instead of being kept: "auto" (as few

@@ -55,6 +55,10 @@ impl Model {
         }
     }
 
+    pub fn is_on_gpu(&self) -> bool {
+        matches!(self, Self::Cuda(_))
+    }
+
     /// Says how to compute, and sets memory aside for `bytes` of activations of texts of at most `positions`
     /// tokens, so that they lie in one piece.
     ///

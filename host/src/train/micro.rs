@@ -4,18 +4,27 @@ use crate::config::Gain;
 use crate::data::{Item, Source};
 use uft_core::Needs;
 
-/// Rows from which on a pass gets no faster with more.
+/// Rows from which on a pass on the CPU gets no faster with more.
 const ENOUGH: usize = 2048;
 /// Where rows are narrow, it takes as many as make so many elements of hidden state.
 const ENOUGH_ELEMENTS: usize = 3 << 19;
 
+/// Rows from which on a pass gets no faster with more, for a model of width `hidden`: a GPU is given all that the
+/// configuration allows.
+pub fn enough(hidden: usize, on_gpu: bool) -> usize {
+    match on_gpu {
+        true => usize::MAX,
+        false => ENOUGH.max(ENOUGH_ELEMENTS / hidden),
+    }
+}
+
 /// Most rows of a micro-batch: no more than are worth their memory, unless the step's statistics are needed
 /// before its first loss. Then a larger micro-batch has a larger part of them from its own forward pass.
-pub fn limit(sources: &[Source], items: &[Item], micro_tokens: usize, hidden: usize) -> usize {
+pub fn limit(sources: &[Source], items: &[Item], micro_tokens: usize, enough: usize) -> usize {
     let needs = |needs| items.iter().any(|item| sources[item.source].objective.needs(needs));
     match needs(Needs::MISMATCHED) || needs(Needs::STEP_LOG_RATIOS) {
         true => micro_tokens,
-        false => micro_tokens.min(ENOUGH.max(ENOUGH_ELEMENTS / hidden)),
+        false => micro_tokens.min(enough),
     }
 }
 

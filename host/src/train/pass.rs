@@ -2,6 +2,7 @@
 //! evaluation, `grad` and `check` all go through here.
 
 use super::metrics::Metrics;
+use super::micro;
 use super::optimizer;
 use super::plan::{At, Plan, Planned, Rows};
 use super::reference::ReferenceLogps;
@@ -61,8 +62,8 @@ impl Pass<'_> {
         known: &mut ReferenceLogps,
         mut grads: Option<&mut LoraGrads>,
     ) -> Result<Outcome> {
-        let hidden = self.model.config().hidden;
-        let mut plan = Plan::new(sources, rows, items, self.micro_tokens, hidden, self.without);
+        let enough = micro::enough(self.model.config().hidden, self.model.is_on_gpu());
+        let mut plan = Plan::new(sources, rows, items, self.micro_tokens, enough, self.without);
         let mut mismatched = statistics::mismatched(sources, rows, &plan);
         self.reference_logps(sources, rows, &mut plan, &mut mismatched, known)?;
         let (statistics, mut early) =

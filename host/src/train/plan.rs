@@ -56,13 +56,13 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// `micro_tokens` as configured, `hidden`: the model's width.
+    /// `micro_tokens` as configured, `enough`: as [`micro::enough`].
     pub fn new(
         sources: &[Source],
         rows: Rows,
         items: &[Item],
         micro_tokens: usize,
-        hidden: usize,
+        enough: usize,
         without: &[Gain],
     ) -> Self {
         let mut totals = vec![Totals::default(); sources.len()];
@@ -104,7 +104,7 @@ impl Plan {
             false => g.rows,
         };
         let loads: Vec<usize> = groups.iter().map(load).collect();
-        let limit = micro::limit(sources, items, micro_tokens, hidden);
+        let limit = micro::limit(sources, items, micro_tokens, enough);
         let mut micro_batches = micro::split(&loads, limit, without);
         for batch in &mut micro_batches {
             batch.sort_by_key(|&g| groups[g].item.source);

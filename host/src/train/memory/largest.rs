@@ -60,13 +60,14 @@ impl Sizes {
 }
 
 impl Largest {
-    /// Goes through all stages of a run with micro-batches of at most `micro_tokens` rows of `hidden`.
+    /// Goes through all stages of a run with micro-batches of at most `micro_tokens` rows, of which
+    /// `enough` are as [`super::super::micro::enough`].
     pub fn of(
         sources: &[Source],
         stages: &[Stage],
         sizes: &Sizes,
         micro_tokens: usize,
-        hidden: usize,
+        enough: usize,
     ) -> Self {
         let mut largest = Self::default();
         for stage in stages {
@@ -76,7 +77,7 @@ impl Largest {
             let mut most = 0;
             for _ in 0..steps.min(DRAWN) {
                 let items = order.batch(stage.train.batch);
-                let plan = Plan::new(sources, Rows::Train, &items, micro_tokens, hidden, without);
+                let plan = Plan::new(sources, Rows::Train, &items, micro_tokens, enough, without);
                 let sizes = micro_batches(&plan, sizes);
                 most = most.max(sizes.iter().map(|size| size.rows).sum());
                 sizes.into_iter().for_each(|size| keep(&mut largest.steps, size));

@@ -7,6 +7,7 @@
 
 mod largest;
 
+use super::micro;
 use super::setup::Stage;
 use crate::config::schema::Config;
 use crate::config::{Gain, Recompute, Reference};
@@ -295,7 +296,9 @@ impl Planner<'_> {
     }
 
     fn largest(&self, sizes: &Sizes, micro_tokens: usize) -> Largest {
-        Largest::of(self.sources, self.stages, sizes, micro_tokens, self.model.hidden)
+        let on_gpu = matches!(self.device, Device::Gpu(_));
+        let enough = micro::enough(self.model.hidden, on_gpu);
+        Largest::of(self.sources, self.stages, sizes, micro_tokens, enough)
     }
 
     /// Tokens of the longest text.
