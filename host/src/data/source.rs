@@ -76,6 +76,11 @@ impl Source {
         self.objective.needs(Needs::REFERENCE) || self.objective.needs(Needs::MISMATCHED)
     }
 
+    /// Whether numbers over the whole step are needed before its first loss.
+    pub fn needs_statistics(&self) -> bool {
+        self.objective.needs(Needs::MISMATCHED) || self.objective.needs(Needs::STEP_LOG_RATIOS)
+    }
+
     fn check(&self, vocab: usize) -> Result<()> {
         let name = &self.objective.name;
         if self.train.is_empty() {

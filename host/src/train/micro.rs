@@ -2,7 +2,6 @@
 
 use crate::config::Gain;
 use crate::data::{Item, Source};
-use uft_core::Needs;
 
 /// Rows from which on a pass on the CPU gets no faster with more.
 const ENOUGH: usize = 2048;
@@ -21,8 +20,7 @@ pub fn enough(hidden: usize, on_gpu: bool) -> usize {
 /// Most rows of a micro-batch: no more than are worth their memory, unless the step's statistics are needed
 /// before its first loss. Then a larger micro-batch has a larger part of them from its own forward pass.
 pub fn limit(sources: &[Source], items: &[Item], micro_tokens: usize, enough: usize) -> usize {
-    let needs = |needs| items.iter().any(|item| sources[item.source].objective.needs(needs));
-    match needs(Needs::MISMATCHED) || needs(Needs::STEP_LOG_RATIOS) {
+    match items.iter().any(|item| sources[item.source].needs_statistics()) {
         true => micro_tokens,
         false => micro_tokens.min(enough),
     }

@@ -157,10 +157,7 @@ pub fn mismatched(sources: &[Source], rows: Rows, plan: &Plan) -> Vec<Mismatched
 
 /// The micro-batch whose forward pass is done early: the first that statistics are wanted of.
 pub fn early(sources: &[Source], plan: &Plan) -> Option<usize> {
-    let wanted = |source: usize| {
-        let needs = |need| sources[source].objective.needs(need);
-        needs(Needs::MISMATCHED) || needs(Needs::STEP_LOG_RATIOS)
-    };
+    let wanted = |source: usize| sources[source].needs_statistics();
     let any = |batch: &Vec<usize>| stretches(plan, batch).any(|(source, ..)| wanted(source));
     plan.micro_batches.iter().position(any)
 }
