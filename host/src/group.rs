@@ -72,6 +72,11 @@ impl Group {
         self.prompt.len() + self.branches.iter().map(|b| b.tokens.len()).max().unwrap_or(0)
     }
 
+    /// Whether the prompt's last row predicts a trained token: the first of a branch.
+    pub fn reads_prompt(&self) -> bool {
+        self.segments().any(|segment| segment.trained.iter().any(|range| range.start == 0))
+    }
+
     /// The segments of all branches.
     pub fn segments(&self) -> impl Iterator<Item = &Segment> {
         self.branches.iter().flat_map(|b| &b.segments)

@@ -22,7 +22,7 @@ mod text;
 
 pub use heads::Heads;
 
-use crate::layout::{Group, Layout};
+use crate::layout::{Beside, Group, Layout};
 use crate::math::{dot, exp, exp_and_sum, max, vectorised};
 use crate::matmul::{View, product};
 use crate::parallel::Scattered;
@@ -57,8 +57,49 @@ pub fn forward(
     assert_window(window);
     layout.assert_covers_rows_once();
 
-    let tokens = tokens_per_block(heads);
     let texts = layout.groups.iter().flat_map(Text::of_group);
+    let keys = Keys { prompts: [k, v], own: [k, v] };
+    attend_all(q, &keys, texts, heads, window, out, lse);
+}
+
+/// As [`forward`] for responses `beside` a batch, whose prompts they continue: `q`, `out`, `k` and `v` are of
+/// their own rows, `prompts` are k and v of the batch. There is no way back. Overwrites `out`.
+pub fn forward_beside(
+    q: &[f32],
+    k: &[f32],
+    v: &[f32],
+    prompts: [&[f32]; 2],
+    beside: &Beside,
+    heads: &Heads,
+    window: Option<usize>,
+    out: &mut [f32],
+) {
+    heads.assert_shapes(beside.rows(), &[("q", q), ("out", out)], &[("k", k), ("v", v)]);
+    assert_window(window);
+    let texts = beside.continuations.iter().map(Text::continuing);
+    let own_rows: usize = beside.continuations.iter().map(|text| text.branch.len).sum();
+    assert_eq!(own_rows, beside.rows(), "attention: the responses do not cover the rows once");
+    let mut lse = vec![0.0; beside.rows() * heads.heads];
+    attend_all(q, &Keys { prompts, own: [k, v] }, texts, heads, window, out, &mut lse);
+}
+
+/// Keys and values of texts: of their prompts, and of the rows of their own.
+struct Keys<'a> {
+    prompts: [&'a [f32]; 2],
+    own: [&'a [f32]; 2],
+}
+
+/// All texts' queries, cut into blocks.
+fn attend_all(
+    q: &[f32],
+    keys: &Keys,
+    texts: impl Iterator<Item = Text>,
+    heads: &Heads,
+    window: Option<usize>,
+    out: &mut [f32],
+    lse: &mut [f32],
+) {
+    let tokens = tokens_per_block(heads);
     let tasks: Vec<(Text, Block, usize)> = texts
         .flat_map(|text| text.blocks(tokens).map(move |block| (text, block)))
         .flat_map(|(text, block)| (0..heads.kv_heads).map(move |kv| (text, block, kv)))
@@ -66,7 +107,7 @@ pub fn forward(
     let (out, lse) = (Scattered::new(out), Scattered::new(lse));
     tasks.par_iter().for_each_init(ForwardScratch::default, |scratch, (text, block, kv)| {
         let q = &q[text.row(block.position) * heads.query_width()..];
-        scratch.attend(q, k, v, heads, window, text, block, *kv);
+        scratch.attend(q, keys, heads, window, text, block, *kv);
         let sharing = heads.sharing();
         for token in 0..block.len {
             let row = text.row(block.position + token);
@@ -169,9 +210,10 @@ pub fn decode(
 
     let text = Text::of_cache(n);
     let newest = Block { position: n - 1, len: 1 };
+    let keys = Keys { prompts: [&[]; 2], own: [k_cache, v_cache] };
     let width = heads.sharing() * heads.head_dim;
     let head = |scratch: &mut ForwardScratch, (kv, out): (usize, &mut [f32])| {
-        scratch.attend(q, k_cache, v_cache, heads, window, &text, &newest, kv);
+        scratch.attend(q, &keys, heads, window, &text, &newest, kv);
         scratch.finish(0, out, &mut vec![0.0; heads.sharing()]);
     };
     if n * heads.query_width() <= PARALLEL_DECODE {
@@ -210,8 +252,7 @@ impl ForwardScratch {
     fn attend(
         &mut self,
         q: &[f32],
-        k: &[f32],
-        v: &[f32],
+        keys: &Keys,
         heads: &Heads,
         window: Option<usize>,
         text: &Text,
@@ -230,6 +271,7 @@ impl ForwardScratch {
 
         for tile in text.tiles(block, window, TILE_KEYS, EDGE_KEYS) {
             let Tile { len, queries, .. } = tile.clone();
+            let [k, v] = if tile.position < text.prompt_len { keys.prompts } else { keys.own };
             let (start, rows) = (queries.start * sharing, queries.len() * sharing);
             self.scores.resize(rows * len, 0.0);
             let q = View::new(&self.q[start * dim..], rows, dim, dim);

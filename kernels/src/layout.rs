@@ -90,9 +90,47 @@ impl Layout {
     }
 
     fn push_positions(&mut self, first: usize, len: usize) {
-        let position = |i| u32::try_from(i).expect("a text of more than 2^32 tokens");
-        self.positions.extend((first..first + len).map(position));
+        self.positions.extend(positions(first, len));
     }
+}
+
+/// One response that continues a prompt of another batch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Continuation {
+    /// First row of the prompt in the other batch.
+    pub prompt_start: usize,
+    /// Number of prompt rows; may be 0.
+    pub prompt_len: usize,
+    /// Rows of its own.
+    pub branch: Branch,
+}
+
+/// Responses beside a packed micro-batch: they continue its prompts, in T rows of their own.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Beside {
+    /// In row order; together they cover every row once.
+    pub continuations: Vec<Continuation>,
+    /// `[T]`: as [`Layout::positions`].
+    pub positions: Vec<u32>,
+}
+
+impl Beside {
+    /// Adds a response of `len` rows to the prompt of a group of the other batch.
+    pub fn push(&mut self, group: &Group, len: usize) {
+        let (start, prompt_len) = (self.rows(), group.prompt_len);
+        self.positions.extend(positions(prompt_len, len));
+        let branch = Branch { start, len };
+        self.continuations.push(Continuation { prompt_start: group.start, prompt_len, branch });
+    }
+
+    /// T, the number of rows.
+    pub fn rows(&self) -> usize {
+        self.positions.len()
+    }
+}
+
+fn positions(first: usize, len: usize) -> impl Iterator<Item = u32> {
+    (first..first + len).map(|i| u32::try_from(i).expect("a text of more than 2^32 tokens"))
 }
 
 #[cfg(test)]

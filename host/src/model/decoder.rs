@@ -8,7 +8,7 @@ use super::frozen::Frozen;
 use super::layer::{Context, Layer, LayerTape};
 use super::linear::Product;
 use super::lora::{Adapter, Lora, LoraGrads};
-use super::packed::{NeededRows, Packed, WithOthers};
+use super::packed::{NeededRows, Others, Packed, Read, WithOthers};
 use super::targets::Site;
 use crate::config::Gain;
 use crate::{Result, signals};
@@ -142,7 +142,7 @@ impl Decoder {
         if packed.targets.rows.is_empty() {
             return Ok(Vec::new());
         }
-        let top = self.run(packed, lora, |_| ())?;
+        let top = self.run(packed, lora, |_, _| ())?;
         Ok(self.head_logps(&top.hidden, &packed.targets.tokens, lora))
     }
 
@@ -161,7 +161,9 @@ impl Decoder {
     /// As [`Self::logps`].
     pub fn forward(&self, packed: Packed, lora: &Lora) -> Result<Tape> {
         let mut layers = Vec::new();
-        let top = self.run(&packed, Some(lora), self.keep(lora, &mut layers, |tape| tape))?;
+        let mut keep = self.keep(lora, &mut layers);
+        let top = self.run(&packed, Some(lora), |_, tape| keep(tape))?;
+        drop(keep);
         Ok(self.tape(packed, layers, top, lora))
     }
 
@@ -171,65 +173,71 @@ impl Decoder {
     /// # Errors
     /// As [`Self::logps`].
     pub fn forward_with_others(&self, batch: WithOthers, lora: &Lora) -> Result<(Tape, Vec<f32>)> {
-        let WithOthers { own, all, rows, targets, .. } = batch;
         let (h, pool) = (self.config.hidden, &self.pool);
-        let needed = self.needed(&own);
-        // Where a row of `own` that goes on is among those of `all`.
-        let all_needed = self.needed(&all).rows;
-        let going_on: Vec<u32> = needed
-            .rows
-            .iter()
-            .map(|&row| all_needed.binary_search(&rows[row as usize]).expect("of both") as u32)
-            .collect();
-        let last_layer = self.layers.len() - 1;
+        let others = batch.others();
+        let own = batch.own;
+        let needed = self.needed_of_others(&others);
+        let mut x = pool.take(others.tokens.len() * h);
+        embedding::gather(&self.embedding, &others.tokens, &mut x);
         let mut layers = Vec::new();
-        let mut index = 0..;
-        let own_rows = |tape: LayerTape| {
-            let last = index.next() == Some(last_layer);
-            let after = if last { &going_on } else { &rows };
-            tape.of_rows(&rows, after, pool)
-        };
-        let top = self.run(&all, Some(lora), self.keep(lora, &mut layers, own_rows))?;
-
-        let part = |from: &[f32], rows: &[u32], width: usize| {
-            let mut part = pool.take(rows.len() * width);
-            embedding::gather(from, rows, &mut part);
-            part
-        };
-        let others: Vec<u32> = (0..all.targets.rows.len() as u32)
-            .filter(|target| targets.binary_search(target).is_err())
-            .collect();
-        let own_top = Top {
-            needed,
-            last: part(&top.last, &going_on, h),
-            inv_rms: part(&top.inv_rms, &going_on, 1),
-            hidden: part(&top.hidden, &targets, h),
-        };
-        let hidden = part(&top.hidden, &others, h);
-        drop(top);
-        let tokens: Vec<u32> = others.iter().map(|&t| all.targets.tokens[t as usize]).collect();
-        let logps = self.head_logps(&hidden, &tokens, Some(lora));
+        let mut keep = self.keep(lora, &mut layers);
+        let top = self.run(&own, Some(lora), |layer, tape| {
+            if others.beside.rows() > 0 {
+                let needed = needed.filter(|_| layer.index + 1 == self.layers.len());
+                x = layer.forward_beside(
+                    &x,
+                    &others.beside,
+                    needed,
+                    &tape,
+                    Some(lora),
+                    self.context(),
+                );
+            }
+            keep(tape);
+        })?;
+        drop(keep);
+        let hidden = self.hidden_of_others(x, &others, &top.hidden);
+        let logps = self.head_logps(&hidden, &others.targets, Some(lora));
         drop(hidden);
-        Ok((self.tape(own, layers, own_top, lora), logps))
+        Ok((self.tape(own, layers, top, lora), logps))
+    }
+
+    /// The rows of others that go on after the last block's attention, if not all.
+    fn needed_of_others<'o>(&self, others: &'o Others) -> Option<&'o [u32]> {
+        let fewer = others.needed.len() < others.beside.rows();
+        (self.options.skipped_gradients && fewer).then_some(&others.needed)
+    }
+
+    /// `[M, H]`: what the head gets for others' targets. `x`: `[N, H]`, what leaves the last block of their
+    /// rows; `own`: `[M of the batch, H]`.
+    fn hidden_of_others(&self, x: Buffer, others: &Others, own: &[f32]) -> Buffer {
+        let (h, pool) = (self.config.hidden, &self.pool);
+        let (mut normed, mut inv_rms) = (pool.take(x.len()), pool.take(x.len() / h));
+        rmsnorm::forward(&x, &self.norm, self.config.norm_eps, &mut normed, &mut inv_rms);
+        let needed = self.needed_of_others(others);
+        let mut hidden = pool.take(others.targets.len() * h);
+        for (hidden, read) in hidden.chunks_exact_mut(h).zip(&others.read) {
+            let (from, at) = match read {
+                Read::Target(target) => (own, *target),
+                Read::Row(row) => {
+                    let among = |needed: &[u32]| needed.binary_search(row).expect("it is read");
+                    (&normed[..], needed.map_or(*row as usize, among))
+                }
+            };
+            hidden.copy_from_slice(&from[at * h..][..h]);
+        }
+        hidden
     }
 
     /// What to do with the blocks' tapes, lowest first: none is kept below the lowest adapter, and the lowest
     /// of those above leave only their input.
-    fn keep<'t>(
-        &self,
-        lora: &Lora,
-        layers: &'t mut Vec<Kept>,
-        mut part: impl FnMut(LayerTape) -> LayerTape + 't,
-    ) -> impl FnMut(LayerTape) + 't {
+    fn keep<'t>(&self, lora: &Lora, layers: &'t mut Vec<Kept>) -> impl FnMut(LayerTape) + 't {
         let mut below = self.options.lowest_layer(lora);
         let recomputed = self.options.recomputed_layers;
-        move |tape| {
-            let tape = part(tape);
-            match below {
-                0 if layers.len() < recomputed => layers.push(Kept::Input(tape.into_input())),
-                0 => layers.push(Kept::Tape(Box::new(tape))),
-                _ => below -= 1,
-            }
+        move |tape| match below {
+            0 if layers.len() < recomputed => layers.push(Kept::Input(tape.into_input())),
+            0 => layers.push(Kept::Tape(Box::new(tape))),
+            _ => below -= 1,
         }
     }
 
@@ -267,7 +275,7 @@ impl Decoder {
         &self,
         packed: &Packed,
         lora: Option<&Lora>,
-        mut keep: impl FnMut(LayerTape),
+        mut keep: impl FnMut(&Layer, LayerTape),
     ) -> Result<Top> {
         let (h, pool) = (self.config.hidden, &self.pool);
         let needed = self.needed(packed);
@@ -278,7 +286,7 @@ impl Decoder {
             signals::check()?;
             let needed = pruned.filter(|_| layer.index + 1 == self.layers.len());
             let (y, tape) = layer.forward(x, &packed.layout, needed, lora, self.context());
-            keep(tape);
+            keep(layer, tape);
             x = y;
         }
         let (mut normed, mut inv_rms) = (pool.take(x.len()), pool.take(needed.rows.len()));

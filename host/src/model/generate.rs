@@ -96,7 +96,7 @@ impl<'m> Continuation<'m> {
         let targets = Targets { rows: vec![last as u32], tokens: vec![0] };
         let packed = Packed { targets, ..Packed::prompt(prompt) };
         let mut caches = Vec::with_capacity(model.config.layers);
-        let top = model.run(&packed, lora, |tape| {
+        let top = model.run(&packed, lora, |_, tape| {
             caches.push(tape.keys_and_values().map(<[f32]>::to_vec));
         })?;
         let mut text = Self { model, lora, caches, logits: vec![0.0; model.config.vocab] };

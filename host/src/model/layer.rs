@@ -19,7 +19,7 @@ use super::config::ModelConfig;
 use super::linear::{Linear, Product, Trained};
 use super::lora::{Adapter, Lora, LoraGrads};
 use super::targets::{Projection, Site};
-use uft_kernels::layout::Layout;
+use uft_kernels::layout::{Beside, Layout};
 use uft_kernels::rope::Rope;
 use uft_kernels::{attention, embedding, rmsnorm, swiglu};
 
@@ -72,36 +72,6 @@ impl LayerTape {
     pub fn into_input(self) -> Buffer {
         self.x
     }
-
-    /// The tape of some of the rows alone, which attend to none of the others; `needed` are those of them
-    /// that go on after the attention, counted among all that do.
-    pub fn of_rows(self, rows: &[u32], needed: &[u32], pool: &Pool) -> Self {
-        let (total, going_on) = (self.inputs.inv_rms.len(), self.outputs.inv_rms.len());
-        let part =
-            |buffer: Buffer, rows: &[u32], total| gather(&buffer, rows, buffer.len() / total, pool);
-        let of_all = |buffer| part(buffer, rows, total);
-        let of_going_on = |buffer| part(buffer, needed, going_on);
-        // Given back and taken in the order in which they were taken.
-        let x = of_all(self.x);
-        let AttentionInputs { inv_rms, q, k, v, head_norms, u } = self.inputs;
-        let [inv_rms, q, k, v] = [inv_rms, q, k, v].map(of_all);
-        let u = u.map(|u| u.map(of_all));
-        let head_norms = head_norms.map(|norms| {
-            norms.map(|HeadNorm { before, inv_rms }| HeadNorm {
-                before: of_all(before),
-                inv_rms: of_all(inv_rms),
-            })
-        });
-        let inputs = AttentionInputs { inv_rms, q, k, v, head_norms, u };
-        let [attended, lse] = [self.attended, self.lse].map(of_all);
-        let Outputs { mid, inv_rms, gate, up, u: [u_o, u_gate, u_up, u_down] } = self.outputs;
-        let mid = of_going_on(mid);
-        let u_o = u_o.map(of_going_on);
-        let [inv_rms, gate, up] = [inv_rms, gate, up].map(of_going_on);
-        let [u_gate, u_up, u_down] = [u_gate, u_up, u_down].map(|u| u.map(of_going_on));
-        let outputs = Outputs { mid, inv_rms, gate, up, u: [u_o, u_gate, u_up, u_down] };
-        Self { x, inputs, attended, lse, outputs }
-    }
 }
 
 /// Queries, keys and values, ready for attention.
@@ -149,6 +119,27 @@ impl Layer {
         (y, tape)
     }
 
+    /// [`Self::forward`] for responses `beside` a batch, whose prompts' keys and values are in its `tape`:
+    /// nothing of them is kept. `x`: `[T, H]`.
+    pub fn forward_beside(
+        &self,
+        x: &[f32],
+        beside: &Beside,
+        needed: Option<&[u32]>,
+        tape: &LayerTape,
+        lora: Option<&Lora>,
+        with: Context,
+    ) -> Buffer {
+        let (heads, window) = (&with.config.heads, self.window(with));
+        let AttentionInputs { q, k, v, .. } =
+            &self.attention_inputs(x, &beside.positions, lora, with);
+        let mut attended = with.pool.take(q.len());
+        let prompts = tape.keys_and_values();
+        attention::forward_beside(q, k, v, prompts, beside, heads, window, &mut attended);
+        let mut outputs = self.going_on(x, &attended, needed, lora, with);
+        self.last_product(&mut outputs, lora, with)
+    }
+
     /// The tape of [`Self::forward`] once more, bit for bit, without the block's output.
     pub fn again(
         &self,
@@ -183,14 +174,27 @@ impl Layer {
         let mut lse = pool.take(layout.rows() * heads.heads);
         let AttentionInputs { q, k, v, .. } = &inputs;
         attention::forward(q, k, v, layout, heads, self.window(with), &mut attended, &mut lse);
-        let outputs = match needed {
-            None => self.outputs(&x, &attended, lora, with),
-            Some(rows) => {
-                let attended = gather(&attended, rows, with.config.query_width(), pool);
-                self.outputs(&gather(&x, rows, with.config.hidden, pool), &attended, lora, with)
-            }
-        };
+        let outputs = self.going_on(&x, &attended, needed, lora, with);
         LayerTape { x, inputs, attended, lse, outputs }
+    }
+
+    /// [`Self::outputs`] of the rows `needed`, or of all. `x`: `[T, H]`, `attended`: `[T, Q]`.
+    fn going_on(
+        &self,
+        x: &[f32],
+        attended: &[f32],
+        needed: Option<&[u32]>,
+        lora: Option<&Lora>,
+        with: Context,
+    ) -> Outputs {
+        match needed {
+            None => self.outputs(x, attended, lora, with),
+            Some(rows) => {
+                let attended = gather(attended, rows, with.config.query_width(), with.pool);
+                let x = gather(x, rows, with.config.hidden, with.pool);
+                self.outputs(&x, &attended, lora, with)
+            }
+        }
     }
 
     /// Everything before the attention. `x`: `[T, H]`, `positions`: `[T]`.

@@ -129,7 +129,7 @@ impl<'a> Shadow<'a> {
     /// [`super::Model::logps`].
     pub fn logps(&self, size: Size, lora: Option<&Lora>) {
         if size.targets > 0 {
-            let _top = self.run(size, lora, drop);
+            let _top = self.run(size, lora, |_, tape| drop(tape));
             let _chunk = self.chunk(size.targets);
         }
     }
@@ -138,51 +138,53 @@ impl<'a> Shadow<'a> {
     pub fn step(&self, size: Size, lora: &Lora) {
         let size = self.widened(size);
         let mut layers = Vec::new();
-        let top = self.run(size, Some(lora), self.keep(lora, &mut layers, |tape| tape));
+        let mut keep = self.keep(lora, &mut layers);
+        let top = self.run(size, Some(lora), |_, tape| keep(tape));
+        drop(keep);
         self.rest_of_step(size, layers, top, lora);
     }
 
     /// [`super::Model::forward_with_others`] of all that there is, and [`super::Model::backward`] of its own.
     pub fn step_with_others(&self, own: Size, all: Size, lora: &Lora) {
-        let (own, all) = (self.widened(own), self.widened(all));
+        let others = self.widened(Size {
+            rows: all.rows - own.rows,
+            needed: all.needed - own.needed,
+            targets: all.targets - own.targets,
+            longest: all.longest,
+        });
+        let own = self.widened(own);
         let (pool, h) = (&self.pool, self.config.hidden);
         let mut layers = Vec::new();
-        let mut index = 0..;
-        let own_rows = |tape: Tape| {
-            let index = index.next().expect("endless");
-            Block::new(self, all, index, Some(lora)).of_rows(tape, own)
-        };
-        let [last, inv_rms, hidden] =
-            self.run(all, Some(lora), self.keep(lora, &mut layers, own_rows));
-        let own_top = [own.needed * h, own.needed, own.targets * h].map(|len| pool.take(len));
-        let others = pool.take((all.targets - own.targets) * h);
-        drop((last, inv_rms, hidden));
-        drop(self.chunk(all.targets - own.targets));
-        drop(others);
-        self.rest_of_step(own, layers, own_top, lora);
+        let mut keep = self.keep(lora, &mut layers);
+        let mut x = pool.take(others.rows * h);
+        let top = self.run(own, Some(lora), |index, tape| {
+            if others.rows > 0 {
+                x = Block::new(self, others, index, Some(lora)).forward_beside();
+            }
+            keep(tape);
+        });
+        drop(keep);
+        let (normed, inv_rms) = (pool.take(x.count()), pool.take(x.count() / h));
+        let hidden = pool.take(others.targets * h);
+        drop((normed, inv_rms, x));
+        drop(self.chunk(others.targets));
+        drop(hidden);
+        self.rest_of_step(own, layers, top, lora);
     }
 
     /// What to do with the blocks' tapes, as in [`super::Model`].
-    fn keep<'t>(
-        &self,
-        lora: &Lora,
-        layers: &'t mut Vec<Tape>,
-        mut part: impl FnMut(Tape) -> Tape + 't,
-    ) -> impl FnMut(Tape) + 't {
+    fn keep<'t>(&self, lora: &Lora, layers: &'t mut Vec<Tape>) -> impl FnMut(Tape) + 't {
         let mut below = self.options.lowest_layer(lora);
         let recomputed = self.options.recomputed_layers;
-        move |tape| {
-            let mut tape = part(tape);
-            match below {
-                0 => {
-                    if layers.len() < recomputed {
-                        // Its first buffer is the block's input.
-                        tape.truncate(1);
-                    }
-                    layers.push(tape);
+        move |mut tape| match below {
+            0 => {
+                if layers.len() < recomputed {
+                    // Its first buffer is the block's input.
+                    tape.truncate(1);
                 }
-                _ => below -= 1,
+                layers.push(tape);
             }
+            _ => below -= 1,
         }
     }
 
@@ -223,12 +225,17 @@ impl<'a> Shadow<'a> {
     }
 
     /// [`super::Model::run`]: last, inv_rms and hidden of the top.
-    fn run(&self, size: Size, lora: Option<&Lora>, mut keep: impl FnMut(Tape)) -> [Buffer; 3] {
+    fn run(
+        &self,
+        size: Size,
+        lora: Option<&Lora>,
+        mut keep: impl FnMut(usize, Tape),
+    ) -> [Buffer; 3] {
         let (size, pool, h) = (self.widened(size), &self.pool, self.config.hidden);
         let mut x = pool.take(size.rows * h);
         for index in 0..self.config.layers {
             let (y, tape) = Block::new(self, size, index, lora).forward(x);
-            keep(tape);
+            keep(index, tape);
             x = y;
         }
         let (_normed, inv_rms) = (pool.take(size.needed * h), pool.take(size.needed));
@@ -290,22 +297,16 @@ impl<'a> Block<'a> {
         (y, tape)
     }
 
-    /// The tape of `own` alone; this block's is of all rows.
-    fn of_rows(&self, tape: Tape, own: Size) -> Tape {
-        // Its first buffers are of all rows, those from mid on of the rows that go on.
-        let going_on = tape.len() - self.outputs();
+    /// The block's output of rows beside a batch.
+    fn forward_beside(&self) -> Buffer {
+        let mut tape = self.attention_inputs();
+        tape.push(self.pool.take(self.rows * self.config.query_width()));
+        self.going_on(&mut tape);
         let after = self.pruned.unwrap_or(self.rows);
-        let own_after = if self.pruned.is_some() { own.needed } else { own.rows };
-        let part = |(index, buffer): (usize, Buffer)| match index < going_on {
-            true => self.pool.take(buffer.count() / self.rows * own.rows),
-            false => self.pool.take(buffer.count() / after * own_after),
-        };
-        tape.into_iter().enumerate().map(part).collect()
-    }
-
-    /// Buffers of a tape that are of the rows that go on: mid, its norm, gate, up, and the adapters' u.
-    fn outputs(&self) -> usize {
-        4 + [O, Gate, Up, Down].into_iter().filter(|p| self.rank(*p).is_some()).count()
+        let _act = self.pool.take(after * self.config.intermediate);
+        let y = self.pool.take(after * self.config.hidden);
+        let _u = self.project(Down, after);
+        y
     }
 
     fn again(&self, x: Buffer) -> Tape {
@@ -320,26 +321,37 @@ impl<'a> Block<'a> {
 
     fn before_down(&self, x: Buffer) -> Tape {
         let (config, pool, rows) = (self.config, self.pool, self.rows);
-        let (query, key) = (config.query_width(), config.key_width());
         let mut tape = vec![x];
-        let h = pool.take(rows * config.hidden);
-        tape.push(pool.take(rows));
+        tape.extend(self.attention_inputs());
+        tape.push(pool.take(rows * config.query_width()));
+        tape.push(pool.take(rows * config.heads.heads));
+        self.going_on(&mut tape);
+        tape
+    }
+
+    fn attention_inputs(&self) -> Tape {
+        let (config, pool, rows) = (self.config, self.pool, self.rows);
+        let (query, key) = (config.query_width(), config.key_width());
+        let _h = pool.take(rows * config.hidden);
+        let mut tape = vec![pool.take(rows)];
         tape.extend([query, key, key].map(|width| pool.take(rows * width)));
         tape.extend([Q, K, V].into_iter().flat_map(|p| self.project(p, rows)));
         if config.qk_norm {
-            // q and k stand after x and its norm.
-            for (at, width) in [(2, query), (3, key)] {
+            // q and k stand after the norm of x.
+            for (at, width) in [(1, query), (2, key)] {
                 let normed = pool.take(rows * width);
                 let inv_rms = pool.take(rows * width / config.heads.head_dim);
                 let before = std::mem::replace(&mut tape[at], normed);
                 tape.extend([before, inv_rms]);
             }
         }
-        drop(h);
-        tape.push(pool.take(rows * query));
-        tape.push(pool.take(rows * config.heads.heads));
-        // Rows that go on.
-        let rows = self.pruned.unwrap_or(rows);
+        tape
+    }
+
+    /// The rows that go on after the attention.
+    fn going_on(&self, tape: &mut Tape) {
+        let (config, pool, query) = (self.config, self.pool, self.config.query_width());
+        let rows = self.pruned.unwrap_or(self.rows);
         let _gathered = self.pruned.map(|n| [query, config.hidden].map(|w| pool.take(n * w)));
         tape.push(pool.take(rows * config.hidden));
         tape.extend(self.project(O, rows));
@@ -347,7 +359,6 @@ impl<'a> Block<'a> {
         tape.push(pool.take(rows));
         tape.extend([(); 2].map(|()| pool.take(rows * config.intermediate)));
         tape.extend([Gate, Up].into_iter().flat_map(|p| self.project(p, rows)));
-        tape
     }
 
     /// From the gradient to y to that to x, where that is needed.

@@ -2,7 +2,7 @@
 
 use crate::group::Group;
 use std::ops::Range;
-use uft_kernels::layout::Layout;
+use uft_kernels::layout::{Beside, Layout};
 
 /// T rows of tokens with their layout, and M targets.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -36,6 +36,71 @@ pub struct WithOthers {
     pub targets: Vec<u32>,
     /// Where each other's targets are in `all`.
     pub of_others: Vec<Range<usize>>,
+}
+
+/// The others of [`WithOthers`], in T rows of their own behind the batch's prompts.
+#[derive(Debug)]
+pub(super) struct Others {
+    /// `[T]`.
+    pub tokens: Vec<u32>,
+    pub beside: Beside,
+    /// `[M]`: the tokens to predict.
+    pub targets: Vec<u32>,
+    /// `[M]`: what predicts them.
+    pub read: Vec<Read>,
+    /// Rows that targets read: rising, each once.
+    pub needed: Vec<u32>,
+}
+
+/// What predicts a token of others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Read {
+    /// One of their own rows.
+    Row(u32),
+    /// The end of a prompt, which this target of the batch reads, too.
+    Target(usize),
+}
+
+impl WithOthers {
+    /// The others apart from the batch.
+    pub(super) fn others(&self) -> Others {
+        let mut beside = Beside::default();
+        for (group, joint) in self.own.layout.groups.iter().zip(&self.all.layout.groups) {
+            for branch in &joint.branches[group.branches.len()..] {
+                beside.push(group, branch.len);
+            }
+        }
+        let is_other = |row: &u32| self.rows.binary_search(row).is_err();
+        let rows: Vec<u32> = (0..self.all.rows() as u32).filter(is_other).collect();
+        let (mut targets, mut read) = (Vec::new(), Vec::new());
+        let all = &self.all.targets;
+        for (target, (row, token)) in all.rows.iter().zip(&all.tokens).enumerate() {
+            if self.targets.binary_search(&(target as u32)).is_ok() {
+                continue;
+            }
+            targets.push(*token);
+            read.push(match self.rows.binary_search(row) {
+                Err(_) => {
+                    Read::Row(rows.binary_search(row).expect("every row is someone's") as u32)
+                }
+                Ok(own) => {
+                    let reader = self.own.targets.rows.iter().position(|row| *row == own as u32);
+                    Read::Target(reader.expect("see Packed::with_others"))
+                }
+            });
+        }
+        let mut needed: Vec<u32> = read
+            .iter()
+            .filter_map(|read| match read {
+                Read::Row(row) => Some(*row),
+                Read::Target(_) => None,
+            })
+            .collect();
+        needed.sort_unstable();
+        needed.dedup();
+        let tokens = rows.iter().map(|&row| self.all.tokens[row as usize]).collect();
+        Others { tokens, beside, targets, read, needed }
+    }
 }
 
 impl Packed {
@@ -86,11 +151,16 @@ impl Packed {
     /// with which it shares the prompt.
     ///
     /// # Panics
-    /// If an other's prompt is not that of its group.
+    /// If an other's prompt is not that of its group, or an other's first token is trained and its group has
+    /// none like it ([`Group::reads_prompt`]).
     pub fn with_others(groups: &[&Group], others: &[(usize, &Group)]) -> WithOthers {
         let mut joint: Vec<Group> = groups.iter().map(|&group| group.clone()).collect();
         for &(of, other) in others {
             assert_eq!(joint[of].prompt, other.prompt, "others share their group's prompt");
+            assert!(
+                groups[of].reads_prompt() || !other.reads_prompt(),
+                "a prompt's end that is not read"
+            );
             joint[of].branches.extend(other.branches.iter().cloned());
         }
         let all = Self::new(&joint.iter().collect::<Vec<_>>());
@@ -202,6 +272,39 @@ mod tests {
         assert_eq!(copies.targets.tokens, packed.targets.tokens);
         assert_eq!(copies.targets.rows, [1, 2, 7, 4, 6, 9, 12, 13]);
         assert_eq!(first.rows_alone() + second.rows_alone(), 2 * 4 + 3 + 5 + 1 + 2 + 3);
+    }
+
+    #[test]
+    fn others_have_rows_of_their_own() {
+        let own = Group { prompt: vec![1, 2], branches: vec![branch(&[10, 11], &[&[(0, 2)]])] };
+        let alone = Group { prompt: vec![], branches: vec![branch(&[50, 51], &[&[(1, 2)]])] };
+        let other = |tokens: &[u32], trained: &[(usize, usize)]| Group {
+            prompt: vec![1, 2],
+            branches: vec![branch(tokens, &[trained])],
+        };
+        let first = other(&[20, 21, 22], &[(0, 1), (2, 3)]);
+        let second = other(&[30], &[(0, 1)]);
+        let third = other(&[40, 41], &[(1, 2)]);
+        let batch = Packed::with_others(&[&alone, &own], &[(1, &first), (1, &second), (1, &third)]);
+        // Rows 0 and 1 2 | 3; of the others 0 1 | - | 2.
+        assert_eq!(batch.own.tokens, [50, 1, 2, 10]);
+        let others = batch.others();
+        assert_eq!(others.tokens, [20, 21, 40]);
+        assert_eq!(others.beside.positions, [2, 3, 2]);
+        let starts = others.beside.continuations.iter();
+        let starts: Vec<_> = starts.map(|c| (c.prompt_start, c.branch.start)).collect();
+        assert_eq!(starts, [(1, 0), (1, 2), (1, 2)]);
+        assert_eq!(others.targets, [20, 22, 30, 41]);
+        use Read::{Row, Target};
+        assert_eq!(others.read, [Target(1), Row(1), Target(1), Row(2)]);
+        assert_eq!(others.needed, [1, 2]);
+    }
+
+    #[test]
+    #[should_panic(expected = "a prompt's end that is not read")]
+    fn others_read_no_more_of_a_prompt_than_the_batch() {
+        let group = |trained| Group { prompt: vec![1], branches: vec![branch(&[2, 3], trained)] };
+        Packed::with_others(&[&group(&[&[(1, 2)]])], &[(0, &group(&[&[(0, 1)]]))]);
     }
 
     #[test]

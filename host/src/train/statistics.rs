@@ -163,7 +163,7 @@ pub fn early(sources: &[Source], plan: &Plan) -> Option<usize> {
 }
 
 /// The mismatched completions that go beside a micro-batch: those that continue the prompt of one of its
-/// groups, while all together have at most `room` rows.
+/// groups, and read nothing of it that the group does not read (see [`Packed::with_others`]), while all together have at most `room` rows.
 pub fn beside(
     sources: &[Source],
     rows: Rows,
@@ -188,11 +188,12 @@ pub fn beside(
         let of_group = next[source]..next[source] + responses;
         next[source] = of_group.end;
         let Some(group) = batch.iter().position(|&g| g == planned) else { continue };
-        let prompt = &sources[source].rows(rows)[item.row].group.prompt;
+        let own = &sources[source].rows(rows)[item.row].group;
         for index in of_group {
             let other = &mismatched[source].groups[index];
             let load = other.rows() - other.prompt.len();
-            if other.prompt == *prompt && load <= room {
+            let joins = other.prompt == own.prompt && (own.reads_prompt() || !other.reads_prompt());
+            if joins && load <= room {
                 room -= load;
                 beside.push(Beside { source, index, group });
             }

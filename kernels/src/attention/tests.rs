@@ -248,6 +248,44 @@ fn a_shared_prompt_equals_separate_texts() {
     }
 }
 
+/// A response beside a batch gets the bits that it has as a further branch of its group.
+#[test]
+fn beside_a_batch_is_as_within_it() {
+    let heads = Heads { heads: 4, kv_heads: 2, head_dim: 16 };
+    let layout = Layout::new(&[(23, vec![7, 140, 1]), (0, vec![9, 30]), (60, vec![33, 0])]);
+    let case = Case::new(layout.rows(), &heads);
+    for window in [None, Some(10)] {
+        let (mut beside, mut rows) = (Beside::default(), Vec::new());
+        for group in &layout.groups {
+            for branch in &group.branches[1..] {
+                beside.push(group, branch.len);
+                rows.extend(branch.start..branch.start + branch.len);
+            }
+        }
+        let pick = |x: &[f32], width: usize| -> Vec<f32> {
+            rows.iter().flat_map(|row| x[row * width..(row + 1) * width].to_vec()).collect()
+        };
+        let [q, k, v] = [
+            (&case.q, heads.query_width()),
+            (&case.k, heads.key_width()),
+            (&case.v, heads.key_width()),
+        ]
+        .map(|(x, width)| pick(x, width));
+        // Of the batch's own keys none but the prompts' may be read.
+        let mut own = [case.k.clone(), case.v.clone()];
+        for x in &mut own {
+            for group in &layout.groups {
+                let end = group.rows().end * heads.key_width();
+                x[(group.start + group.prompt_len) * heads.key_width()..end].fill(f32::NAN);
+            }
+        }
+        let mut out = poison(q.len());
+        let [prompt_k, prompt_v] = &own;
+        forward_beside(&q, &k, &v, [prompt_k, prompt_v], &beside, &heads, window, &mut out);
+        assert!(out == pick(&case.run(&layout, &heads, window).out, heads.query_width()));
+    }
+}
+
 #[test]
 fn the_same_call_twice_gives_the_same_bits() {
     let heads = Heads { heads: 6, kv_heads: 3, head_dim: 16 };

@@ -1,6 +1,6 @@
 //! Where a text's tokens lie in a packed batch, cut into blocks of queries and tiles of keys.
 
-use crate::layout::Group;
+use crate::layout::{Continuation, Group};
 use std::ops::Range;
 
 /// A text as attention sees it: a prompt that others may share, then rows of its own. The rows of
@@ -46,6 +46,12 @@ impl Text {
             own_len: branch.len,
         });
         std::iter::once(prompt).chain(branches)
+    }
+
+    /// A response that continues a prompt of another batch.
+    pub(super) fn continuing(continuation: &Continuation) -> Self {
+        let Continuation { prompt_start, prompt_len, branch } = *continuation;
+        Self { prompt_start, prompt_len, own_start: branch.start, own_len: branch.len }
     }
 
     /// A text whose `n` tokens are rows 0..n.
