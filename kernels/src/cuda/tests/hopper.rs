@@ -258,7 +258,7 @@ fn mistakes_are_said() {
         "tma_load: the cluster has 2 blocks, the mask is 4",
         "deadlock: of 256 threads",
         "setmaxnreg: from 255 registers to 248",
-        "setmaxnreg: from 255 registers to 256",
+        "named_barrier_sync: barrier 1 is waited for by",
         "wgmma: registers are not fenced (wgmma_fence) since the last wait",
         "does not begin where the swizzle's pattern does",
         "wgmma: swizzle mode 0 is not emulated",
