@@ -34,6 +34,7 @@ mod nvrtc;
 #[cfg(test)]
 mod registers;
 mod ring;
+mod tensor_map;
 #[cfg(test)]
 mod tests;
 
@@ -43,11 +44,13 @@ pub use emulator::Compiler;
 pub use error::{Error, Result};
 #[cfg(test)]
 pub(crate) use fault::Fault;
+pub use kernel::HOPPER;
 pub(crate) use kernel::TILE;
 pub use kernel::{Kernel, Source};
 pub use launch::{Args, Argument};
 pub use memory::{DeviceBuffer, DeviceSlice, Plain};
 pub use nvrtc::Nvrtc;
+pub use tensor_map::TensorMap;
 
 use std::sync::Arc;
 
@@ -119,7 +122,15 @@ impl Gpu {
     /// # Errors
     /// There is no C++ compiler.
     pub fn emulated(seed: u64) -> Result<Self> {
-        Ok(Self(Arc::new(Device::Emulator(emulator::Emulator::new(seed)?))))
+        Ok(Self(Arc::new(Device::Emulator(emulator::Emulator::new(seed, false)?))))
+    }
+
+    /// The emulated device with what only Hopper has.
+    ///
+    /// # Errors
+    /// As [`Gpu::emulated`].
+    pub fn emulated_hopper(seed: u64) -> Result<Self> {
+        Ok(Self(Arc::new(Device::Emulator(emulator::Emulator::new(seed, true)?))))
     }
 
     /// The emulated device, which puts every launch and every copy off until it is waited for: what relies on
@@ -128,7 +139,7 @@ impl Gpu {
     /// # Errors
     /// As [`Gpu::emulated`].
     pub fn emulated_late(seed: u64) -> Result<Self> {
-        let mut emulator = emulator::Emulator::new(seed)?;
+        let mut emulator = emulator::Emulator::new(seed, false)?;
         emulator.late = Some(late::Late::default());
         Ok(Self(Arc::new(Device::Emulator(emulator))))
     }
@@ -136,7 +147,17 @@ impl Gpu {
     /// The emulated device, compiling one source with a fault in it.
     #[cfg(test)]
     pub(crate) fn emulated_with_fault(seed: u64, fault: Fault) -> Result<Self> {
-        let mut emulator = emulator::Emulator::new(seed)?;
+        Self::emulated_faulty(emulator::Emulator::new(seed, false)?, fault)
+    }
+
+    /// The same with what only Hopper has.
+    #[cfg(test)]
+    pub(crate) fn emulated_hopper_with_fault(seed: u64, fault: Fault) -> Result<Self> {
+        Self::emulated_faulty(emulator::Emulator::new(seed, true)?, fault)
+    }
+
+    #[cfg(test)]
+    fn emulated_faulty(mut emulator: emulator::Emulator, fault: Fault) -> Result<Self> {
         emulator.fault = Some(fault);
         Ok(Self(Arc::new(Device::Emulator(emulator))))
     }
