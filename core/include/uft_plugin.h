@@ -9,12 +9,6 @@
 #include <stdio.h>
 #include <string.h>
 
-#if defined(__GNUC__)
-#define UFT_EXPORT __attribute__((visibility("default")))
-#else
-#define UFT_EXPORT
-#endif
-
 // The revision of this interface; `UftPlugin.revision`.
 #define UFT_C_REVISION 1
 

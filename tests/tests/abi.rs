@@ -5,9 +5,10 @@ use std::collections::BTreeMap;
 use std::fmt::Write;
 use uft_tests::root;
 
-/// The declarations of everything that crosses the border: name → source without comments.
+/// The declarations of everything that crosses the border: name → source without comments. Those of the
+/// border in C have names that begin with `Uft`, its constants are one.
 fn declarations() -> BTreeMap<String, String> {
-    let mut found = BTreeMap::new();
+    let mut found = in_c();
     let folder = std::fs::read_dir(root().join("core/src")).expect("the sources of uft-core");
     for path in folder.map(|entry| entry.expect("an entry").path()) {
         if path.extension().is_none_or(|e| e != "rs") {
@@ -21,6 +22,17 @@ fn declarations() -> BTreeMap<String, String> {
             assert!(found.insert(name.clone(), declaration).is_none(), "{name} is there twice");
         }
     }
+    found
+}
+
+fn in_c() -> BTreeMap<String, String> {
+    let path = root().join("core/src/c/declarations.rs");
+    let text = std::fs::read_to_string(path).expect("the declarations");
+    let lines: Vec<&str> = text.lines().filter(|l| !l.trim().starts_with("//")).collect();
+    let structs = lines.iter().enumerate().filter(|(_, line)| line.starts_with("#[repr(C)]"));
+    let mut found: BTreeMap<_, _> = structs.map(|(at, _)| declaration(&lines, at)).collect();
+    let constants = lines.iter().filter(|line| line.starts_with("pub const "));
+    found.insert("UFT_…".into(), constants.copied().collect::<Vec<_>>().join(" "));
     found
 }
 
@@ -63,6 +75,8 @@ fn what_is_frozen_is_as_the_page_says() {
     );
     let revision = format!("the ABI revision, now {}", uft_core::abi::ABI_REVISION);
     assert!(page.contains(&revision), "{revision}");
+    let revision = format!("the revision, now {}", uft_core::c::declarations::UFT_C_REVISION);
+    assert!(page.contains(&revision), "{revision}");
     let manifest = std::fs::read_to_string(root().join("Cargo.toml")).expect("the manifest");
     let pinned = manifest.lines().find(|line| line.starts_with("abi_stable = ")).expect("a pin");
     let version = pinned.split('"').nth(1).expect("a version").trim_start_matches('=');
@@ -89,12 +103,26 @@ fn a_change_of_a_declaration_is_seen_and_one_of_a_comment_is_not() {
     assert_ne!(declaration(&other, 1).1, before);
     // Every kind of declaration is found.
     let found = declarations();
-    for name in ["PluginModule", "ObjectiveAbi", "Batch", "Kind", "Needs", "ParamDoc", "Extension"]
-    {
+    for name in [
+        "PluginModule",
+        "ObjectiveAbi",
+        "Batch",
+        "Kind",
+        "Needs",
+        "ParamDoc",
+        "Extension",
+        "UftObjective",
+        "UftStep",
+        "UFT_…",
+    ] {
         assert!(found.contains_key(name), "{name} in {:?}", found.keys());
     }
     assert!(
         found["ObjectiveAbi"]
             .ends_with("fn load_state(&mut self, state: RSlice<'_, u8>) -> RResult<(), Fault>; }")
     );
+    assert!(found["UftValue"].ends_with("pub number: f64, pub text: *const c_char, }"));
+    assert!(found["UftPlugin"].ends_with("pub objective_count: u64, }"));
+    assert_eq!(found.keys().filter(|name| name.starts_with("Uft")).count(), 11);
+    assert!(found["UFT_…"].contains("pub const UFT_NEEDS_STATE: u64 = 128;"));
 }

@@ -58,7 +58,8 @@ fn its_numbers_are_those_of_the_plugin_in_rust() {
     c::build(DPO, dir.path(), &[]);
     for beta in [0.03, 0.1, 2.0] {
         for (index, step) in steps().iter().enumerate() {
-            let mut run = |name| step.run(&mut objective(&mut registry, name, beta)).expect("numbers");
+            let mut run =
+                |name| step.run(&mut objective(&mut registry, name, beta)).expect("numbers");
             let (c, rust) = (run("dpo-in-c"), run("una-pairwise"));
             // A sum of some terms, each rounded a few times.
             let near = 64.0 * f64::EPSILON;
@@ -92,36 +93,34 @@ fn it_is_listed_and_checked_and_trains_the_quickstarts_model() {
     let report = succeed(UFT, &["plugin", "check", "dpo-in-c", "--plugin-dir", text(dir.path())]);
     assert_eq!(report.matches("  ok    ").count(), 10, "{report}");
 
-    // The same run with both plugins: the adapters may differ in last bits, the losses hardly.
-    let train = |objective: &str| {
-        let output = dir.path().join(objective);
+    let run = |objective: &str| {
         let run = format!(
             "[model]\npath = \"{0}/base\"\n[plugins]\ndirs = [\"{1}\"]\n[[data]]\nname = \"pairs\"\n\
              files = [\"{0}/data/pairs.jsonl\"]\nadapter = \"preferences\"\n\
              objective = {{ plugin = \"{objective}\", beta = 0.05 }}\n\
-             [train]\noutput = \"{2}\"\nsteps = 12\nbatch = 8\nlr = 2e-3\nthreads = 2\n",
+             [train]\noutput = \"{1}/{objective}\"\nsteps = 12\nbatch = 8\nlr = 2e-3\nthreads = 2\n",
             root().join("examples").display(),
             dir.path().display(),
-            output.display(),
         );
         let path = dir.path().join(format!("{objective}.toml"));
         std::fs::write(&path, run).expect("written");
-        succeed(UFT, &["train", text(&path)]);
-        let metrics = std::fs::read_to_string(output.join("metrics.jsonl")).expect("metrics");
-        (lines(&metrics), tensors(&output.join("adapter_model.safetensors")))
+        path
     };
-    let ((c, c_adapter), (rust, rust_adapter)) = (train("dpo-in-c"), train("una-pairwise"));
-    assert_eq!(c.len(), 12);
-    let number = |step: &serde_json::Value, key: &str| step[key].as_f64().expect("a number");
-    assert!(number(&c[11], "loss") < 0.9 * number(&c[0], "loss"), "it learns");
-    for (c, rust) in c.iter().zip(&rust) {
-        for key in ["loss", "grad_norm", "rewards/margins", "rewards/accuracies"] {
-            let (c, rust) = (number(c, key), number(rust, key));
-            assert!((c - rust).abs() <= 1e-4 * rust.abs().max(0.1), "{key}: {c} and {rust}");
-        }
-    }
-    let names = |tensors: &[(String, Vec<f32>)]| -> Vec<String> {
-        tensors.iter().map(|(name, _)| name.clone()).collect()
+    succeed(UFT, &["train", text(&run("dpo-in-c"))]);
+    let output = dir.path().join("dpo-in-c");
+    let metrics = lines(&std::fs::read_to_string(output.join("metrics.jsonl")).expect("metrics"));
+    assert_eq!(metrics.len(), 12);
+    let loss = |step: usize| metrics[step]["loss"].as_f64().expect("a number");
+    // Policy and reference are equal at first, so every pair's loss is log 2.
+    assert!((loss(0) - std::f64::consts::LN_2).abs() <= 8.0 * f64::EPSILON, "{}", loss(0));
+    assert!(loss(11) < 0.9 * loss(0), "it learns: {metrics:?}");
+    assert!(output.join("adapter_model.safetensors").is_file());
+
+    // The first step's gradient of the adapter: every slope is -beta/2 over the pairs, in both.
+    let gradient = |objective: &str| {
+        let out = dir.path().join(format!("{objective}.safetensors"));
+        succeed(UFT, &["grad", text(&run(objective)), "--out", text(&out)]);
+        tensors(&out)
     };
-    assert_eq!(names(&c_adapter), names(&rust_adapter));
+    assert_eq!(gradient("dpo-in-c"), gradient("una-pairwise"));
 }

@@ -45,10 +45,14 @@ impl Library {
         }
         let at = offset_of!(UftPlugin, size);
         // SAFETY: as above.
-        let table = unsafe { read::sized(table, at, PLUGIN) }.map_err(|e| format!("its table {e}"))?;
+        let table =
+            unsafe { read::sized(table, at, PLUGIN) }.map_err(|e| format!("its table {e}"))?;
         let count = table.objective_count;
-        if count == 0 || count > MOST || table.objectives.is_null() {
-            return Err(format!("its table has {count} objectives at {:?}", table.objectives));
+        if table.objectives.is_null() {
+            return Err("its table's `objectives` is NULL".into());
+        }
+        if count == 0 || count > MOST {
+            return Err(format!("its table has {count} objectives, not from 1 to {MOST}"));
         }
         let objective = |index: usize| {
             // SAFETY: as above.
@@ -101,8 +105,11 @@ unsafe fn objective(from: *const UftObjective) -> Result<Objective, String> {
     let of = |why: String| format!("`{name}`: {why}");
     let about = text("about", table.about).map_err(of)?;
     let count = u64::from(table.param_count);
-    if count > MOST || (count > 0 && table.params.is_null()) {
-        return Err(of(format!("it has {count} parameters at {:?}", table.params)));
+    if count > MOST {
+        return Err(of(format!("it has {count} parameters, more than {MOST}")));
+    }
+    if count > 0 && table.params.is_null() {
+        return Err(of(format!("it has {count} parameters, but `params` is NULL")));
     }
     let mut params = Vec::<Param>::new();
     for index in 0..count as usize {
@@ -121,7 +128,8 @@ unsafe fn objective(from: *const UftObjective) -> Result<Objective, String> {
     let state = table.save_state.zip(table.load_state);
     if state.is_some() != needs.contains(Needs::STATE) {
         return Err(of(
-            "with UFT_NEEDS_STATE it has to have `save_state` and `load_state`, without it neither".into(),
+            "with UFT_NEEDS_STATE it has to have `save_state` and `load_state`, without it neither"
+                .into(),
         ));
     }
     let (destroy, begin_step) = (table.destroy, table.begin_step);

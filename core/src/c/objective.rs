@@ -34,12 +34,8 @@ pub(super) struct Objective {
 type Create = unsafe extern "C" fn(*const UftValue, *mut UftFault) -> *mut c_void;
 type Destroy = unsafe extern "C" fn(*mut c_void);
 type BeginStep = unsafe extern "C" fn(*mut c_void, *const UftStep, *mut UftFault) -> i32;
-type Evaluate = unsafe extern "C" fn(
-    *const c_void,
-    *const UftBatch,
-    *mut UftEvaluation,
-    *mut UftFault,
-) -> i32;
+type Evaluate =
+    unsafe extern "C" fn(*const c_void, *const UftBatch, *mut UftEvaluation, *mut UftFault) -> i32;
 type SaveState = unsafe extern "C" fn(*const c_void, *mut c_void, u64) -> u64;
 type LoadState = unsafe extern "C" fn(*mut c_void, *const c_void, u64, *mut UftFault) -> i32;
 
@@ -129,7 +125,9 @@ impl ObjectiveAbi for Made {
         let Some((_, load)) = self.of.functions.state else {
             return match state.is_empty() {
                 true => RResult::ROk(()),
-                false => RResult::RErr(Fault::evaluation(format!("`{}` keeps no state", self.of.name))),
+                false => {
+                    RResult::RErr(Fault::evaluation(format!("`{}` keeps no state", self.of.name)))
+                }
             };
         };
         let (bytes, length) = (state.as_ptr().cast(), state.len() as u64);
@@ -176,7 +174,8 @@ impl Made {
         };
         let unwritten = UftMetric { name: [0; 64], sum: f64::NAN, count: f64::NAN };
         let mut gradient = Edged::new(dlogp.len(), f32::NAN, EDGE);
-        let mut metrics = Edged::new(METRICS, unwritten, UftMetric { sum: f64::INFINITY, ..unwritten });
+        let mut metrics =
+            Edged::new(METRICS, unwritten, UftMetric { sum: f64::INFINITY, ..unwritten });
         let mut out = UftEvaluation {
             size: size_of::<UftEvaluation>() as u32,
             metric_count: 0,
@@ -213,7 +212,8 @@ impl Made {
             Some(Ok(name)) if !name.is_empty() => {
                 if metric.sum.is_nan() || metric.count.is_nan() || metric.count <= 0.0 {
                     let (sum, count) = (metric.sum, metric.count);
-                    return self.broken(format!("gives `{name}` as {sum} over {count} observations"));
+                    return self
+                        .broken(format!("gives `{name}` as {sum} over {count} observations"));
                 }
                 Ok(Metric { name: name.into(), sum: metric.sum, count: metric.count })
             }

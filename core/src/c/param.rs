@@ -34,9 +34,8 @@ impl Param {
     /// The texts are null or end with a zero byte.
     pub unsafe fn new(table: &UftParam) -> Result<Self, String> {
         // SAFETY: the caller's promise.
-        let text = |what: &str, from| {
-            unsafe { read::text(from) }.map_err(|why| format!("`{what}` {why}"))
-        };
+        let text =
+            |what: &str, from| unsafe { read::text(from) }.map_err(|why| format!("`{what}` {why}"));
         let name = text("name", table.name)?;
         if name.is_empty() {
             return Err("`name` is empty".into());
@@ -44,14 +43,21 @@ impl Param {
         let of = |why: String| format!("`{name}`: {why}");
         let number = |bound: Bound| match bound.holds(table.number) {
             true => Ok(Kind::Number(table.number, bound)),
-            false => Err(of(format!("its default must be {}, not {}", bound.words(), table.number))),
+            false => {
+                Err(of(format!("its default must be {}, not {}", bound.words(), table.number)))
+            }
         };
         let kind = match table.kind {
             UFT_NUMBER => number(Bound::Finite)?,
             UFT_POSITIVE => number(Bound::Positive)?,
             UFT_NOT_NEGATIVE => number(Bound::NotNegative)?,
             UFT_WITHIN => number(Bound::Within(table.low, table.high))?,
-            UFT_FLAG => Kind::Flag(table.number != 0.0),
+            UFT_FLAG if table.number == 0.0 || table.number == 1.0 => {
+                Kind::Flag(table.number == 1.0)
+            }
+            UFT_FLAG => {
+                return Err(of(format!("its default must be 0 or 1, not {}", table.number)));
+            }
             UFT_CHOICE => {
                 let words: &'static str = text("words", table.words).map_err(of)?.leak();
                 let words: Vec<&str> = words.split('|').collect();

@@ -81,7 +81,10 @@ fn a_struct_is_read_as_far_as_both_sides_know_it() {
         assert_eq!((seen.plugin.objective_count, seen.appended), (3, 0));
         let cut = read::sized(&plugin(8), at, smallest).err().unwrap();
         assert!(cut.starts_with("has a size of 8 bytes, less than the 24 of revision 1"), "{cut}");
-        assert_eq!(read::sized::<UftPlugin>(std::ptr::null(), at, smallest).err().unwrap(), "is NULL");
+        assert_eq!(
+            read::sized::<UftPlugin>(std::ptr::null(), at, smallest).err().unwrap(),
+            "is NULL"
+        );
     }
 }
 

@@ -76,7 +76,9 @@ mod imp {
 }
 
 #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
-compile_error!("the registers of floating-point arithmetic of this processor are not written down here");
+compile_error!(
+    "the registers of floating-point arithmetic of this processor are not written down here"
+);
 
 #[cfg(all(test, target_arch = "x86_64"))]
 mod tests {

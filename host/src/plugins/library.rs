@@ -99,7 +99,9 @@ impl Library {
             // SAFETY: the library stays; for the rest its author stands.
             let read = kept(|| unsafe { c::Library::open(*table) });
             let module = Module::C(Box::leak(Box::new(read.map_err(|why| {
-                fail(format!("{why}; build it with this host's uft_plugin.h, or report it to its author"))
+                fail(format!(
+                    "{why}; build it with this host's uft_plugin.h, or report it to its author"
+                ))
             })?)));
             return Ok(Self { path: path.to_owned(), module, entries: module.entries() });
         }

@@ -160,7 +160,9 @@ impl Objective {
     /// # Errors
     /// If the plugin fails.
     pub fn load_state(&mut self, state: &[u8]) -> Result<()> {
-        kept(|| self.object.load_state(state.into())).into_result().map_err(|f| fault(&self.name, &f))
+        kept(|| self.object.load_state(state.into()))
+            .into_result()
+            .map_err(|f| fault(&self.name, &f))
     }
 }
 
