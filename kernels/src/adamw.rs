@@ -37,6 +37,21 @@ pub struct AdamW {
     pub grad_scale: f64,
 }
 
+impl Default for AdamW {
+    /// PyTorch's, before the first update.
+    fn default() -> Self {
+        Self {
+            lr: 1e-3,
+            beta1: 0.9,
+            beta2: 0.999,
+            eps: 1e-8,
+            weight_decay: 0.01,
+            step: 0,
+            grad_scale: 1.0,
+        }
+    }
+}
+
 /// Factors of one update, rounded to the arrays' precision.
 #[derive(Clone, Copy)]
 struct Factors {

@@ -3,6 +3,8 @@
 
 use std::path::Path;
 use std::process::Output;
+use uft::config::Config;
+use uft::train::{setup::Run, train};
 use uft_tests::mixed::{assert_same, copy, finished, temporary};
 use uft_tests::{command, golden, lines, tensors};
 
@@ -167,6 +169,29 @@ reference = "previous"
     assert_same(&whole, &finished(&other.join("out")), "from checkpoint-3");
 }
 
+/// In this process, to see what the device was asked for.
+#[test]
+fn nothing_is_allocated_or_compiled_after_the_first_step() {
+    let made = |steps: u32| {
+        let (_guard, dir) = temporary();
+        let path = write_run(&dir);
+        let set = [format!("train.steps={steps}")];
+        let config = Config::load(Path::new(&path), &set).expect("a configuration");
+        let mut run = Run::prepare(config).expect("a run");
+        let before = run.model.made();
+        train(&mut run, false).expect("the run ends");
+        assert_eq!(run.model.activations().max(run.memory.activations), run.memory.activations);
+        (before, run.model.made())
+    };
+    let (before, one) = made(1);
+    assert_eq!(before.1, one.1, "every kernel is compiled before the first step");
+    assert!(
+        before.0 < one.0,
+        "gradients and moments are allocated by the stage, so counting works"
+    );
+    assert_eq!(one, made(4).1);
+}
+
 #[test]
 fn a_gradient_that_is_not_finite_stops_with_the_rows_of_its_micro_batch() {
     let (_guard, dir) = temporary();
@@ -209,9 +234,22 @@ fn check_and_grad_agree_with_the_processor_and_the_plan_is_of_the_gpu() {
     };
     let all = total(&checked);
     let memory = |share: f64| format!("train.memory={}", share * all / 1024.0);
-    let less = succeed(&["check", &run, "--set", &memory(0.97)]);
-    assert!(less.contains("of 2 layers computed again on the way back"), "{less}");
-    assert!(total(&less) < all, "{less}");
+    // With less and less, first gate and up alone are computed again, then whole layers.
+    let plans: Vec<String> = (10..40)
+        .map(|part| all * f64::from(50 - part) / 40.0 / 1024.0)
+        .map(|gib| uft(&["check", &run, "--gpu", &gib.to_string()]))
+        .filter(|output| output.status.success())
+        .map(|output| String::from_utf8(output.stdout).expect("stdout is text"))
+        .collect();
+    let first = |what: &str| plans.iter().position(|plan| plan.contains(what)).expect(what);
+    let levels = [
+        "no layer computed again",
+        "1 of 2 layers computed again on the way back, of 1 gate and up alone",
+        "2 of 2 layers computed again on the way back, of 2 gate and up alone",
+        "2 of 2 layers computed again on the way back, of 1 gate and up alone",
+    ];
+    let found = levels.map(first);
+    assert!(found.is_sorted() && found[0] < found[3], "{found:?}: {plans:?}");
     let refused = fail(7, &["check", &run, "--set", &memory(0.2)]);
     assert!(refused.contains("of the GPU's memory"), "{refused}");
 

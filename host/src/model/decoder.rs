@@ -43,21 +43,29 @@ pub struct Options {
     /// Of the layers that the way back reaches, so many of the lowest keep only their input and are
     /// computed again on the way back, bit for bit.
     pub recomputed_layers: usize,
+    /// On a GPU, so many of the layers above those keep all but gate and up, the largest part of their memory,
+    /// which are computed again alone, bit for bit.
+    pub recomputed_gates: usize,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { fused_log_probs: true, skipped_gradients: true, recomputed_layers: 0 }
+        Self {
+            fused_log_probs: true,
+            skipped_gradients: true,
+            recomputed_layers: 0,
+            recomputed_gates: 0,
+        }
     }
 }
 
 impl Options {
-    /// Everything but what is switched off.
-    pub fn new(without: &[Gain], recomputed_layers: usize) -> Self {
+    /// Everything but what is switched off, and nothing computed again.
+    pub fn new(without: &[Gain]) -> Self {
         Self {
             fused_log_probs: !without.contains(&Gain::FusedLogProbs),
             skipped_gradients: !without.contains(&Gain::SkippedGradients),
-            recomputed_layers,
+            ..Self::default()
         }
     }
 

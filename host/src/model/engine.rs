@@ -9,6 +9,7 @@ use super::packed::{Packed, WithOthers};
 use super::trained::{Adapters, Gradients};
 use crate::Result;
 use std::path::Path;
+use uft_kernels::cuda::Kernel;
 
 /// A decoder with its frozen weights where it computes.
 pub enum Model {
@@ -60,11 +61,17 @@ impl Model {
     }
 
     /// Says how to compute, and sets memory aside for `bytes` of activations of texts of at most `positions`
-    /// tokens, so that they lie in one piece.
+    /// tokens, so that they lie in one piece. A GPU's kernels are compiled.
     ///
     /// # Errors
-    /// The device has no such memory left.
-    pub fn prepare(&mut self, options: Options, bytes: usize, positions: usize) -> Result<()> {
+    /// The device has no such memory left, or a kernel does not compile.
+    pub fn prepare(
+        &mut self,
+        options: Options,
+        bytes: usize,
+        positions: usize,
+        kernels: &[Kernel],
+    ) -> Result<()> {
         match self {
             Self::Cpu(model) => {
                 model.options = options;
@@ -73,8 +80,16 @@ impl Model {
             }
             Self::Cuda(model) => {
                 model.options = options;
-                model.reserve(bytes, positions)
+                model.reserve(bytes, positions, kernels)
             }
+        }
+    }
+
+    /// Allocations on the GPU and modules loaded so far: none after a run's first step.
+    pub fn made(&self) -> (usize, usize) {
+        match self {
+            Self::Cpu(_) => (0, 0),
+            Self::Cuda(model) => model.gpu().made(),
         }
     }
 

@@ -15,6 +15,7 @@ use super::targets::{Projection, Site};
 use crate::Result;
 use std::ops::Add;
 use std::path::Path;
+use uft_kernels::attention::Heads;
 use uft_kernels::logprob::Chunk;
 
 /// What of a micro-batch decides its memory. Those of groups packed together add up.
@@ -28,17 +29,32 @@ pub struct Size {
     pub targets: usize,
     /// Rows of the longest group.
     pub longest: usize,
+    /// Numbers of attention's tables on a device.
+    pub tables: usize,
 }
 
 impl Size {
-    pub fn of(packed: &Packed) -> Self {
+    pub fn of(packed: &Packed, heads: &Heads) -> Self {
         let longest = packed.layout.groups.iter().map(|group| group.rows().len()).max();
         Self {
             rows: packed.rows(),
             needed: NeededRows::of(&packed.targets).rows.len(),
             targets: packed.targets.rows.len(),
             longest: longest.unwrap_or(0),
+            tables: packed.tables(heads),
         }
+    }
+
+    /// This one and smaller ones, each half as large as the one before, down to a row.
+    pub fn halves(&self) -> impl Iterator<Item = Self> + use<> {
+        let half = |size: &Self| {
+            let half = |n: usize| n.div_ceil(2);
+            let &Self { rows, needed, targets, longest, tables } = size;
+            let (rows, needed, targets) = (half(rows), half(needed), half(targets));
+            let smaller = Self { rows, needed, targets, longest: longest.min(rows), tables };
+            (smaller != *size).then_some(smaller)
+        };
+        std::iter::successors(Some(*self), half)
     }
 
     /// Whether another is at least as large in every way.
@@ -47,6 +63,7 @@ impl Size {
             && self.needed <= other.needed
             && self.targets <= other.targets
             && self.longest <= other.longest
+            && self.tables <= other.tables
     }
 }
 
@@ -59,6 +76,7 @@ impl Add for Size {
             needed: self.needed + other.needed,
             targets: self.targets + other.targets,
             longest: self.longest.max(other.longest),
+            tables: self.tables + other.tables,
         }
     }
 }
@@ -151,6 +169,7 @@ impl<'a> Shadow<'a> {
             needed: all.needed - own.needed,
             targets: all.targets - own.targets,
             longest: all.longest,
+            tables: all.tables,
         });
         let own = self.widened(own);
         let (pool, h) = (&self.pool, self.config.hidden);

@@ -2,6 +2,7 @@
 
 use crate::group::Group;
 use std::ops::Range;
+use uft_kernels::attention::{self, Heads};
 use uft_kernels::layout::{Beside, Layout};
 
 /// T rows of tokens with their layout, and M targets.
@@ -11,6 +12,9 @@ pub struct Packed {
     pub tokens: Vec<u32>,
     pub layout: Layout,
     pub targets: Targets,
+    /// Numbers of attention's tables on a device where they are not those of the layout: of a batch that stands for
+    /// others in a plan.
+    pub tables: Option<usize>,
 }
 
 /// What the log-probs are of: hidden row `rows[i]` predicts `tokens[i]`. A prompt's last row
@@ -137,7 +141,7 @@ impl Packed {
                 }
             }
         }
-        Self { tokens, layout, targets }
+        Self { tokens, layout, targets, tables: None }
     }
 
     /// As [`Self::new`] with a copy of the prompt for every branch: the same targets in the same order, in
@@ -188,12 +192,17 @@ impl Packed {
     /// One text without branches, nothing trained: a prompt to be continued.
     pub fn prompt(tokens: &[u32]) -> Self {
         let layout = Layout::new(&[(tokens.len(), Vec::new())]);
-        Self { tokens: tokens.to_vec(), layout, targets: Targets::default() }
+        Self { tokens: tokens.to_vec(), layout, targets: Targets::default(), tables: None }
     }
 
     /// T.
     pub fn rows(&self) -> usize {
         self.tokens.len()
+    }
+
+    /// Numbers that attention's tables have at most, for layers with one window.
+    pub fn tables(&self, heads: &Heads) -> usize {
+        self.tables.unwrap_or_else(|| attention::cuda::most_numbers(&self.layout, heads))
     }
 }
 

@@ -182,6 +182,7 @@ impl Running<'_> {
         (0..position.step).for_each(|_| drop(order.batch(settings.batch)));
         let mut grads = Gradients::zeros(&run.adapters)?;
         let mut progress = Progress::new(self.stage.name.as_deref(), position.step, steps);
+        let mut made = None;
 
         if let Err(why) = self.known.verify(&run.model, self.reference.as_ref(), &run.sources) {
             return Err(self.leave(run, position, logs, why));
@@ -229,6 +230,15 @@ impl Running<'_> {
             position.seconds += seconds;
             logs.step(self.line(run, position, &outcome, lr, seconds))?;
             progress.step(&outcome);
+            let now = run.model.made();
+            if *made.get_or_insert(now) != now {
+                made = Some(now);
+                log::warn!(
+                    "step {}: more of the GPU's memory or other kernels than were planned; it goes on, but please \
+                     report it with the output of `uft check`",
+                    position.steps
+                );
+            }
         }
         progress.finish();
         Ok(())

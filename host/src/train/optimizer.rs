@@ -21,13 +21,11 @@ impl Optimizer {
     /// The device has no memory left.
     pub fn new(train: &TrainSection, adapters: &Adapters) -> Result<Self> {
         let settings = adamw::AdamW {
-            lr: 0.0,
             beta1: train.beta1,
             beta2: train.beta2,
             eps: train.eps,
             weight_decay: train.weight_decay,
-            step: 0,
-            grad_scale: 1.0,
+            ..adamw::AdamW::default()
         };
         Ok(Self { settings, clip: train.clip, moments: Moments::zeros(adapters)? })
     }

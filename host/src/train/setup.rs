@@ -7,7 +7,7 @@ use crate::config::{Reference, Targets as ConfigTargets};
 use crate::data::{Item, Order, Source};
 use crate::model::memory::Weights;
 use crate::model::targets::{Patterns, Targets};
-use crate::model::{Adapters, Device, Lora, LoraConfig, Model, ModelConfig, Options, peft};
+use crate::model::{Adapters, Device, Lora, LoraConfig, Model, ModelConfig, peft};
 use crate::plugins::Registry;
 use crate::text::Text;
 use crate::{Error, ErrorKind, Result};
@@ -52,8 +52,7 @@ impl Run {
         let memory = material.memory(&device, weights)?;
         let mut model = Model::load(&material.dir, &device)?;
         let Material { config, text, registry, sources, lora, .. } = material;
-        let options = Options::new(&config.train.without, memory.recomputed_layers);
-        model.prepare(options, memory.activations, memory.positions)?;
+        model.prepare(memory.options, memory.activations, memory.positions, &memory.kernels)?;
         let adapters = model.place(lora)?;
         let libraries = registry.paths().map(Path::to_owned).collect();
         let device = device.name();

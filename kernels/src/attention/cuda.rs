@@ -6,7 +6,7 @@
 mod schedule;
 mod tiling;
 
-pub use schedule::Schedule;
+pub use schedule::{Schedule, most_numbers};
 
 use super::Heads;
 use crate::args;

@@ -1,13 +1,15 @@
 //! The device that computes nothing and holds nothing: going through a step on it finds out beforehand how
 //! much memory the step takes on a real one, since it is the very same code that goes through.
 
-use super::Properties;
+use super::{Kernel, Properties};
 use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 pub(super) struct Counter {
     pub properties: Properties,
     memory: Mutex<Memory>,
+    /// Each once.
+    launched: Mutex<Vec<Kernel>>,
 }
 
 #[derive(Default)]
@@ -25,7 +27,7 @@ const ALIGNMENT: u64 = 256;
 
 impl Counter {
     pub fn new(properties: Properties) -> Self {
-        Self { properties, memory: Mutex::default() }
+        Self { properties, memory: Mutex::default(), launched: Mutex::default() }
     }
 
     pub fn allocate(&self, bytes: usize) -> u64 {
@@ -42,6 +44,17 @@ impl Counter {
     pub fn free(&self, address: u64) {
         let memory = &mut *self.memory();
         memory.bytes -= memory.held.remove(&address).unwrap_or(0);
+    }
+
+    pub fn launch(&self, kernel: &Kernel) {
+        let mut launched = self.launched.lock().unwrap_or_else(PoisonError::into_inner);
+        if !launched.contains(kernel) {
+            launched.push(*kernel);
+        }
+    }
+
+    pub fn launched(&self) -> Vec<Kernel> {
+        self.launched.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Most bytes that were held at a time.

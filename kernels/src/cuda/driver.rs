@@ -8,9 +8,11 @@ use super::ring::Ring;
 use super::tensor_map::{Encoded, Layout};
 use super::{Error, Properties, Result};
 use cudarc::driver::{DriverError, result, sys};
+use rayon::prelude::*;
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::ffi::{CString, c_void};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 use sys::CUdevice_attribute_enum as Attribute;
 
@@ -32,6 +34,7 @@ pub(super) struct Driver {
     nvrtc: &'static Nvrtc,
     driver_version: i32,
     pub properties: Properties,
+    allocated: AtomicUsize,
     modules: Mutex<HashMap<ModuleKey, LoadedModule>>,
 }
 
@@ -147,8 +150,18 @@ impl Driver {
         // SAFETY: the memory is there until the driver is dropped, and nobody else's.
         let ring = unsafe { Ring::new(ring.cast(), RING) };
         let uploads = Mutex::new(Uploads { ring, events: Vec::new() });
-        let modules = Mutex::default();
-        Ok(Self { device, context, stream, uploads, nvrtc, driver_version, properties, modules })
+        let (allocated, modules) = (AtomicUsize::new(0), Mutex::default());
+        Ok(Self {
+            device,
+            context,
+            stream,
+            uploads,
+            nvrtc,
+            driver_version,
+            properties,
+            allocated,
+            modules,
+        })
     }
 
     /// The architecture that cubins are made for; `a` gives all instructions of exactly this one.
@@ -165,6 +178,7 @@ impl Driver {
 
     pub fn allocate(&self, bytes: usize) -> Result<u64> {
         self.enter()?;
+        self.allocated.fetch_add(1, Ordering::Relaxed);
         // SAFETY: given back by `free`.
         unsafe { result::malloc_sync(bytes.max(1)) }.map_err(|e| match e.0 {
             sys::cudaError_enum::CUDA_ERROR_OUT_OF_MEMORY => {
@@ -287,6 +301,21 @@ impl Driver {
             )
         };
         launched.map_err(|e| failed(&format!("launch of {}", kernel.name), e))
+    }
+
+    /// Allocations, and modules loaded.
+    pub fn made(&self) -> (usize, usize) {
+        let modules = self.modules.lock().unwrap_or_else(PoisonError::into_inner).len();
+        (self.allocated.load(Ordering::Relaxed), modules)
+    }
+
+    pub fn prepare(&self, kernels: &[Kernel]) -> Result<()> {
+        let architecture = self.architecture();
+        let compile =
+            |kernel: &Kernel| self.nvrtc.cached(&kernel.module(), &architecture).map(drop);
+        kernels.par_iter().try_for_each(compile)?;
+        self.enter()?;
+        kernels.iter().try_for_each(|kernel| self.function(kernel).map(drop))
     }
 
     fn function(&self, kernel: &Kernel) -> Result<Function> {

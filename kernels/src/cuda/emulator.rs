@@ -11,9 +11,9 @@ use libloading::Library;
 use rayon::prelude::*;
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::{CStr, OsString, c_char, c_void};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::atomic::AtomicPtr;
+use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 /// What an A100 allows a block, and an H100.
@@ -37,6 +37,7 @@ pub(super) struct Emulator {
     /// The ring's.
     _ring: Box<[u8]>,
     memory: Mutex<BTreeMap<u64, Guarded>>,
+    allocated: AtomicUsize,
     modules: Mutex<HashMap<ModuleKey, Loaded>>,
     #[cfg(test)]
     pub fault: Option<super::Fault>,
@@ -160,7 +161,7 @@ impl Compiler {
         Err(Error::Failed(format!("{}: {}", module.source.name, said.trim_end())))
     }
 
-    fn cached(&self, module: &Module) -> Result<std::path::PathBuf> {
+    fn cached(&self, module: &Module) -> Result<PathBuf> {
         let text = module.text();
         let parts = [self.version.as_bytes(), OPTIONS.as_bytes(), text.as_bytes()];
         cache::get_or_make(module.stem(), &parts, "so", |path| self.compile(module, path))
@@ -194,6 +195,7 @@ impl Emulator {
             uploads,
             _ring: ring,
             memory,
+            allocated: AtomicUsize::new(0),
             modules,
             #[cfg(test)]
             fault: None,
@@ -201,6 +203,18 @@ impl Emulator {
     }
 
     pub fn allocate(&self, bytes: usize) -> Result<u64> {
+        self.allocated.fetch_add(1, Ordering::Relaxed);
+        self.place(bytes)
+    }
+
+    /// Allocations, and modules loaded.
+    pub fn made(&self) -> (usize, usize) {
+        let modules = self.modules.lock().unwrap_or_else(PoisonError::into_inner).len();
+        (self.allocated.load(Ordering::Relaxed), modules)
+    }
+
+    /// Memory with guards around it.
+    pub fn place(&self, bytes: usize) -> Result<u64> {
         let memory = Guarded::new(bytes)?;
         let address = memory.address();
         self.allocations().insert(address, memory);
@@ -291,15 +305,24 @@ impl Emulator {
         self.check_overruns(&kernel, args)
     }
 
+    pub fn prepare(&self, kernels: &[Kernel]) -> Result<()> {
+        let compile = |kernel: &Kernel| self.compiled(&kernel.module()).map(drop);
+        kernels.par_iter().try_for_each(compile)?;
+        kernels.iter().try_for_each(|kernel| self.load(&kernel.module()).map(drop))
+    }
+
+    fn compiled(&self, module: &Module) -> Result<PathBuf> {
+        #[cfg(test)]
+        let module = &super::Fault::planted(self.fault.as_ref(), module);
+        self.compiler.cached(module)
+    }
+
     fn load(&self, module: &Module) -> Result<Loaded> {
         let mut modules = self.modules.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(loaded) = modules.get(&module.key()) {
             return Ok(*loaded);
         }
-        #[cfg(not(test))]
-        let path = self.compiler.cached(module)?;
-        #[cfg(test)]
-        let path = self.compiler.cached(&super::Fault::planted(self.fault.as_ref(), module))?;
+        let path = self.compiled(module)?;
         let failed = |e: libloading::Error| Error::Failed(format!("{}: {e}", path.display()));
         // SAFETY: compiled from sources that are part of this program; loading it runs nothing of note.
         let loaded = unsafe {

@@ -35,6 +35,12 @@ pub const HOPPER: [(&str, &str); 2] = [
 /// For sources that work at tiles, or at eight numbers at a time.
 pub(crate) const TILE: (&str, &str) = ("tile.cuh", include_str!("tile.cuh"));
 
+impl PartialEq for Kernel {
+    fn eq(&self, other: &Self) -> bool {
+        self.name == other.name && self.module().key() == other.module().key()
+    }
+}
+
 impl Kernel {
     pub const fn new(source: &'static Source, name: &'static str, threads: u32) -> Self {
         Self { source, name, threads, defines: [None; 8] }

@@ -177,6 +177,36 @@ impl Gpu {
         }
     }
 
+    /// Of a device that counts: every kernel that was launched, for [`Gpu::prepare`] of another.
+    pub fn launched(&self) -> Vec<Kernel> {
+        match &*self.0 {
+            Device::Counter(device) => device.launched(),
+            _ => Vec::new(),
+        }
+    }
+
+    /// Compiles kernels, several at a time, and loads them, so that no launch has to.
+    ///
+    /// # Errors
+    /// A kernel does not compile or load.
+    pub fn prepare(&self, kernels: &[Kernel]) -> Result<()> {
+        match &*self.0 {
+            Device::Driver(device) => device.prepare(kernels),
+            Device::Emulator(device) => device.prepare(kernels),
+            Device::Counter(_) => Ok(()),
+        }
+    }
+
+    /// What takes time where it is not expected: allocations, those of arenas' buffers not included, and modules
+    /// loaded so far. None for a device that only counts.
+    pub fn made(&self) -> (usize, usize) {
+        match &*self.0 {
+            Device::Driver(device) => device.made(),
+            Device::Emulator(device) => device.made(),
+            Device::Counter(_) => (0, 0),
+        }
+    }
+
     pub fn is_emulated(&self) -> bool {
         matches!(&*self.0, Device::Emulator(_))
     }
@@ -228,7 +258,8 @@ impl Gpu {
         match &*self.0 {
             // The arena counts it. An address as good as any: nothing is ever there.
             Device::Counter(_) => Ok(1 << 40),
-            _ => self.allocate(bytes),
+            Device::Emulator(device) => device.place(bytes),
+            Device::Driver(device) => device.allocate(bytes),
         }
     }
 
@@ -345,7 +376,10 @@ impl Gpu {
         match &*self.0 {
             Device::Driver(device) => device.launch(kernel, grid, shared_bytes, &args),
             Device::Emulator(device) => device.launch(kernel, grid, shared_bytes, &args),
-            Device::Counter(_) => Ok(()),
+            Device::Counter(device) => {
+                device.launch(kernel);
+                Ok(())
+            }
         }
     }
 

@@ -5,7 +5,7 @@ use crate::Result;
 use crate::model::config::ModelConfig;
 use crate::model::packed::{NeededRows, Packed};
 use uft_kernels::attention::cuda::Schedule;
-use uft_kernels::cuda::{Arena, DeviceBuffer, Gpu};
+use uft_kernels::cuda::{Arena, DeviceBuffer, DeviceSlice, Gpu};
 use uft_kernels::embedding::cuda::Readers;
 use uft_kernels::layout::Layout;
 
@@ -60,11 +60,12 @@ impl Batch {
         arena: &Arena,
     ) -> Result<Self> {
         let (rows, going_on) = (packed.rows(), needed.rows.len());
+        let tables = packed.tables(&config.heads);
         Ok(Self {
             rows,
             needed: going_on,
             tokens: sent(gpu, arena, &packed.tokens)?,
-            layout: DeviceLayout::new(&packed.layout, config, gpu, arena)?,
+            layout: DeviceLayout::new(&packed.layout, tables, config, gpu, arena)?,
             pruned: match going_on < rows {
                 true => Some(Rows::new(gpu, arena, &needed.rows, rows)?),
                 false => None,
@@ -81,22 +82,31 @@ impl Batch {
 }
 
 impl DeviceLayout {
-    fn new(layout: &Layout, config: &ModelConfig, gpu: &Gpu, arena: &Arena) -> Result<Self> {
+    /// With room for `tables` numbers of each schedule, so that a batch's memory is known from its size.
+    fn new(
+        layout: &Layout,
+        tables: usize,
+        config: &ModelConfig,
+        gpu: &Gpu,
+        arena: &Arena,
+    ) -> Result<Self> {
         let mut schedules: Vec<(Option<usize>, Schedule, DeviceBuffer<i32>)> = Vec::new();
         for window in &config.windows {
             if !schedules.iter().any(|(known, ..)| known == window) {
                 let schedule = Schedule::new(layout, &config.heads, *window)?;
-                let tables = sent(gpu, arena, schedule.numbers())?;
-                schedules.push((*window, schedule, tables));
+                let numbers = schedule.numbers();
+                let mut room = arena.take(tables.max(numbers.len()))?;
+                gpu.upload(numbers, &mut room[..numbers.len()])?;
+                schedules.push((*window, schedule, room));
             }
         }
         Ok(Self { positions: sent(gpu, arena, &layout.positions)?, schedules })
     }
 
     /// Of the layers with this window.
-    pub fn schedule(&self, window: Option<usize>) -> (&Schedule, &DeviceBuffer<i32>) {
+    pub fn schedule(&self, window: Option<usize>) -> (&Schedule, &DeviceSlice<i32>) {
         let found = self.schedules.iter().find(|(known, ..)| *known == window);
         let (_, schedule, tables) = found.expect("every layer's window has a schedule");
-        (schedule, tables)
+        (schedule, &tables[..schedule.numbers().len()])
     }
 }

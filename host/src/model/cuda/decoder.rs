@@ -5,8 +5,9 @@
 
 use super::adapters::{Adapters, Gradients};
 use super::batch::Batch;
-use super::layer::{Layer, LayerTape};
+use super::layer::Layer;
 use super::linear::Product;
+use super::tape::LayerTape;
 use super::{Context, sent};
 use crate::model::config::ModelConfig;
 use crate::model::decoder::Options;
@@ -15,7 +16,7 @@ use crate::model::targets::Site;
 use crate::{Result, signals};
 use half::bf16;
 use std::sync::{Arc, Mutex, PoisonError};
-use uft_kernels::cuda::{Arena, DeviceBuffer, DeviceSlice, Gpu};
+use uft_kernels::cuda::{Arena, DeviceBuffer, DeviceSlice, Gpu, Kernel};
 use uft_kernels::logprob::cuda::{self as logprob, Head, LowRank};
 use uft_kernels::rope::{Rope, cuda::Table};
 use uft_kernels::{embedding, rmsnorm};
@@ -61,6 +62,7 @@ pub struct Tape {
 
 /// What a forward pass leaves of one block.
 enum Kept {
+    /// Of some with gate and up, of others without: those are computed again on the way back.
     Tape(Box<LayerTape>),
     /// `[T, H]`: the block is computed again on the way back.
     Input(DeviceBuffer<bf16>),
@@ -84,8 +86,10 @@ pub(super) struct Top {
 }
 
 impl Decoder {
-    /// Sets so many bytes of the device aside for activations, for texts of at most `positions` tokens.
-    pub fn reserve(&mut self, bytes: usize, positions: usize) -> Result<()> {
+    /// Sets so many bytes of the device aside for activations, for texts of at most `positions` tokens, and compiles
+    /// kernels.
+    pub fn reserve(&mut self, bytes: usize, positions: usize, kernels: &[Kernel]) -> Result<()> {
+        self.gpu.prepare(kernels)?;
         self.angles(positions)?;
         self.arena = Arena::new(&self.gpu, bytes)?;
         Ok(())
@@ -183,8 +187,8 @@ impl Decoder {
         Ok((self.tape(own, layers, own_top, lora, angles)?, logps))
     }
 
-    /// What to do with the blocks' tapes, lowest first: none is kept below the lowest adapter, and the lowest
-    /// of those above leave only their input.
+    /// What to do with the blocks' tapes, lowest first: none is kept below the lowest adapter, the lowest of those
+    /// above leave only their input, and the next all but gate and up.
     fn keep<'t>(
         &self,
         lora: &Adapters,
@@ -192,11 +196,16 @@ impl Decoder {
         mut part: impl FnMut(LayerTape) -> Result<LayerTape> + 't,
     ) -> impl FnMut(LayerTape) -> Result<()> + 't {
         let mut below = self.options.lowest_layer(lora.shape());
-        let recomputed = self.options.recomputed_layers;
+        let Options { recomputed_layers, recomputed_gates, .. } = self.options;
         move |tape| {
             let tape = part(tape)?;
             match below {
-                0 if layers.len() < recomputed => layers.push(Kept::Input(tape.into_input())),
+                0 if layers.len() < recomputed_layers => {
+                    layers.push(Kept::Input(tape.into_input()));
+                }
+                0 if layers.len() < recomputed_layers + recomputed_gates => {
+                    layers.push(Kept::Tape(Box::new(tape.without_gate_and_up())));
+                }
                 0 => layers.push(Kept::Tape(Box::new(tape))),
                 _ => below -= 1,
             }
@@ -311,7 +320,10 @@ impl Decoder {
             let layer = &self.layers[lowest + layers.len()];
             let input_needed = layer.index > lowest || !self.options.skipped_gradients;
             let tape = match kept {
-                Kept::Tape(tape) => *tape,
+                Kept::Tape(mut tape) => {
+                    layer.gate_and_up_again(&mut tape, lora, with)?;
+                    *tape
+                }
                 Kept::Input(x) => layer.again(x, &batch, lora, with)?,
             };
             match layer.backward(d, &tape, &batch, input_needed, lora, grads, with)? {
@@ -338,7 +350,12 @@ impl Decoder {
         if let Some(table) = known.as_ref().filter(|table| table.positions() >= positions) {
             return Ok(table.clone());
         }
-        let table = Arc::new(Table::new(&self.gpu, &self.rope, positions.next_power_of_two())?);
+        // What was planned is the first; a text that outgrows it goes on to grow.
+        let positions = match &*known {
+            None => positions,
+            Some(_) => positions.next_power_of_two(),
+        };
+        let table = Arc::new(Table::new(&self.gpu, &self.rope, positions)?);
         *known = Some(table.clone());
         Ok(table)
     }

@@ -5,6 +5,7 @@ use super::Context;
 use super::adapters::{Adapter, Adapters, Gradients};
 use super::batch::{Batch, DeviceLayout};
 use super::linear::{Linear, Trained};
+use super::tape::{AttentionInputs, HeadNorm, LayerTape, Outputs};
 use crate::Result;
 use crate::model::targets::{Projection, Site};
 use half::bf16;
@@ -29,101 +30,6 @@ pub struct Layer {
     pub gate: Linear,
     pub up: Linear,
     pub down: Linear,
-}
-
-/// What the way back needs of one block.
-pub struct LayerTape {
-    x: Buffer, // [T, H]
-    inputs: AttentionInputs,
-    attended: Buffer,       // [T, Q]
-    lse: DeviceBuffer<f32>, // [T, heads]
-    outputs: Outputs,
-}
-
-impl LayerTape {
-    /// k and v, `[T, K]` each.
-    pub fn keys_and_values(&self) -> [&DeviceSlice<bf16>; 2] {
-        [&self.inputs.k, &self.inputs.v]
-    }
-
-    /// The block's input alone, `[T, H]`.
-    pub fn into_input(self) -> Buffer {
-        self.x
-    }
-
-    /// The tape of some of the rows alone, which attend to none of the others; `needed` are those of them
-    /// that go on after the attention, counted among all that do.
-    pub fn of_rows(
-        self,
-        rows: &DeviceSlice<u32>,
-        needed: &DeviceSlice<u32>,
-        with: Context,
-    ) -> Result<Self> {
-        let (total, going_on) = (self.inputs.inv_rms.len(), self.outputs.inv_rms.len());
-        let of_all = |buffer: Buffer| with.gather(&buffer, rows, total);
-        let roots_of_all = |buffer: DeviceBuffer<f32>| with.gather_f32(&buffer, rows, total);
-        let of_going_on = |buffer: Buffer| with.gather(&buffer, needed, going_on);
-        // Given back and taken in the order in which they were taken.
-        let x = of_all(self.x)?;
-        let AttentionInputs { inv_rms, q, k, v, head_norms, u } = self.inputs;
-        let inv_rms = roots_of_all(inv_rms)?;
-        let (q, k, v) = (of_all(q)?, of_all(k)?, of_all(v)?);
-        let u = each(u, of_all)?;
-        let head_norms = match head_norms {
-            None => None,
-            Some([q, k]) => {
-                let part = |HeadNorm { before, inv_rms }: HeadNorm| -> Result<HeadNorm> {
-                    Ok(HeadNorm { before: of_all(before)?, inv_rms: roots_of_all(inv_rms)? })
-                };
-                Some([part(q)?, part(k)?])
-            }
-        };
-        let inputs = AttentionInputs { inv_rms, q, k, v, head_norms, u };
-        let (attended, lse) = (of_all(self.attended)?, roots_of_all(self.lse)?);
-        let Outputs { mid, inv_rms, gate, up, u } = self.outputs;
-        let mid = of_going_on(mid)?;
-        let inv_rms = with.gather_f32(&inv_rms, needed, going_on)?;
-        let (gate, up) = (of_going_on(gate)?, of_going_on(up)?);
-        let outputs = Outputs { mid, inv_rms, gate, up, u: each(u, of_going_on)? };
-        Ok(Self { x, inputs, attended, lse, outputs })
-    }
-}
-
-/// `part` of each that is there.
-fn each<const N: usize>(
-    buffers: [Option<Buffer>; N],
-    part: impl Fn(Buffer) -> Result<Buffer>,
-) -> Result<[Option<Buffer>; N]> {
-    let mut parts = [const { None }; N];
-    for (to, from) in parts.iter_mut().zip(buffers) {
-        *to = from.map(&part).transpose()?;
-    }
-    Ok(parts)
-}
-
-/// Queries, keys and values, ready for attention.
-struct AttentionInputs {
-    inv_rms: DeviceBuffer<f32>, // [T]
-    q: Buffer,                  // [T, Q]
-    k: Buffer,                  // [T, K]
-    v: Buffer,                  // [T, K]
-    head_norms: Option<[HeadNorm; 2]>,
-    u: [Option<Buffer>; 3], // [T, R] of q, k, v
-}
-
-/// The norm of q's or k's heads.
-struct HeadNorm {
-    before: Buffer,             // [T, heads, D]
-    inv_rms: DeviceBuffer<f32>, // [T, heads]
-}
-
-/// What follows the attention.
-struct Outputs {
-    mid: Buffer,                // [N, H]
-    inv_rms: DeviceBuffer<f32>, // [N]
-    gate: Buffer,               // [N, I]
-    up: Buffer,                 // [N, I]
-    u: [Option<Buffer>; 4],     // [N, R] of o, gate, up, down
 }
 
 /// Keys and values of a text in the making, with room for more: `[capacity, K]` each.
@@ -158,12 +64,33 @@ impl Layer {
     ) -> Result<LayerTape> {
         let mut tape = self.before_down(x, batch, Some(lora), with)?;
         if let Some(adapter) = self.adapter(Down, Some(lora)) {
-            let Outputs { gate, up, u, .. } = &mut tape.outputs;
-            let mut act = with.take(gate.len())?;
-            swiglu::cuda::forward(with.gpu, gate, up, &mut act)?;
-            u[3] = Some(self.down.project(&act, adapter, with)?);
+            let act = tape.outputs.act(with)?;
+            tape.outputs.u[3] = Some(self.down.project(&act, adapter, with)?);
         }
         Ok(tape)
+    }
+
+    /// Gate and up once more, bit for bit, where the tape was kept without them.
+    pub fn gate_and_up_again(
+        &self,
+        tape: &mut LayerTape,
+        lora: &Adapters,
+        with: Context,
+    ) -> Result<()> {
+        let Outputs { mid, inv_rms, gate_and_up, u } = &mut tape.outputs;
+        if gate_and_up.is_some() {
+            return Ok(());
+        }
+        let rows = inv_rms.len();
+        let h = normed(mid, &self.mlp_norm, rows, with)?;
+        let again = |linear: &Linear, projection, u: &Option<Buffer>| -> Result<Buffer> {
+            let mut y = with.take(rows * with.config.intermediate)?;
+            let adapter = self.adapter(projection, Some(lora));
+            linear.product(&h, adapter, u.as_deref(), &mut y, 0.0, with)?;
+            Ok(y)
+        };
+        *gate_and_up = Some([again(&self.gate, Gate, &u[1])?, again(&self.up, Up, &u[2])?]);
+        Ok(())
     }
 
     /// Everything but the last product; the tape lacks what that one keeps.
@@ -240,7 +167,8 @@ impl Layer {
         let mut up = with.take(rows * config.intermediate)?;
         let u_gate = self.gate.forward(&h, self.adapter(Gate, lora), &mut gate, 0.0, with)?;
         let u_up = self.up.forward(&h, self.adapter(Up, lora), &mut up, 0.0, with)?;
-        Ok(Outputs { mid, inv_rms, gate, up, u: [u_o, u_gate, u_up, None] })
+        let gate_and_up = Some([gate, up]);
+        Ok(Outputs { mid, inv_rms, gate_and_up, u: [u_o, u_gate, u_up, None] })
     }
 
     /// y: `[N, H]`.
@@ -250,11 +178,9 @@ impl Layer {
         lora: Option<&Adapters>,
         with: Context,
     ) -> Result<Buffer> {
-        let Outputs { mid, gate, up, u, .. } = outputs;
-        let mut act = with.take(gate.len())?;
-        swiglu::cuda::forward(with.gpu, gate, up, &mut act)?;
-        let mut y = with.copy(mid)?;
-        u[3] = self.down.forward(&act, self.adapter(Down, lora), &mut y, 1.0, with)?;
+        let act = outputs.act(with)?;
+        let mut y = with.copy(&outputs.mid)?;
+        outputs.u[3] = self.down.forward(&act, self.adapter(Down, lora), &mut y, 1.0, with)?;
         Ok(y)
     }
 
@@ -392,14 +318,10 @@ impl Layer {
     ) -> Result<bool> {
         let with = back.with;
         let gpu = with.gpu;
-        let Outputs { mid, inv_rms, gate, up, u } = tape;
+        let Outputs { mid, inv_rms, u, .. } = tape;
+        let [gate, up] = tape.gate_and_up();
         let below_act = below_needed || back.any(&[Gate, Up]);
-        let mut act = None;
-        if back.any(&[Down]) {
-            let mut again = with.take(gate.len())?;
-            swiglu::cuda::forward(gpu, gate, up, &mut again)?;
-            act = Some(again);
-        }
+        let act = if back.any(&[Down]) { Some(tape.act(with)?) } else { None };
         let mut dact = below_act.then(|| with.take(gate.len())).transpose()?;
         let dx = dact.as_deref_mut().map(|dx| (dx, 0.0));
         back.linear(&self.down, Down, d, act.as_deref(), &u[3], dx)?;

@@ -73,12 +73,25 @@ impl Linear {
         beta: f32,
         with: Context,
     ) -> Result<Option<DeviceBuffer<bf16>>> {
-        let (m, k, n) = (x.len() / self.inputs, self.inputs, self.outputs);
         let u = adapter.map(|adapter| self.project(x, adapter, with)).transpose()?;
-        let part = adapter.zip(u.as_deref());
-        let part = part.map(|(Adapter { b, rank, .. }, u)| Part { left: u, right: b, rank });
-        with.product.nt(with, x, &self.weight, y, m, k, n, beta, self.bias.as_deref(), part)?;
+        self.product(x, adapter, u.as_deref(), y, beta, with)?;
         Ok(u)
+    }
+
+    /// y as of [`Self::forward`], from the u that it returned.
+    pub fn product(
+        &self,
+        x: &DeviceSlice<bf16>,
+        adapter: Option<Adapter>,
+        u: Option<&DeviceSlice<bf16>>,
+        y: &mut DeviceSlice<bf16>,
+        beta: f32,
+        with: Context,
+    ) -> Result<()> {
+        let (m, k, n) = (x.len() / self.inputs, self.inputs, self.outputs);
+        let part = adapter.zip(u);
+        let part = part.map(|(Adapter { b, rank, .. }, u)| Part { left: u, right: b, rank });
+        with.product.nt(with, x, &self.weight, y, m, k, n, beta, self.bias.as_deref(), part)
     }
 
     /// u alone, as [`Self::forward`] returns it.

@@ -10,6 +10,7 @@ mod generate;
 mod layer;
 mod linear;
 mod plan;
+mod tape;
 mod weights;
 
 pub use adapters::{Adapters, Gradients, Moments};

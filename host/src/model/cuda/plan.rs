@@ -2,61 +2,70 @@
 //! the pass on a device that only counts. The twin of [`super::super::memory::Shadow`].
 
 use super::adapters::{Adapters, Gradients, Moments};
-use super::decoder::Decoder;
+use super::decoder::{Decoder, Tape};
+use super::generate::Continuation;
 use crate::Result;
 use crate::model::config::ModelConfig;
 use crate::model::decoder::Options;
 use crate::model::lora::Lora;
 use crate::model::memory::Size;
 use crate::model::packed::{Packed, Targets, WithOthers};
-use std::cell::{Cell, RefCell};
-use uft_kernels::cuda::{Gpu, Properties};
+use std::cell::RefCell;
+use uft_kernels::adamw::AdamW;
+use uft_kernels::cuda::{Gpu, Kernel, Properties};
 use uft_kernels::layout::Layout;
-
-/// Bytes for each row of a batch with which a batch's tables may exceed those of its stand-in: one of many short
-/// texts has more of them than one of few long ones.
-const TABLES: usize = 64;
 
 /// A decoder whose passes only count, with what is trained.
 pub struct Counted {
     model: Decoder,
     /// Bytes of the weights, with the rotation's angles.
     weights: usize,
-    lora: Adapters,
-    grads: RefCell<Gradients>,
-    _moments: Moments,
-    _reference: Option<Adapters>,
-    most_rows: Cell<usize>,
+    lora: Option<Adapters>,
+    trained: Option<(RefCell<Gradients>, RefCell<Moments>, Option<Adapters>)>,
 }
 
 impl Counted {
-    /// On a device like `properties`, for texts of at most `positions` tokens, and perhaps with a `reference` that
-    /// has adapters too.
+    /// On a device like `properties`, for texts of at most `positions` tokens.
     ///
     /// # Errors
-    /// There are no kernels for such a model, or an adapter's rank.
+    /// There are no kernels for such a model.
     pub fn new(
         config: &ModelConfig,
         options: Options,
         properties: &Properties,
         positions: usize,
-        lora: &Lora,
-        reference: bool,
     ) -> Result<Self> {
         let gpu = Gpu::counting(properties.clone());
         let model = Decoder { options, ..Decoder::shaped(config, &gpu)? };
         model.angles(positions)?;
         let weights = gpu.most_allocated().unwrap_or(0);
-        let lora = Adapters::new(lora, &gpu)?;
-        Ok(Self {
-            model,
-            weights,
-            grads: RefCell::new(Gradients::zeros(&lora)?),
-            _moments: Moments::zeros(&lora)?,
-            _reference: reference.then(|| lora.copy()).transpose()?,
-            lora,
-            most_rows: Cell::new(0),
-        })
+        Ok(Self { model, weights, lora: None, trained: None })
+    }
+
+    /// With adapters.
+    ///
+    /// # Errors
+    /// There are no kernels for a rank.
+    pub fn with_adapters(mut self, lora: &Lora) -> Result<Self> {
+        self.lora = Some(Adapters::new(lora, self.model.gpu())?);
+        Ok(self)
+    }
+
+    /// With what is needed to train its adapters, and perhaps with a `reference` that has some too.
+    ///
+    /// # Errors
+    /// None that could be met.
+    pub fn with_training(mut self, reference: bool) -> Result<Self> {
+        let lora = self.adapters();
+        let grads = RefCell::new(Gradients::zeros(lora)?);
+        let moments = RefCell::new(Moments::zeros(lora)?);
+        let reference = reference.then(|| lora.copy()).transpose()?;
+        self.trained = Some((grads, moments, reference));
+        Ok(self)
+    }
+
+    fn adapters(&self) -> &Adapters {
+        self.lora.as_ref().expect("training takes adapters")
     }
 
     /// Bytes of the weights, with the rotation's angles.
@@ -71,16 +80,21 @@ impl Counted {
 
     /// Bytes that a pass takes at most: the largest of all passes so far.
     pub fn peak(&self) -> usize {
-        self.model.activations() + TABLES * self.most_rows.get()
+        self.model.activations()
+    }
+
+    /// Every kernel of the passes so far.
+    pub fn kernels(&self) -> Vec<Kernel> {
+        self.model.gpu().launched()
     }
 
     /// [`Decoder::logps`].
     ///
     /// # Errors
-    /// There are no kernels for the model's heads, or a signal arrives.
+    /// There are no kernels for the model's heads, or a signal arrives; here and in the rest.
     pub fn logps(&self, size: Size) -> Result<()> {
         // With adapters a pass takes no less than without.
-        self.model.logps(&self.stand_in(size), Some(&self.lora)).map(drop)
+        self.model.logps(&self.stand_in(size), self.lora.as_ref()).map(drop)
     }
 
     /// [`Decoder::forward`] and [`Decoder::backward`].
@@ -91,7 +105,7 @@ impl Counted {
         if size.targets == 0 {
             return Ok(());
         }
-        let tape = self.model.forward(&self.stand_in(size), &self.lora)?;
+        let tape = self.model.forward(&self.stand_in(size), self.adapters())?;
         self.backward(tape, size)
     }
 
@@ -110,18 +124,39 @@ impl Counted {
             targets: (0..own.targets as u32).collect(),
             of_others: Vec::new(),
         };
-        let (tape, _) = self.model.forward_with_others(batch, &self.lora)?;
+        let (tape, _) = self.model.forward_with_others(batch, self.adapters())?;
         self.backward(tape, own)
     }
 
-    fn backward(&self, tape: super::Tape, size: Size) -> Result<()> {
-        let grads = &mut self.grads.borrow_mut();
-        self.model.backward(tape, &vec![0.0; size.targets], &self.lora, grads)
+    fn backward(&self, tape: Tape, size: Size) -> Result<()> {
+        let (grads, ..) = self.trained.as_ref().expect("a plan of training");
+        let (grads, dlogp) = (&mut grads.borrow_mut(), vec![0.0; size.targets]);
+        self.model.backward(tape, &dlogp, self.adapters(), grads)
+    }
+
+    /// What ends a step.
+    ///
+    /// # Errors
+    /// None that could be met.
+    pub fn update(&mut self) -> Result<()> {
+        let (grads, moments, _) = self.trained.as_ref().expect("a plan of training");
+        let lora = self.lora.as_mut().expect("training takes adapters");
+        let settings = AdamW { step: 1, ..AdamW::default() };
+        grads.borrow_mut().take_norm(1)?;
+        moments.borrow_mut().update(lora, &grads.borrow(), &settings)
+    }
+
+    /// [`Continuation`] of a prompt by so many tokens.
+    ///
+    /// # Errors
+    /// As [`Self::logps`].
+    pub fn generate(&self, prompt: usize, tokens: usize) -> Result<()> {
+        let mut text = Continuation::new(&self.model, self.lora.as_ref(), &vec![0; prompt.max(1)])?;
+        (1..tokens).try_for_each(|_| text.push(0))
     }
 
     /// A batch of this size.
     fn stand_in(&self, size: Size) -> Packed {
-        self.most_rows.set(self.most_rows.get().max(size.rows));
         let longest = size.longest.max(1);
         let texts = (0..size.rows).step_by(longest);
         let lengths: Vec<(usize, Vec<usize>)> =
@@ -133,6 +168,7 @@ impl Counted {
             tokens: vec![0; size.rows],
             layout: Layout::new(&lengths),
             targets: Targets { rows: rows.collect(), tokens: vec![0; size.targets] },
+            tables: Some(size.tables),
         }
     }
 }

@@ -18,7 +18,7 @@ fn every_pass_takes_what_its_shadow_says() {
     for name in MODELS {
         let mut model = Decoder::load(&model_dir(name)).unwrap();
         let packed = batch(name);
-        let size = Size::of(&packed);
+        let size = Size::of(&packed, &model.config.heads);
         let dlogp = uneven(size.targets);
         for targets in [
             ".*proj|lm_head",
@@ -30,7 +30,12 @@ fn every_pass_takes_what_its_shadow_says() {
             for (fused_log_probs, skipped_gradients) in [(true, true), (false, true), (true, false)]
             {
                 for recomputed_layers in [0, 1, 2] {
-                    let options = Options { fused_log_probs, skipped_gradients, recomputed_layers };
+                    let options = Options {
+                        fused_log_probs,
+                        skipped_gradients,
+                        recomputed_layers,
+                        recomputed_gates: 0,
+                    };
                     model.options = options;
                     let what = format!("{name} {targets} {options:?}");
                     for lora in [None, Some(&lora)] {
@@ -49,7 +54,8 @@ fn every_pass_takes_what_its_shadow_says() {
                     assert_eq!(planned, took, "a step of {what}");
 
                     let others = with_others(name);
-                    let (own, all) = (Size::of(&others.own), Size::of(&others.all));
+                    let heads = &model.config.heads;
+                    let (own, all) = (Size::of(&others.own, heads), Size::of(&others.all, heads));
                     let shadow = Shadow::new(&model.config, options, true);
                     shadow.step_with_others(own, all, &lora);
                     let planned = shadow.peak();
@@ -70,8 +76,9 @@ fn every_pass_takes_what_its_shadow_says() {
 fn sizes_of_groups_add_up() {
     let rows = expected("llama", "responses.json")["pairs"].as_array().unwrap().clone();
     let groups: Vec<Group> = rows.iter().map(shared_group).collect();
-    let each = groups.iter().map(|group| Size::of(&pack(std::slice::from_ref(group))));
-    assert_eq!(each.fold(Size::default(), |a, b| a + b), Size::of(&pack(&groups)));
+    let heads = ModelConfig::load(&model_dir("llama")).unwrap().heads;
+    let each = groups.iter().map(|group| Size::of(&pack(std::slice::from_ref(group)), &heads));
+    assert_eq!(each.fold(Size::default(), |a, b| a + b), Size::of(&pack(&groups), &heads));
 }
 
 #[test]
@@ -81,7 +88,7 @@ fn recomputation_takes_less() {
     let peak = |recomputed_layers| {
         let options = Options { recomputed_layers, ..Options::default() };
         let shadow = Shadow::new(&model.config, options, true);
-        shadow.step(Size::of(&packed), &lora);
+        shadow.step(Size::of(&packed, &model.config.heads), &lora);
         shadow.peak()
     };
     assert!(peak(1) < peak(0));

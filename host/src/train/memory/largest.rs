@@ -11,6 +11,7 @@ use crate::model::Packed;
 use crate::model::memory::Size;
 use rayon::prelude::*;
 use uft_core::Needs;
+use uft_kernels::attention::Heads;
 
 /// Steps that are drawn beforehand; a longer run's are bounded.
 const DRAWN: u64 = 100_000;
@@ -33,10 +34,10 @@ pub struct Sizes {
 }
 
 impl Sizes {
-    pub fn of(sources: &[Source], without: &[Gain]) -> Self {
+    pub fn of(sources: &[Source], without: &[Gain], heads: &Heads) -> Self {
         let size = |example: &Example| match without.contains(&Gain::SharedPrompts) {
-            true => Size::of(&Packed::with_prompt_copies(&[&example.group])),
-            false => Size::of(&Packed::new(&[&example.group])),
+            true => Size::of(&Packed::with_prompt_copies(&[&example.group]), heads),
+            false => Size::of(&Packed::new(&[&example.group]), heads),
         };
         let all = |examples: &[Example]| examples.par_iter().map(size).collect();
         let of = |source: &Source| [all(&source.train), all(&source.held_out)];
@@ -66,6 +67,7 @@ impl Largest {
         sources: &[Source],
         stages: &[Stage],
         sizes: &Sizes,
+        heads: &Heads,
         micro_tokens: usize,
         enough: usize,
     ) -> Self {
@@ -81,7 +83,7 @@ impl Largest {
                 let sizes = micro_batches(&plan, sizes);
                 most = most.max(sizes.iter().map(|size| size.rows).sum());
                 sizes.into_iter().for_each(|size| keep(&mut largest.steps, size));
-                if let Some(pair) = with_others(sources, &plan, micro_tokens, without) {
+                if let Some(pair) = with_others(sources, &plan, heads, micro_tokens, without) {
                     largest.keep_with_others(pair);
                 }
             }
@@ -92,7 +94,7 @@ impl Largest {
                 let any = |&source: &usize| has_others(&sources[source], without);
                 if stage.sources.iter().any(any) {
                     let rows = most.min((WIDEST * micro_tokens).saturating_sub(size.rows));
-                    let others = Size { rows, needed: rows, targets: rows, longest: rows };
+                    let others = unpacked(rows, rows);
                     largest.keep_with_others([size, size + others]);
                 }
             }
@@ -173,7 +175,17 @@ fn at_most(longest: usize, total: usize, micro_tokens: usize, without: &[Gain]) 
         true => longest,
         false => longest.max(micro_tokens.min(total)),
     };
-    Size { rows, needed: rows, targets: rows, longest }
+    unpacked(rows, longest)
+}
+
+/// At most what so many rows take, however they are divided among groups of at most `longest`.
+fn unpacked(rows: usize, longest: usize) -> Size {
+    // Of a row that is a text of its own, and of a branch that every tile of its prompt meets.
+    const OF_TEXT: usize = 30;
+    const OF_BRANCH: usize = 3;
+    const TILE: usize = 64;
+    let tables = rows * (OF_TEXT + OF_BRANCH * longest.div_ceil(TILE));
+    Size { rows, needed: rows, targets: rows, longest, tables }
 }
 
 /// At most what mismatched completions take: every prompt with the longest completion of another.
@@ -206,6 +218,7 @@ fn has_others(source: &Source, without: &[Gain]) -> bool {
 fn with_others(
     sources: &[Source],
     plan: &Plan,
+    heads: &Heads,
     micro_tokens: usize,
     without: &[Gain],
 ) -> Option<[Size; 2]> {
@@ -222,7 +235,7 @@ fn with_others(
     }
     let members = groups(sources, rows, plan, batch);
     let laid_out = statistics::with_others(&members, &mismatched, &beside);
-    Some([Size::of(&laid_out.own), Size::of(&laid_out.all)])
+    Some([Size::of(&laid_out.own, heads), Size::of(&laid_out.all, heads)])
 }
 
 /// Adds a size, unless another is as large in every way, and drops those that it outgrows.
@@ -239,7 +252,7 @@ mod tests {
 
     #[test]
     fn only_the_largest_are_kept() {
-        let size = |rows, targets| Size { rows, needed: targets, targets, longest: 1 };
+        let size = |rows, targets| Size { rows, needed: targets, targets, longest: 1, tables: 0 };
         let mut kept = Vec::new();
         for new in [size(5, 5), size(4, 4), size(3, 9), size(5, 5), size(6, 5), Size::default()] {
             keep(&mut kept, new);

@@ -1,11 +1,12 @@
 //! The plan of a run's memory, made before the weights are loaded: what will be held, and for what. The
 //! largest micro-batches are found by going through the run ([`Largest`]), their activations by going
-//! through a pass without arithmetic ([`Shadow`], [`Counted`]); what is in memory already is measured.
+//! through a pass without arithmetic ([`Shadow`], [`on_gpu`]); what is in memory already is measured.
 //!
 //! A run on a GPU holds weights, what is trained and activations there, and the rest in the machine's memory: of
 //! two memories, the GPU's is what a plan chooses for.
 
 mod largest;
+mod on_gpu;
 
 use super::micro;
 use super::setup::Stage;
@@ -13,19 +14,21 @@ use crate::config::schema::Config;
 use crate::config::{Gain, Recompute, Reference};
 use crate::data::{Example, Source};
 use crate::machine;
-use crate::model::cuda::Counted;
 use crate::model::memory::{Shadow, Weights};
 use crate::model::{Device, Lora, ModelConfig, Options};
 use crate::{Error, ErrorKind, Result};
 use comfy_table::{CellAlignment, Table, presets};
 use largest::{Largest, Sizes};
+use on_gpu::{Held, OnGpu};
 use std::cell::Cell;
-use uft_kernels::cuda::Gpu;
+use uft_kernels::cuda::Kernel;
 use uft_kernels::memory as kernels;
 
 /// Of the machine's memory, so much is filled before layers are computed again to save some: a plan is
 /// good to a tenth.
 const COMFORTABLE: f64 = 0.9;
+/// Of a GPU's, where what is planned is what is set aside.
+const COMFORTABLE_ON_GPU: f64 = 0.98;
 
 /// Bytes for knowing where a row's reference log-probs lie; they themselves are in a file.
 const PLACE: usize = 64;
@@ -38,25 +41,16 @@ pub struct MemoryPlan {
     start: usize,
     /// What the process may have, in bytes; unknown outside of Linux.
     pub machine: Option<usize>,
-    /// For [`Options::recomputed_layers`].
-    pub recomputed_layers: usize,
+    /// How to compute.
+    pub options: Options,
     /// Bytes to set aside for activations.
     pub activations: usize,
     /// Tokens of the longest text.
     pub positions: usize,
+    /// What a GPU is going to launch.
+    pub kernels: Vec<Kernel>,
     /// What a GPU is going to hold, where the run computes on one.
     gpu: Option<OnGpu>,
-}
-
-/// What a GPU is going to hold.
-struct OnGpu {
-    name: String,
-    held: Held,
-    activations: usize,
-    /// What is to be said about them.
-    note: String,
-    /// Bytes that it has left.
-    available: usize,
 }
 
 /// All that a plan is made from.
@@ -72,7 +66,7 @@ pub struct Planner<'a> {
 
 /// One choice of what a plan is free in, with the bytes that follow from it.
 struct Choice {
-    recomputed_layers: usize,
+    options: Options,
     /// Of a pass, the chunk of logits included.
     activations: usize,
     /// By how much the chunk raises them.
@@ -80,20 +74,6 @@ struct Choice {
     kernels: usize,
     /// On a GPU.
     held: Held,
-}
-
-/// Bytes that a GPU holds in any case.
-#[derive(Clone, Copy, Default)]
-struct Held {
-    weights: usize,
-    /// Adapters, gradients, moments.
-    trained: usize,
-}
-
-impl Held {
-    fn total(&self) -> usize {
-        self.weights + self.trained
-    }
 }
 
 impl MemoryPlan {
@@ -110,7 +90,7 @@ impl MemoryPlan {
                 (machine, Some((gpu.free_memory()? as usize).min(limit.unwrap_or(usize::MAX))))
             }
         };
-        let sizes = Sizes::of(planner.sources, &train.without);
+        let sizes = Sizes::of(planner.sources, &train.without, &planner.model.heads);
         let largest = planner.largest(&sizes, train.micro_tokens);
 
         let mut parts = planner.fixed(resident.now as usize);
@@ -135,14 +115,20 @@ impl MemoryPlan {
             };
             available.is_none_or(|available| needed as f64 <= share * available as f64)
         };
-        let choice = planner.choose(&largest, |choice| fits(choice, COMFORTABLE))?;
+        let comfortable = if gpu.is_some() { COMFORTABLE_ON_GPU } else { COMFORTABLE };
+        let choice = planner.choose(&largest, |choice| fits(choice, comfortable))?;
         let refused = !fits(&choice, 1.0);
 
-        let Choice { recomputed_layers, activations, chunk, kernels, held } = choice;
+        let Choice { options, activations, chunk, kernels, held } = choice;
         let reached = planner.reached_layers();
-        let recomputed = match recomputed_layers.min(reached) {
+        let Options { recomputed_layers, recomputed_gates, .. } = options;
+        let recomputed = match recomputed_layers + recomputed_gates {
             0 => "no layer computed again".to_owned(),
             n => format!("{n} of {reached} layers computed again on the way back"),
+        };
+        let recomputed = match recomputed_gates {
+            0 => recomputed,
+            n => format!("{recomputed}, of {n} gate and up alone"),
         };
         let most = largest.most_rows();
         let pass = format!(
@@ -170,9 +156,13 @@ impl MemoryPlan {
             parts,
             start: loading.max(resident.peak as usize),
             machine,
-            recomputed_layers,
+            options,
             activations,
             positions: planner.positions(),
+            kernels: match planner.device {
+                Device::Gpu(device) => planner.kernels_on_gpu(&largest, options, device)?,
+                Device::Cpu => Vec::new(),
+            },
             gpu,
         };
         if !refused {
@@ -235,12 +225,6 @@ impl MemoryPlan {
     }
 }
 
-impl OnGpu {
-    fn total(&self) -> usize {
-        self.held.total() + self.activations
-    }
-}
-
 impl Choice {
     fn total(&self) -> usize {
         self.activations + self.kernels
@@ -293,78 +277,72 @@ impl Planner<'_> {
         self.stages.iter().any(|s| s.train.reference == Reference::Previous)
     }
 
-    fn options(&self, recomputed_layers: usize) -> Options {
-        Options::new(&self.config.train.without, recomputed_layers)
+    fn options(&self) -> Options {
+        Options::new(&self.config.train.without)
+    }
+
+    /// The ways to compute, each with less memory and more work than the one before.
+    fn ways(&self) -> Vec<Options> {
+        let (reached, options) = (self.reached_layers(), self.options());
+        let gates = match self.device {
+            Device::Cpu => 0,
+            Device::Gpu(_) => reached,
+        };
+        let without_gates =
+            (0..=gates).map(|recomputed_gates| Options { recomputed_gates, ..options });
+        let layers = (1..=reached).map(|recomputed_layers| {
+            let recomputed_gates = gates.saturating_sub(recomputed_layers);
+            Options { recomputed_layers, recomputed_gates, ..options }
+        });
+        without_gates.chain(layers).collect()
     }
 
     /// Layers that the way back reaches.
     fn reached_layers(&self) -> usize {
-        self.model.layers - self.options(0).lowest_layer(self.lora)
+        self.model.layers - self.options().lowest_layer(self.lora)
     }
 
-    /// As few recomputed layers as fit, or as the configuration says.
+    /// The way with the least work that fits, or as the configuration says.
     fn choose(&self, largest: &Largest, fits: impl Fn(&Choice) -> bool) -> Result<Choice> {
-        let reached = self.reached_layers();
+        let ways = self.ways();
+        let (mut first, mut last) = (0, ways.len() - 1);
         match self.config.train.recompute {
-            Recompute::None => self.choice(largest, 0),
-            Recompute::All => self.choice(largest, reached),
-            Recompute::Auto => {
-                for layers in 0..reached {
-                    let choice = self.choice(largest, layers)?;
-                    if fits(&choice) {
-                        return Ok(choice);
-                    }
-                }
-                self.choice(largest, reached)
+            Recompute::None => last = 0,
+            Recompute::All => first = last,
+            Recompute::Auto => {}
+        }
+        // Each takes less memory than the one before.
+        while first < last {
+            let middle = first + (last - first) / 2;
+            match fits(&self.choice(largest, ways[middle])?) {
+                true => last = middle,
+                false => first = middle + 1,
             }
         }
+        self.choice(largest, ways[first])
     }
 
     fn largest(&self, sizes: &Sizes, micro_tokens: usize) -> Largest {
         let on_gpu = matches!(self.device, Device::Gpu(_));
         let enough = micro::enough(self.model.hidden, on_gpu);
-        Largest::of(self.sources, self.stages, sizes, micro_tokens, enough)
+        let heads = &self.model.heads;
+        Largest::of(self.sources, self.stages, sizes, heads, micro_tokens, enough)
     }
 
-    /// Tokens of the longest text.
+    /// Tokens of the longest text, those of the report among them.
     fn positions(&self) -> usize {
-        self.examples().map(|(_, e)| e.group.longest()).max().unwrap_or(1).max(1)
+        let sample = self.sample().map_or(0, |(prompt, tokens)| prompt + tokens);
+        self.examples().map(|(_, e)| e.group.longest()).max().unwrap_or(1).max(sample)
     }
 
-    fn choice(&self, largest: &Largest, recomputed_layers: usize) -> Result<Choice> {
+    fn choice(&self, largest: &Largest, options: Options) -> Result<Choice> {
         match self.device {
-            Device::Cpu => Ok(self.choice_on_cpu(largest, recomputed_layers)),
-            Device::Gpu(gpu) => self.choice_on_gpu(largest, recomputed_layers, gpu),
+            Device::Cpu => Ok(self.choice_on_cpu(largest, options)),
+            Device::Gpu(gpu) => self.choice_on_gpu(largest, options, gpu),
         }
     }
 
-    fn choice_on_gpu(
-        &self,
-        largest: &Largest,
-        recomputed_layers: usize,
-        gpu: &Gpu,
-    ) -> Result<Choice> {
-        let options = self.options(recomputed_layers);
-        let (positions, previous) = (self.positions(), self.previous());
-        let properties = gpu.properties();
-        let counted =
-            Counted::new(self.model, options, properties, positions, self.lora, previous)?;
-        for size in &largest.steps {
-            counted.step(*size)?;
-        }
-        for [own, all] in &largest.with_others {
-            counted.step_with_others(*own, *all)?;
-        }
-        for size in largest.steps.iter().chain(&largest.forward) {
-            counted.logps(*size)?;
-        }
-        let activations = counted.peak();
-        let held = Held { weights: counted.weights(), trained: counted.trained() };
-        Ok(Choice { recomputed_layers, activations, chunk: 0, kernels: 0, held })
-    }
-
-    fn choice_on_cpu(&self, largest: &Largest, recomputed_layers: usize) -> Choice {
-        let options = self.options(recomputed_layers);
+    fn choice_on_cpu(&self, largest: &Largest, options: Options) -> Choice {
         let previous = self.previous();
         let peak = |with_chunk: bool| {
             let shadow = Shadow::new(self.model, options, with_chunk);
@@ -383,7 +361,7 @@ impl Planner<'_> {
         let (activations, without_chunk) = (peak(true), peak(false));
         let chunk = activations - without_chunk;
         let kernels = self.kernels(largest, &options);
-        Choice { recomputed_layers, activations, chunk, kernels, held: Held::default() }
+        Choice { options, activations, chunk, kernels, held: Held::default() }
     }
 
     fn kernels(&self, largest: &Largest, options: &Options) -> usize {
@@ -407,7 +385,7 @@ impl Planner<'_> {
     /// What to change so that the run fits, in words.
     fn would_fit(&self, sizes: &Sizes, fits: impl Fn(&Choice) -> bool) -> String {
         let train = &self.config.train;
-        let all = self.reached_layers();
+        let all = *self.ways().last().expect("a way to compute");
         let with = |micro_tokens: usize| {
             let largest = self.largest(sizes, micro_tokens);
             self.choice(&largest, all).is_ok_and(|choice| fits(&choice))

@@ -26,6 +26,10 @@ pub struct Schedule {
     numbers: Vec<i32>,
 }
 
+/// Numbers of a task and of a run in a table.
+const TASK: usize = 5;
+const RUN: usize = 3;
+
 /// Where a kernel's `tiles` and `runs` lie in [`Schedule::numbers`].
 #[derive(Clone, Debug)]
 pub(super) struct Table {
@@ -47,6 +51,24 @@ struct Run {
 struct Task {
     own: Run,
     met: Vec<Run>,
+}
+
+/// Numbers that a schedule of this layout has at most, whatever the window; those of groups packed together add
+/// up. None for heads that the kernels do not take.
+pub fn most_numbers(layout: &Layout, heads: &Heads) -> usize {
+    let Ok(tiling) = Tiling::of(heads) else { return 0 };
+    // Queries meet a prompt and their own text, keys their own text, a prompt's also every branch.
+    let of_text = |len: usize| {
+        let queries =
+            len.div_ceil(tiling.forward_tokens()) + len.div_ceil(tiling.backward_tokens());
+        queries * (TASK + 2 * RUN) + len.div_ceil(tiling.backward_rows()) * (TASK + RUN)
+    };
+    let of_group = |group: &Group| {
+        let lengths = group.branches.iter().map(|branch| branch.len).chain([group.prompt_len]);
+        let met = group.prompt_len.div_ceil(tiling.backward_rows()) * group.branches.len();
+        lengths.map(of_text).sum::<usize>() + met * RUN
+    };
+    layout.groups.iter().map(of_group).sum()
 }
 
 impl Schedule {
@@ -193,6 +215,32 @@ mod tests {
                     (query_tasks(&layout, tokens, window), key_tasks(&layout, tokens, window));
                 assert_eq!(pairs(&queries, window, false), expected);
                 assert_eq!(pairs(&keys, window, true), expected);
+            }
+        }
+    }
+
+    #[test]
+    fn no_schedule_has_more_numbers_than_are_planned() {
+        let groups = [
+            (37, vec![5, 0, 61, 1]),
+            (0, vec![70, 3]),
+            (9, vec![]),
+            (0, vec![]),
+            (300, vec![1; 90]),
+        ];
+        for (heads, kv_heads, head_dim) in [(4, 4, 64), (14, 2, 64), (8, 1, 128), (64, 1, 80)] {
+            let heads = Heads { heads, kv_heads, head_dim };
+            let most = most_numbers(&Layout::new(&groups), &heads);
+            let alone = groups.iter().map(|group| Layout::new(std::slice::from_ref(group)));
+            assert_eq!(most, alone.map(|layout| most_numbers(&layout, &heads)).sum());
+            for window in [None, Some(1), Some(40), Some(200)] {
+                let schedule = Schedule::new(&Layout::new(&groups), &heads, window).unwrap();
+                let numbers = schedule.numbers().len();
+                assert!(numbers <= most, "{numbers} numbers, {most} planned");
+                assert!(
+                    window.is_some() || 2 * numbers > most,
+                    "{numbers} numbers, {most} planned"
+                );
             }
         }
     }

@@ -1,0 +1,102 @@
+//! The part of a plan that lies on a GPU: found by sending every kind of pass through the decoder's own code.
+
+use super::{Choice, Largest, Planner};
+use crate::Result;
+use crate::model::Options;
+use crate::model::cuda::Counted;
+use crate::model::memory::Size;
+use uft_kernels::cuda::{Gpu, Kernel};
+
+/// What a GPU is going to hold.
+pub(super) struct OnGpu {
+    pub name: String,
+    pub held: Held,
+    pub activations: usize,
+    /// What is to be said about them.
+    pub note: String,
+    /// Bytes that it has left.
+    pub available: usize,
+}
+
+impl OnGpu {
+    pub fn total(&self) -> usize {
+        self.held.total() + self.activations
+    }
+}
+
+/// Bytes that a GPU holds in any case.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Held {
+    pub weights: usize,
+    /// Adapters, gradients, moments.
+    pub trained: usize,
+}
+
+impl Held {
+    pub fn total(&self) -> usize {
+        self.weights + self.trained
+    }
+}
+
+impl Planner<'_> {
+    pub(super) fn choice_on_gpu(
+        &self,
+        largest: &Largest,
+        options: Options,
+        gpu: &Gpu,
+    ) -> Result<Choice> {
+        let counted = self.counted(options, gpu)?;
+        for size in &largest.steps {
+            counted.step(*size)?;
+        }
+        for [own, all] in &largest.with_others {
+            counted.step_with_others(*own, *all)?;
+        }
+        for size in largest.steps.iter().chain(&largest.forward) {
+            counted.logps(*size)?;
+        }
+        if let Some((prompt, tokens)) = self.sample() {
+            counted.generate(prompt, tokens)?;
+        }
+        let activations = counted.peak();
+        let held = Held { weights: counted.weights(), trained: counted.trained() };
+        Ok(Choice { options, activations, chunk: 0, kernels: 0, held })
+    }
+
+    fn counted(&self, options: Options, gpu: &Gpu) -> Result<Counted> {
+        let counted = Counted::new(self.model, options, gpu.properties(), self.positions())?;
+        counted.with_adapters(self.lora)?.with_training(self.previous())
+    }
+
+    /// Every kernel that the run may launch: which one a product takes depends on how many rows there are.
+    pub(super) fn kernels_on_gpu(
+        &self,
+        largest: &Largest,
+        options: Options,
+        gpu: &Gpu,
+    ) -> Result<Vec<Kernel>> {
+        let mut counted = self.counted(options, gpu)?;
+        for size in largest.steps.iter().flat_map(Size::halves) {
+            counted.step(size)?;
+        }
+        for [own, all] in &largest.with_others {
+            counted.step_with_others(*own, *all)?;
+        }
+        for size in largest.steps.iter().chain(&largest.forward).flat_map(Size::halves) {
+            counted.logps(size)?;
+        }
+        if let Some((prompt, _)) = self.sample() {
+            counted.generate(prompt, 2)?;
+        }
+        counted.update()?;
+        Ok(counted.kernels())
+    }
+
+    /// Tokens of the longest prompt that a report continues, and by how many.
+    pub(super) fn sample(&self) -> Option<(usize, usize)> {
+        let eval = &self.config.eval;
+        let held_out = self.sources.iter().flat_map(|source| &source.held_out);
+        let prompt = held_out.map(|example| example.group.prompt.len()).max()?;
+        (eval.samples > 0 && prompt > 0).then_some((prompt, eval.sample_tokens))
+    }
+}
