@@ -9,6 +9,7 @@ use super::lora::{Lora, LoraGrads};
 use super::packed::{Packed, WithOthers};
 use crate::Result;
 use std::path::Path;
+use uft_kernels::parallel::awake;
 
 /// A decoder with its frozen weights where it computes.
 pub enum Model {
@@ -94,7 +95,7 @@ impl Model {
     /// and in the rest.
     pub fn logps(&self, packed: &Packed, lora: Option<&Lora>) -> Result<Vec<f32>> {
         match self {
-            Self::Cpu(model) => model.logps(packed, lora),
+            Self::Cpu(model) => awake(|| model.logps(packed, lora)),
             Self::Cuda(model) => model.logps(packed, lora),
         }
     }
@@ -105,7 +106,7 @@ impl Model {
     /// As [`Self::logps`].
     pub fn forward(&self, packed: Packed, lora: &Lora) -> Result<Tape> {
         Ok(match self {
-            Self::Cpu(model) => Tape::Cpu(Box::new(model.forward(packed, lora)?)),
+            Self::Cpu(model) => Tape::Cpu(Box::new(awake(|| model.forward(packed, lora))?)),
             Self::Cuda(model) => Tape::Cuda(Box::new(model.forward(&packed, lora)?)),
         })
     }
@@ -118,7 +119,7 @@ impl Model {
     pub fn forward_with_others(&self, batch: WithOthers, lora: &Lora) -> Result<(Tape, Vec<f32>)> {
         Ok(match self {
             Self::Cpu(model) => {
-                let (tape, logps) = model.forward_with_others(batch, lora)?;
+                let (tape, logps) = awake(|| model.forward_with_others(batch, lora))?;
                 (Tape::Cpu(Box::new(tape)), logps)
             }
             Self::Cuda(model) => {
@@ -144,7 +145,9 @@ impl Model {
         grads: &mut LoraGrads,
     ) -> Result<()> {
         match (self, tape) {
-            (Self::Cpu(model), Tape::Cpu(tape)) => model.backward(*tape, dlogp, lora, grads),
+            (Self::Cpu(model), Tape::Cpu(tape)) => {
+                awake(|| model.backward(*tape, dlogp, lora, grads))
+            }
             (Self::Cuda(model), Tape::Cuda(tape)) => model.backward(*tape, dlogp, lora, grads),
             _ => panic!("the tape of another model"),
         }
