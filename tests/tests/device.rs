@@ -106,6 +106,79 @@ fn a_run_is_the_same_when_resumed_and_the_processor_s_but_for_rounding() {
     }
 }
 
+/// Two stages in sequence, the second with the first's adapter as its reference and statistics over the step.
+#[test]
+fn a_stage_after_another_goes_on_from_its_middle() {
+    let (_guard, dir) = temporary();
+    let write = |dir: &Path| {
+        let text = format!(
+            r#"
+[model]
+path = "{model}"
+[lora]
+rank = 4
+[[data]]
+name = "demos"
+files = ["{demos}"]
+adapter = "demonstrations"
+objective = {{ plugin = "sft" }}
+[[data]]
+name = "labels"
+files = ["{labels}"]
+adapter = "labels"
+objective = {{ plugin = "kto", beta = 0.1 }}
+[train]
+output = "{out}"
+reference_cache = "{out}/reference"
+device = "emulated"
+steps = 2
+batch = 3
+micro_tokens = 100
+lr = 5e-3
+threads = 2
+save_every = 1
+[[stage]]
+name = "first"
+data = ["demos"]
+reference = "base"
+[[stage]]
+name = "second"
+data = ["labels"]
+reference = "previous"
+"#,
+            model = golden("models/llama").display(),
+            demos = some_rows(dir, "demos", 3),
+            labels = some_rows(dir, "labels", 3),
+            out = dir.join("out").display(),
+        );
+        let path = dir.join("run.toml");
+        std::fs::write(&path, text).expect("the run is written");
+        path.display().to_string()
+    };
+    succeed(&["train", &write(&dir)]);
+    let whole = finished(&dir.join("out"));
+    assert_eq!(whole.metrics.len(), 4);
+
+    let (_guard, other) = temporary();
+    let resumed = write(&other);
+    copy(&dir.join("out/checkpoint-3"), &other.join("out/checkpoint-3"));
+    assert!(other.join("out/checkpoint-3/reference.safetensors").exists());
+    succeed(&["train", &resumed, "--resume"]);
+    assert_same(&whole, &finished(&other.join("out")), "from checkpoint-3");
+}
+
+#[test]
+fn a_gradient_that_is_not_finite_stops_with_the_rows_of_its_micro_batch() {
+    let (_guard, dir) = temporary();
+    let run = write_run(&dir);
+    // Every log-prob is finite, and each row has a micro-batch of its own.
+    let heavy = ["--set", "data[pairs].weight=1e300", "--set", "train.micro_tokens=1"];
+    let stderr = fail(6, &[&["train", &run][..], &heavy].concat());
+    assert!(stderr.contains("gradient is not finite after"), "{stderr}");
+    assert!(stderr.contains("pairs.jsonl:") && stderr.matches(".jsonl:").count() == 1, "{stderr}");
+    assert!(stderr.contains("checkpoint-0"), "{stderr}");
+}
+
 #[test]
 fn check_and_grad_agree_with_the_processor_and_the_plan_is_of_the_gpu() {
     let (_guard, dir) = temporary();

@@ -1,7 +1,7 @@
 //! `uft check`: everything but training.
 
 use super::{RunArgs, mask, print};
-use crate::model::LoraGrads;
+use crate::model::Gradients;
 use crate::train::pass::Pass;
 use crate::train::plan::{At, Rows};
 use crate::train::reference::ReferenceLogps;
@@ -47,8 +47,8 @@ pub fn run(args: &CheckArgs) -> Result<()> {
     let _ = writeln!(
         out,
         "adapter: {} matrices, {} parameters",
-        2 * run.lora.adapters.len(),
-        run.lora.parameters()
+        2 * run.adapters.shape().adapters.len(),
+        run.adapters.shape().parameters()
     );
     for stage in run.stages() {
         let label = stage.name.as_ref().map_or(String::new(), |name| format!("stage `{name}`: "));
@@ -98,13 +98,13 @@ fn rows(source: &crate::data::Source) -> String {
 /// A stage's first batch forward and backward with the adapter as it is now, and whether its rewards are
 /// what they must be.
 fn first_step(run: &mut Run, stage: &Stage) -> Result<String> {
-    let identical = run.identical(stage.train.reference);
-    let reference = run.reference(stage.train.reference);
+    let identical = run.identical(stage.train.reference)?;
+    let reference = run.reference(stage.train.reference)?;
     let items = stage.order(&run.sources).batch(stage.train.batch);
-    let mut grads = LoraGrads::zeros(&run.lora);
+    let mut grads = Gradients::zeros(&run.adapters)?;
     let pass = Pass {
         model: &run.model,
-        policy: &run.lora,
+        policy: &run.adapters,
         reference: reference.as_ref(),
         micro_tokens: stage.train.micro_tokens,
         without: &stage.train.without,

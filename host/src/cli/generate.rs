@@ -81,6 +81,7 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
         None => None,
     };
     let model = Model::load(&args.model, &device)?;
+    let lora = lora.map(|lora| model.place(lora)).transpose()?;
     let options = SampleOptions {
         max_tokens: args.max_tokens,
         temperature: args.temperature,

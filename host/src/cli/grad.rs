@@ -2,8 +2,7 @@
 
 use super::{RunArgs, print};
 use crate::Result;
-use crate::model::{LoraGrads, files};
-use crate::train::optimizer;
+use crate::model::{Gradients, files};
 use crate::train::pass::Pass;
 use crate::train::plan::{At, Rows};
 use crate::train::reference::ReferenceLogps;
@@ -24,19 +23,19 @@ pub struct GradArgs {
 pub fn run(args: &GradArgs) -> Result<()> {
     let mut run = Run::prepare(args.run.load()?)?;
     let stage = run.stages().swap_remove(0);
-    let reference = run.reference(stage.train.reference);
+    let reference = run.reference(stage.train.reference)?;
     let items = stage.order(&run.sources).batch(stage.train.batch);
-    let mut grads = LoraGrads::zeros(&run.lora);
+    let mut grads = Gradients::zeros(&run.adapters)?;
     let pass = Pass {
         model: &run.model,
-        policy: &run.lora,
+        policy: &run.adapters,
         reference: reference.as_ref(),
         micro_tokens: stage.train.micro_tokens,
         without: &stage.train.without,
         mixing: stage.train.mixing,
         at: At { number: 0, steps: stage.steps(&run.sources), training: true },
         steps_repeat: false,
-        identical: run.identical(stage.train.reference),
+        identical: run.identical(stage.train.reference)?,
     };
     let outcome = pass.run(
         &mut run.sources,
@@ -45,8 +44,9 @@ pub fn run(args: &GradArgs) -> Result<()> {
         &mut ReferenceLogps::nowhere(),
         Some(&mut grads),
     )?;
-    files::write_tensors(&args.out, run.lora.grad_tensors(&grads))?;
-    let norm = optimizer::norm(&grads);
-    let result = json!({ "loss": outcome.loss, "grad_norm": norm, "tokens": outcome.tokens });
+    let lora = run.adapters.read()?;
+    files::write_tensors(&args.out, lora.grad_tensors(&*grads.read()?))?;
+    let (loss, norm, tokens) = (outcome.loss, outcome.grad_norm, outcome.tokens);
+    let result = json!({ "loss": loss, "grad_norm": norm, "tokens": tokens });
     print(&format!("{result}\n"))
 }

@@ -5,7 +5,7 @@ use crate::config::{Device as DeviceChoice, EndOfTurn, LongRows, PluginRef};
 use crate::data::rows;
 use crate::data::source::in_vocabulary;
 use crate::group::Group;
-use crate::model::{Device, Lora, Model, ModelConfig, Packed, peft};
+use crate::model::{Adapters, Device, Model, ModelConfig, Packed, peft};
 use crate::plugins::{Adapter, Registry};
 use crate::text::{Limits, Text};
 use crate::train::setup::use_threads;
@@ -67,6 +67,7 @@ pub fn run(args: &ScoreArgs) -> Result<()> {
         None => None,
     };
     let model = Model::load(&args.model, &device)?;
+    let lora = lora.map(|lora| model.place(lora)).transpose()?;
     let mut rest = scored.as_slice();
     while !rest.is_empty() {
         let mut count = 1;
@@ -125,7 +126,7 @@ fn read(args: &ScoreArgs, adapter: &Adapter, text: &Text, vocab: usize) -> Resul
 }
 
 /// Prints one line for every response of a batch.
-fn score(args: &ScoreArgs, model: &Model, lora: Option<&Lora>, batch: &[Scored]) -> Result<()> {
+fn score(args: &ScoreArgs, model: &Model, lora: Option<&Adapters>, batch: &[Scored]) -> Result<()> {
     let packed = Packed::new(&batch.iter().map(|s| &s.group).collect::<Vec<_>>());
     let ref_logps = model.logps(&packed, None)?;
     let logps = match lora {

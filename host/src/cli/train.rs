@@ -31,7 +31,7 @@ pub fn run(args: &TrainArgs) -> Result<()> {
     for source in run.untrained() {
         log::warn!("{}: no [[stage]] trains it, it is only evaluated", source.name);
     }
-    log::info!("adapter: {} parameters to train", run.lora.parameters());
+    log::info!("adapter: {} parameters to train", run.adapters.shape().parameters());
     log::info!("{}", run.memory.table());
     let report = train::train(&mut run, args.resume)?;
     let (took, planned) = (run.model.activations(), run.memory.activations);

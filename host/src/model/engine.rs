@@ -5,8 +5,8 @@ use super::config::ModelConfig;
 use super::cuda;
 use super::decoder::{self, Decoder, Options};
 use super::device::Device;
-use super::lora::{Lora, LoraGrads};
 use super::packed::{Packed, WithOthers};
+use super::trained::{Adapters, Gradients};
 use crate::Result;
 use std::path::Path;
 use uft_kernels::parallel::awake;
@@ -93,10 +93,13 @@ impl Model {
     /// # Errors
     /// If a signal arrives (see [`crate::signals`]), which is asked for between layers, or a device fails; here
     /// and in the rest.
-    pub fn logps(&self, packed: &Packed, lora: Option<&Lora>) -> Result<Vec<f32>> {
+    pub fn logps(&self, packed: &Packed, lora: Option<&Adapters>) -> Result<Vec<f32>> {
         match self {
-            Self::Cpu(model) => awake(|| model.logps(packed, lora)),
-            Self::Cuda(model) => model.logps(packed, lora),
+            Self::Cpu(model) => {
+                let lora = lora.map(Adapters::cpu);
+                awake(|| model.logps(packed, lora))
+            }
+            Self::Cuda(model) => model.logps(packed, lora.map(Adapters::cuda)),
         }
     }
 
@@ -104,10 +107,13 @@ impl Model {
     ///
     /// # Errors
     /// As [`Self::logps`].
-    pub fn forward(&self, packed: Packed, lora: &Lora) -> Result<Tape> {
+    pub fn forward(&self, packed: Packed, lora: &Adapters) -> Result<Tape> {
         Ok(match self {
-            Self::Cpu(model) => Tape::Cpu(Box::new(awake(|| model.forward(packed, lora))?)),
-            Self::Cuda(model) => Tape::Cuda(Box::new(model.forward(&packed, lora)?)),
+            Self::Cpu(model) => {
+                let lora = lora.cpu();
+                Tape::Cpu(Box::new(awake(|| model.forward(packed, lora))?))
+            }
+            Self::Cuda(model) => Tape::Cuda(Box::new(model.forward(&packed, lora.cuda())?)),
         })
     }
 
@@ -116,14 +122,19 @@ impl Model {
     ///
     /// # Errors
     /// As [`Self::logps`].
-    pub fn forward_with_others(&self, batch: WithOthers, lora: &Lora) -> Result<(Tape, Vec<f32>)> {
+    pub fn forward_with_others(
+        &self,
+        batch: WithOthers,
+        lora: &Adapters,
+    ) -> Result<(Tape, Vec<f32>)> {
         Ok(match self {
             Self::Cpu(model) => {
+                let lora = lora.cpu();
                 let (tape, logps) = awake(|| model.forward_with_others(batch, lora))?;
                 (Tape::Cpu(Box::new(tape)), logps)
             }
             Self::Cuda(model) => {
-                let (tape, logps) = model.forward_with_others(batch, lora)?;
+                let (tape, logps) = model.forward_with_others(batch, lora.cuda())?;
                 (Tape::Cuda(Box::new(tape)), logps)
             }
         })
@@ -141,14 +152,17 @@ impl Model {
         &self,
         tape: Tape,
         dlogp: &[f32],
-        lora: &Lora,
-        grads: &mut LoraGrads,
+        lora: &Adapters,
+        grads: &mut Gradients,
     ) -> Result<()> {
         match (self, tape) {
             (Self::Cpu(model), Tape::Cpu(tape)) => {
+                let (lora, grads) = (lora.cpu(), grads.cpu());
                 awake(|| model.backward(*tape, dlogp, lora, grads))
             }
-            (Self::Cuda(model), Tape::Cuda(tape)) => model.backward(*tape, dlogp, lora, grads),
+            (Self::Cuda(model), Tape::Cuda(tape)) => {
+                model.backward(*tape, dlogp, lora.cuda(), grads.cuda())
+            }
             _ => panic!("the tape of another model"),
         }
     }

@@ -7,6 +7,7 @@ use super::layer::Context;
 use super::linear::Product;
 use super::lora::Lora;
 use super::packed::{Packed, Targets};
+use super::trained::Adapters;
 use crate::{Error, Result, signals};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
@@ -43,14 +44,17 @@ enum Text<'m> {
 
 impl<'m> Generator<'m> {
     /// Reads a prompt, in one pass. It must not be empty.
-    pub fn new(model: &'m Model, lora: Option<&'m Lora>, prompt: &[u32]) -> Result<Self> {
+    pub fn new(model: &'m Model, lora: Option<&'m Adapters>, prompt: &[u32]) -> Result<Self> {
         if prompt.is_empty() {
             return Err(Error::data("generation needs a prompt of a token or more"));
         }
         model.check_tokens(prompt)?;
         let text = match model {
-            Model::Cpu(model) => Text::Cpu(Continuation::new(model, lora, prompt)?),
+            Model::Cpu(model) => {
+                Text::Cpu(Continuation::new(model, lora.map(Adapters::cpu), prompt)?)
+            }
             Model::Cuda(model) => {
+                let lora = lora.map(Adapters::cuda);
                 Text::Cuda(Box::new(cuda::Continuation::new(model, lora, prompt)?))
             }
         };
@@ -132,7 +136,7 @@ impl Model {
         &self,
         prompt: &[u32],
         options: &SampleOptions,
-        lora: Option<&Lora>,
+        lora: Option<&Adapters>,
     ) -> Result<Vec<u32>> {
         let mut generator = Generator::new(self, lora, prompt)?;
         let mut tokens = Vec::new();

@@ -6,6 +6,7 @@ use super::targets::{LinearSite, Patterns, Projection, Site, Targets};
 use crate::{Error, Result};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
+use uft_kernels::adamw;
 
 /// What `adapter_config.json` and `[lora]` say.
 #[derive(Clone, Debug, PartialEq)]
@@ -91,7 +92,7 @@ pub struct Parameter<'a> {
     /// PEFT's name.
     pub name: String,
     pub value: &'a mut [f32],
-    pub grad: &'a mut [f32],
+    pub grad: &'a [f32],
 }
 
 impl LoraConfig {
@@ -184,7 +185,20 @@ impl Lora {
 
     /// Number of trained parameters.
     pub fn parameters(&self) -> usize {
-        self.adapters.iter().map(|adapter| adapter.a.len() + adapter.b.len()).sum()
+        let each = |adapter: &Adapter| adapter.rank * (adapter.inputs + adapter.outputs);
+        self.adapters.iter().map(each).sum()
+    }
+
+    /// The same adapters with A and B empty.
+    pub(super) fn without_matrices(&self) -> Self {
+        let Self { config, adapters, by_layer, head } = self;
+        let without = |adapter: &Adapter| {
+            let &Adapter { ref name, site, rank, inputs, outputs, scale, .. } = adapter;
+            let (a, b) = (vec![], vec![]);
+            Adapter { name: name.clone(), site, rank, inputs, outputs, scale, a, b }
+        };
+        let adapters = adapters.iter().map(without).collect();
+        Self { config: config.clone(), adapters, by_layer: by_layer.clone(), head: *head }
     }
 
     /// Every matrix under PEFT's name: A, B of the first adapter, A, B of the second, ...
@@ -204,14 +218,14 @@ impl Lora {
     /// Every matrix with its gradient, in the order of [`Self::tensors`].
     pub fn parameters_mut<'a>(
         &'a mut self,
-        grads: &'a mut LoraGrads,
+        grads: &'a LoraGrads,
     ) -> impl Iterator<Item = Parameter<'a>> {
-        let pairs = self.adapters.iter_mut().zip(&mut grads.adapters);
+        let pairs = self.adapters.iter_mut().zip(&grads.adapters);
         pairs.flat_map(|(adapter, grad)| {
             let [a, b] = adapter.tensor_names();
             [
-                Parameter { name: a, value: &mut adapter.a, grad: &mut grad.a },
-                Parameter { name: b, value: &mut adapter.b, grad: &mut grad.b },
+                Parameter { name: a, value: &mut adapter.a, grad: &grad.a },
+                Parameter { name: b, value: &mut adapter.b, grad: &grad.b },
             ]
         })
     }
@@ -249,6 +263,13 @@ impl LoraGrads {
             grad.a.fill(0.0);
             grad.b.fill(0.0);
         }
+    }
+
+    /// Euclidean norm over all matrices, before clipping.
+    pub fn norm(&self) -> f64 {
+        let squares = self.adapters.iter();
+        let squares = squares.map(|g| adamw::norm_squared(&g.a) + adamw::norm_squared(&g.b));
+        squares.sum::<f64>().sqrt()
     }
 }
 

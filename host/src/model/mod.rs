@@ -2,7 +2,7 @@
 //!
 //! What is computed stands here, how it is computed in `uft_kernels`. A batch of packed groups
 //! ([`Packed`]) goes through [`Model::logps`] or [`Model::forward`] to one log-prob per trained
-//! token; [`Model::backward`] takes the loss's derivative to those and adds to [`LoraGrads`].
+//! token; [`Model::backward`] takes the loss's derivative to those and adds to [`Gradients`].
 
 pub mod config;
 pub mod cuda;
@@ -15,6 +15,7 @@ pub mod merge;
 pub mod packed;
 pub mod peft;
 pub mod targets;
+pub mod trained;
 
 mod buffers;
 mod decoder;
@@ -34,6 +35,7 @@ pub use engine::{Model, Tape};
 pub use generate::{Generator, SampleOptions};
 pub use lora::{Adapter, Lora, LoraConfig, LoraGrads};
 pub use packed::Packed;
+pub use trained::{Adapters, Gradients, Moments};
 
 #[cfg(test)]
 mod tests;

@@ -7,10 +7,10 @@
 
 use super::identity::Identity;
 use super::logs::Logs;
-use super::optimizer::Optimizer;
+use super::optimizer::{self, Optimizer};
 use super::setup::{Run, Stage};
 use crate::model::files::{self, write_bytes, write_error};
-use crate::model::{Lora, peft};
+use crate::model::{Adapters, Lora, peft};
 use crate::{Error, Result};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -83,7 +83,7 @@ pub fn save(
     run: &Run,
     position: &Position,
     optimizer: &Optimizer,
-    reference: Option<&Lora>,
+    reference: Option<&Adapters>,
     identity: &Identity,
     logs: &Logs,
 ) -> Result<PathBuf> {
@@ -110,14 +110,17 @@ fn write(
     run: &Run,
     position: &Position,
     optimizer: &Optimizer,
-    reference: Option<&Lora>,
+    reference: Option<&Adapters>,
     identity: &Identity,
     logs: &Logs,
 ) -> Result<()> {
-    peft::save(partial, &run.lora, &run.config.model.path)?;
-    files::write_tensors(&partial.join(OPTIMIZER), optimizer.tensors(&run.lora))?;
+    let lora = run.adapters.read()?;
+    peft::save(partial, &lora, &run.config.model.path)?;
+    let moments = optimizer.moments()?;
+    files::write_tensors(&partial.join(OPTIMIZER), optimizer::tensors(&lora, &moments))?;
+    drop((lora, moments));
     if let Some(reference) = reference {
-        files::write_tensors(&partial.join(REFERENCE), reference.tensors())?;
+        files::write_tensors(&partial.join(REFERENCE), reference.read()?.tensors())?;
     }
     for (name, bytes) in logs.contents()? {
         write_bytes(&partial.join(name), &bytes)?;
@@ -195,7 +198,7 @@ pub fn newest(output: &Path) -> Result<(Option<PathBuf>, Vec<String>)> {
 pub struct Restored {
     pub position: Position,
     pub optimizer: Optimizer,
-    pub reference: Option<Lora>,
+    pub reference: Option<Adapters>,
 }
 
 /// Reads a checkpoint's state.
@@ -233,12 +236,16 @@ pub fn restore(dir: &Path, run: &mut Run) -> Result<Restored> {
     })?;
     let reference_file = dir.join(REFERENCE);
     let reference = match reference_file.exists() {
-        true => Some(with_tensors(run.lora.clone(), &read(&reference_file)?)?),
+        true => {
+            let lora = with_tensors(run.adapters.read()?.into_owned(), &read(&reference_file)?)?;
+            Some(run.model.place(lora)?)
+        }
         false => None,
     };
-    run.lora = with_tensors(run.lora.clone(), &read(&dir.join(ADAPTER))?)?;
-    let mut optimizer = Optimizer::new(&stage.train, &run.lora);
-    optimizer.restore(&run.lora, &read(&dir.join(OPTIMIZER))?, state.updates)?;
+    let lora = with_tensors(run.adapters.read()?.into_owned(), &read(&dir.join(ADAPTER))?)?;
+    let mut optimizer = Optimizer::new(&stage.train, &run.adapters)?;
+    optimizer.restore(&lora, &read(&dir.join(OPTIMIZER))?, state.updates)?;
+    run.adapters.write(lora)?;
     for source in &mut run.sources {
         if let Some(saved) = state.objectives.get(&source.name) {
             source.objective.load_state(saved)?;

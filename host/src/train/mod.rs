@@ -21,7 +21,7 @@ mod statistics;
 use crate::config::NonFinite;
 use crate::config::schema::TrainSection;
 use crate::data::Item;
-use crate::model::{Lora, LoraGrads, peft};
+use crate::model::{Adapters, Gradients, peft};
 use crate::{Error, ErrorKind, Result, signals};
 use checkpoint::{Position, Restored};
 use identity::Identity;
@@ -99,7 +99,8 @@ fn run_stages(
             Some(restored) => (restored.optimizer, restored.reference),
             None => {
                 position = Position { stage: index, step: 0, ..position };
-                (Optimizer::new(&stage.train, &run.lora), run.reference(stage.train.reference))
+                let reference = run.reference(stage.train.reference)?;
+                (Optimizer::new(&stage.train, &run.adapters)?, reference)
             }
         };
         let mut other = match &reference {
@@ -110,11 +111,15 @@ fn run_stages(
         let running = Running { stage, optimizer, reference, known, identity };
         running.train(run, &mut position, logs)?;
         if let Some(name) = &stage.name {
-            peft::save(&output.join(format!("stage-{name}")), &run.lora, &run.config.model.path)?;
+            save_adapter(run, &output.join(format!("stage-{name}")))?;
         }
     }
-    peft::save(&output, &run.lora, &run.config.model.path)?;
+    save_adapter(run, &output)?;
     Ok(position)
+}
+
+fn save_adapter(run: &Run, dir: &Path) -> Result<()> {
+    peft::save(dir, &*run.adapters.read()?, &run.config.model.path)
 }
 
 /// Says of a fault in the middle of a run what there is to go on from. What ended by a signal or a
@@ -161,7 +166,7 @@ fn find_checkpoint(output: &Path, resume: bool) -> Result<Option<PathBuf>> {
 struct Running<'a> {
     stage: &'a Stage,
     optimizer: Optimizer,
-    reference: Option<Lora>,
+    reference: Option<Adapters>,
     /// The reference's log-probs.
     known: &'a mut ReferenceLogps,
     identity: &'a Identity,
@@ -175,7 +180,7 @@ impl Running<'_> {
         let mut order = self.stage.order(&run.sources);
         // Replaying the draws puts the order where it was.
         (0..position.step).for_each(|_| drop(order.batch(settings.batch)));
-        let mut grads = LoraGrads::zeros(&run.lora);
+        let mut grads = Gradients::zeros(&run.adapters)?;
         let mut progress = Progress::new(self.stage.name.as_deref(), position.step, steps);
 
         if let Err(why) = self.known.verify(&run.model, self.reference.as_ref(), &run.sources) {
@@ -198,69 +203,70 @@ impl Running<'_> {
                 warmup,
             );
             let started = Instant::now();
-            grads.clear();
+            grads.clear()?;
             let step = |running: &mut Self, run: &mut Run| {
                 running.step(run, position, steps, &items, &mut grads)
             };
-            let (outcome, norm) = match self.whole(run, step) {
+            let outcome = match self.whole(run, step) {
                 Ok(done) => done,
                 Err(why)
                     if why.kind == ErrorKind::NonFinite
                         && settings.non_finite == NonFinite::Skip =>
                 {
                     progress.note(&format!("step {} left out: {why}", position.steps + 1));
-                    (Outcome { loss: f64::NAN, ..Outcome::default() }, f64::NAN)
+                    Outcome { loss: f64::NAN, grad_norm: f64::NAN, ..Outcome::default() }
                 }
                 Err(why) => return Err(self.leave(run, position, logs, why)),
             };
             if outcome.loss.is_finite() {
-                self.optimizer.step(&mut run.lora, &mut grads, norm, lr);
+                let norm = outcome.grad_norm;
+                self.optimizer.step(&mut run.adapters, &grads, norm, lr)?;
             }
             let seconds = started.elapsed().as_secs_f64();
             position.step += 1;
             position.steps += 1;
             position.tokens += outcome.tokens;
             position.seconds += seconds;
-            logs.step(self.line(run, position, &outcome, norm, lr, seconds))?;
+            logs.step(self.line(run, position, &outcome, lr, seconds))?;
             progress.step(&outcome);
         }
         progress.finish();
         Ok(())
     }
 
-    /// Loss, gradient and its norm of one optimizer step.
+    /// Loss and gradient of one optimizer step.
     fn step(
         &mut self,
         run: &mut Run,
         position: &Position,
         steps: u64,
         items: &[Item],
-        grads: &mut LoraGrads,
-    ) -> Result<(Outcome, f64)> {
+        grads: &mut Gradients,
+    ) -> Result<Outcome> {
         let settings = &self.stage.train;
         let pass = Pass {
             model: &run.model,
-            policy: &run.lora,
+            policy: &run.adapters,
             reference: self.reference.as_ref(),
             micro_tokens: settings.micro_tokens,
             without: &settings.without,
             mixing: settings.mixing,
             at: At { number: position.step, steps, training: true },
             steps_repeat: !settings.shuffle,
-            identical: position.step == 0 && run.identical(settings.reference),
+            identical: position.step == 0 && run.identical(settings.reference)?,
         };
         let known = &mut *self.known;
         let outcome = pass.run(&mut run.sources, Rows::Train, items, known, Some(&mut *grads))?;
-        let norm = optimizer::norm(grads);
-        if outcome.loss.is_finite() && norm.is_finite() {
-            return Ok((outcome, norm));
+        if outcome.loss.is_finite() {
+            return Ok(outcome);
         }
         let place = |i: &Item| run.sources[i.source].train[i.row].origin.to_string();
         let places: Vec<String> = items.iter().map(place).collect();
         Err(Error::non_finite(format!(
-            "step {}: loss {}, gradient norm {norm}; its rows: {}",
+            "step {}: loss {}, gradient norm {}; its rows: {}",
             position.steps + 1,
             outcome.loss,
+            outcome.grad_norm,
             places.join(", ")
         )))
     }
@@ -368,7 +374,6 @@ impl Running<'_> {
         run: &Run,
         position: &Position,
         outcome: &Outcome,
-        norm: f64,
         lr: f64,
         seconds: f64,
     ) -> Map<String, serde_json::Value> {
@@ -380,7 +385,7 @@ impl Running<'_> {
             line.insert("stage".into(), name.as_str().into());
         }
         line.insert("loss".into(), number(outcome.loss));
-        line.insert("grad_norm".into(), number(norm));
+        line.insert("grad_norm".into(), number(outcome.grad_norm));
         line.insert("lr".into(), number(lr));
         line.insert("epoch".into(), number((position.step * batch as u64) as f64 / rows as f64));
         line.insert("tokens".into(), outcome.tokens.into());
@@ -396,7 +401,7 @@ impl Running<'_> {
 fn evaluate(
     run: &mut Run,
     stage: &Stage,
-    reference: Option<&Lora>,
+    reference: Option<&Adapters>,
     known: &mut ReferenceLogps,
     number: u64,
     steps: u64,
@@ -404,7 +409,7 @@ fn evaluate(
     let items = run.held_out(&stage.sources);
     let pass = Pass {
         model: &run.model,
-        policy: &run.lora,
+        policy: &run.adapters,
         reference,
         micro_tokens: stage.train.micro_tokens,
         without: &stage.train.without,

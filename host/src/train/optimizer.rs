@@ -4,20 +4,22 @@ use super::checkpoint;
 use crate::Result;
 use crate::config::schema::TrainSection;
 use crate::model::lora::LoraTensor;
-use crate::model::{Lora, LoraGrads};
+use crate::model::{Adapters, Gradients, Lora, Moments};
+use std::borrow::Cow;
 use std::collections::HashMap;
 use uft_kernels::adamw;
 
-/// The moments of every adapter tensor, in the order of [`Lora::parameters_mut`].
+/// AdamW's settings and what it remembers of the gradients.
 pub struct Optimizer {
     settings: adamw::AdamW,
     clip: f64,
-    /// Mean of gradients, mean of squared gradients.
-    moments: Vec<(Vec<f32>, Vec<f32>)>,
+    moments: Moments,
 }
 
 impl Optimizer {
-    pub fn new(train: &TrainSection, lora: &Lora) -> Self {
+    /// # Errors
+    /// The device has no memory left.
+    pub fn new(train: &TrainSection, adapters: &Adapters) -> Result<Self> {
         let settings = adamw::AdamW {
             lr: 0.0,
             beta1: train.beta1,
@@ -27,46 +29,45 @@ impl Optimizer {
             step: 0,
             grad_scale: 1.0,
         };
-        let moments =
-            lora.tensors().map(|t| (vec![0.0; t.data.len()], vec![0.0; t.data.len()])).collect();
-        Self { settings, clip: train.clip, moments }
+        Ok(Self { settings, clip: train.clip, moments: Moments::zeros(adapters)? })
     }
 
-    /// One update at learning rate `lr`. `norm` is the gradient's, see [`norm`].
-    pub fn step(&mut self, lora: &mut Lora, grads: &mut LoraGrads, norm: f64, lr: f64) {
+    /// One update at learning rate `lr`. `norm` is the gradient's, see [`Gradients::norm`].
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn step(
+        &mut self,
+        adapters: &mut Adapters,
+        grads: &Gradients,
+        norm: f64,
+        lr: f64,
+    ) -> Result<()> {
         self.settings.step += 1;
         self.settings.lr = lr;
         // torch.nn.utils.clip_grad_norm_: the factor is clip / (norm + 1e-6), at most 1.
         self.settings.grad_scale =
             if self.clip > 0.0 { (self.clip / (norm + 1e-6)).min(1.0) } else { 1.0 };
-        for (parameter, (m, v)) in lora.parameters_mut(grads).zip(&mut self.moments) {
-            adamw::step(parameter.value, parameter.grad, m, v, &self.settings);
-        }
+        self.moments.update(adapters, grads, &self.settings)
     }
-}
 
-impl Optimizer {
     /// Updates so far.
     pub fn updates(&self) -> u64 {
         self.settings.step
     }
 
-    /// The moments under PyTorch's names: `….exp_avg` and `….exp_avg_sq`.
-    pub fn tensors<'a>(&'a self, lora: &'a Lora) -> impl Iterator<Item = LoraTensor<'a>> {
-        lora.tensors().zip(&self.moments).flat_map(|(tensor, (m, v))| {
-            let named = |which, data| LoraTensor {
-                name: moment(&tensor.name, which),
-                shape: tensor.shape,
-                data,
-            };
-            [named("exp_avg", m.as_slice()), named("exp_avg_sq", v.as_slice())]
-        })
-    }
-
-    /// Takes back what [`tensors`](Optimizer::tensors) gave.
+    /// The moments, to be written with [`tensors`].
     ///
     /// # Errors
-    /// If a moment is missing or has another size.
+    /// The device's.
+    pub fn moments(&self) -> Result<Cow<'_, [[Vec<f32>; 2]]>> {
+        self.moments.read()
+    }
+
+    /// Takes back what [`tensors`] gave.
+    ///
+    /// # Errors
+    /// If a moment is missing or has another size, or the device fails.
     pub fn restore(
         &mut self,
         lora: &Lora,
@@ -74,27 +75,35 @@ impl Optimizer {
         updates: u64,
     ) -> Result<()> {
         self.settings.step = updates;
-        for (tensor, (m, v)) in lora.tensors().zip(&mut self.moments) {
-            for (values, which) in [(m, "exp_avg"), (v, "exp_avg_sq")] {
+        let moments = lora.tensors().map(|tensor| {
+            let [m, v] = ["exp_avg", "exp_avg_sq"].map(|which| {
                 let name = moment(&tensor.name, which);
-                let from = checkpoint::tensor(saved, &name)?;
-                if from.len() != values.len() {
-                    return Err(checkpoint::wrong(&name));
+                let values = checkpoint::tensor(saved, &name)?;
+                match values.len() == tensor.data.len() {
+                    true => Ok(values.to_vec()),
+                    false => Err(checkpoint::wrong(&name)),
                 }
-                values.copy_from_slice(from);
-            }
-        }
-        Ok(())
+            });
+            Ok([m?, v?])
+        });
+        self.moments.write(moments.collect::<Result<_>>()?)
     }
+}
+
+/// Moments under PyTorch's names: `….exp_avg` and `….exp_avg_sq`.
+pub fn tensors<'a>(
+    lora: &'a Lora,
+    moments: &'a [[Vec<f32>; 2]],
+) -> impl Iterator<Item = LoraTensor<'a>> {
+    lora.tensors().zip(moments).flat_map(|(tensor, [m, v])| {
+        [("exp_avg", m), ("exp_avg_sq", v)].map(|(which, data)| LoraTensor {
+            name: moment(&tensor.name, which),
+            shape: tensor.shape,
+            data,
+        })
+    })
 }
 
 fn moment(tensor: &str, which: &str) -> String {
     format!("{tensor}.{which}")
-}
-
-/// Euclidean norm over all tensors, before clipping.
-pub fn norm(grads: &LoraGrads) -> f64 {
-    let squares =
-        grads.adapters.iter().map(|g| adamw::norm_squared(&g.a) + adamw::norm_squared(&g.b));
-    squares.sum::<f64>().sqrt()
 }

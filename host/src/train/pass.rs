@@ -3,7 +3,6 @@
 
 use super::metrics::Metrics;
 use super::micro;
-use super::optimizer;
 use super::plan::{At, Plan, Planned, Rows};
 use super::reference::ReferenceLogps;
 use super::reference_pass::{self, Wanted};
@@ -11,7 +10,7 @@ use super::statistics::{self, Mismatched, Statistics};
 use crate::config::{Gain, Mixing};
 use crate::data::{Example, Item, Source};
 use crate::group::Group;
-use crate::model::{Lora, LoraGrads, Model, Packed};
+use crate::model::{Adapters, Gradients, Model, Packed};
 use crate::{Error, Result};
 use std::ops::Range;
 use uft_core::batch::{Batch, Segment};
@@ -20,9 +19,9 @@ use uft_core::batch::{Batch, Segment};
 #[derive(Clone, Copy)]
 pub struct Pass<'a> {
     pub model: &'a Model,
-    pub policy: &'a Lora,
+    pub policy: &'a Adapters,
     /// The reference's adapter; none is the base model.
-    pub reference: Option<&'a Lora>,
+    pub reference: Option<&'a Adapters>,
     pub micro_tokens: usize,
     /// What is switched off.
     pub without: &'a [Gain],
@@ -41,6 +40,8 @@ pub struct Pass<'a> {
 pub struct Outcome {
     /// The weighted sum of the sources' losses.
     pub loss: f64,
+    /// The gradient's norm, before clipping; 0 without a gradient.
+    pub grad_norm: f64,
     pub metrics: Metrics,
     /// Rows that went through the policy: every prompt once, and the responses.
     pub tokens: u64,
@@ -60,7 +61,7 @@ impl Pass<'_> {
         rows: Rows,
         items: &[Item],
         known: &mut ReferenceLogps,
-        mut grads: Option<&mut LoraGrads>,
+        mut grads: Option<&mut Gradients>,
     ) -> Result<Outcome> {
         let enough = micro::enough(self.model.config().hidden, self.model.is_on_gpu());
         let mut plan = Plan::new(sources, rows, items, self.micro_tokens, enough, self.without);
@@ -100,14 +101,20 @@ impl Pass<'_> {
                 self.objectives(sources, rows, &plan, batch, logps, &statistics, &mut outcome)?;
             if let (Some(tape), Some(grads)) = (tape, grads.as_deref_mut()) {
                 self.model.backward(tape, &dlogps, self.policy, grads)?;
-                if !optimizer::norm(grads).is_finite() {
-                    let batch: Vec<Item> = batch.iter().map(|&g| plan.groups[g].item).collect();
-                    return Err(Error::non_finite(format!(
-                        "the gradient is not finite after {}; is the learning rate or a weight too high?",
-                        places(sources, rows, &batch)
-                    )));
-                }
+                grads.take_norm(index as u32 + 1)?;
             }
+        }
+        if let Some(grads) = grads {
+            let (norm, first) = grads.norm()?;
+            if let Some(number) = first {
+                let batch = &plan.micro_batches[number as usize - 1];
+                let batch: Vec<Item> = batch.iter().map(|&g| plan.groups[g].item).collect();
+                return Err(Error::non_finite(format!(
+                    "the gradient is not finite after {}; is the learning rate or a weight too high?",
+                    places(sources, rows, &batch)
+                )));
+            }
+            outcome.grad_norm = norm;
         }
         Ok(outcome)
     }

@@ -16,7 +16,7 @@ use crate::config::Gain;
 use crate::config::schema::Config;
 use crate::data::Source;
 use crate::group::{Branch, Group, Segment};
-use crate::model::{Adapter, Lora, Model, Packed, files};
+use crate::model::{Adapter, Adapters, Model, Packed, files};
 use crate::{Error, Result};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -73,7 +73,7 @@ impl Cache {
     ///
     /// # Errors
     /// If its file cannot be read or written.
-    pub fn open(&self, adapter: Option<&Lora>) -> Result<ReferenceLogps> {
+    pub fn open(&self, adapter: Option<&Adapters>) -> Result<ReferenceLogps> {
         let (shared, own, configured) = match &self.place {
             Place::Nowhere => return Ok(ReferenceLogps::nowhere()),
             Place::Memory => return Ok(ReferenceLogps::in_memory()),
@@ -81,9 +81,11 @@ impl Cache {
         };
         let mut hasher = self.model.clone();
         // An adapter that adds nothing gives the base model's bits.
-        let adds = |lora: &&Lora| lora.adapters.iter().any(|a| a.b.iter().any(|b| *b != 0.0));
-        let adapter = adapter.filter(adds);
-        for Adapter { name, scale, a, b, .. } in adapter.into_iter().flat_map(|l| &l.adapters) {
+        let adapter = match adapter {
+            Some(adapter) if !adapter.add_nothing()? => Some(adapter.read()?),
+            _ => None,
+        };
+        for Adapter { name, scale, a, b, .. } in adapter.iter().flat_map(|lora| &lora.adapters) {
             hasher.update(name.as_bytes()).update(&scale.to_le_bytes());
             hasher.update(&bytes(a)).update(&bytes(b));
         }
@@ -231,7 +233,7 @@ impl ReferenceLogps {
     pub fn verify(
         &mut self,
         model: &Model,
-        adapter: Option<&Lora>,
+        adapter: Option<&Adapters>,
         sources: &[Source],
     ) -> Result<()> {
         let Kept::File(store) = &mut self.kept else { return Ok(()) };

@@ -117,7 +117,7 @@ pub fn answers(run: &Run) -> Result<Vec<(String, String)>> {
         ..SampleOptions::greedy()
     };
     let answer = |prompt: &&[u32]| {
-        let tokens = run.model.generate(prompt, &options, Some(&run.lora))?;
+        let tokens = run.model.generate(prompt, &options, Some(&run.adapters))?;
         Ok((run.text.decode(prompt, true)?, run.text.decode(&tokens, true)?))
     };
     prompts.iter().map(answer).collect()

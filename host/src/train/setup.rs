@@ -7,7 +7,7 @@ use crate::config::{Reference, Targets as ConfigTargets};
 use crate::data::{Item, Order, Source};
 use crate::model::memory::Weights;
 use crate::model::targets::{Patterns, Targets};
-use crate::model::{Device, Lora, LoraConfig, Model, ModelConfig, Options, peft};
+use crate::model::{Adapters, Device, Lora, LoraConfig, Model, ModelConfig, Options, peft};
 use crate::plugins::Registry;
 use crate::text::Text;
 use crate::{Error, ErrorKind, Result};
@@ -23,8 +23,8 @@ pub struct Run {
     pub model: Model,
     /// What it computes on, for people and for the identity of a run.
     pub device: String,
-    /// The adapter that is trained.
-    pub lora: Lora,
+    /// What is trained.
+    pub adapters: Adapters,
     /// The plugin libraries.
     pub libraries: Vec<PathBuf>,
     /// What it is going to hold in memory.
@@ -54,9 +54,10 @@ impl Run {
         let Material { config, text, registry, sources, lora, .. } = material;
         let options = Options::new(&config.train.without, memory.recomputed_layers);
         model.prepare(options, memory.activations, memory.positions)?;
+        let adapters = model.place(lora)?;
         let libraries = registry.paths().map(Path::to_owned).collect();
         let device = device.name();
-        Ok(Self { config, text, sources, model, device, lora, libraries, memory })
+        Ok(Self { config, text, sources, model, device, adapters, libraries, memory })
     }
 
     /// The plan of a run's memory on a GPU that has so much, in bytes: there need be none, and no weights.
@@ -89,18 +90,24 @@ impl Run {
     }
 
     /// Whether policy and reference are the same function before a stage's first step.
-    pub fn identical(&self, reference: Reference) -> bool {
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn identical(&self, reference: Reference) -> Result<bool> {
         match reference {
-            Reference::Previous => true,
-            Reference::Base => self.lora.adapters.iter().all(|a| a.b.iter().all(|b| *b == 0.0)),
+            Reference::Previous => Ok(true),
+            Reference::Base => self.adapters.add_nothing(),
         }
     }
 
     /// The reference's adapter: none is the base model.
-    pub fn reference(&self, reference: Reference) -> Option<Lora> {
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn reference(&self, reference: Reference) -> Result<Option<Adapters>> {
         match reference {
-            Reference::Base => None,
-            Reference::Previous => Some(self.lora.clone()),
+            Reference::Base => Ok(None),
+            Reference::Previous => self.adapters.copy().map(Some),
         }
     }
 

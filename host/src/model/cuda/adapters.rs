@@ -1,40 +1,69 @@
-//! The adapters and their gradients on a device.
-//!
-//! What is trained stays in memory, in f32 ([`Lora`]). Every pass gets a copy of it in bf16, as the products
-//! want it, and gives the gradients back in f32: for a few million parameters both take milliseconds.
+//! What is trained, on a device: the adapters in f32, with a copy in bf16 as the products want it, their gradients
+//! and their moments. It comes back to memory only to be written into files.
 
-use super::sent;
-use crate::model::lora::{Lora, LoraGrads};
+use crate::model::lora::{AdapterGrad, Lora, LoraGrads};
 use crate::model::targets::Site;
 use crate::{Error, Result};
 use half::bf16;
 use std::ops::Range;
-use uft_kernels::cuda::{Arena, DeviceBuffer, DeviceSlice, Gpu};
+use std::sync::Arc;
+use uft_kernels::adamw::{self, AdamW, cuda as device};
+use uft_kernels::cuda::{DeviceBuffer, DeviceSlice, Gpu};
 use uft_kernels::logprob::cuda::padded as padded_vocabulary;
 use uft_kernels::matmul::cuda::adapter::{MOST_RANK, pack_a, pack_b, padded};
 
-/// One adapter: `y += (x Aᵀ) (s B)ᵀ`.
-pub struct Adapter {
+/// All adapters of a [`Lora`], in its order.
+pub struct Adapters {
+    layout: Arc<Layout>,
+    /// A and B of each, as the layout says.
+    params: DeviceBuffer<f32>,
+    /// A and s B of each for the products.
+    copies: DeviceBuffer<bf16>,
+}
+
+/// One adapter, as products take it: `y += (x Aᵀ) (s B)ᵀ`.
+#[derive(Clone, Copy)]
+pub struct Adapter<'a> {
     /// r.
     pub rank: usize,
     /// s.
     pub scale: f32,
     /// A: `[R, in]`, zeros beyond r.
-    pub a: DeviceBuffer<bf16>,
+    pub a: &'a DeviceSlice<bf16>,
     /// s B: `[out, R]`, zeros beyond r; of the head `[P, R]`.
-    pub b: DeviceBuffer<bf16>,
+    pub b: &'a DeviceSlice<bf16>,
 }
 
-/// All adapters of a [`Lora`], in its order, as they are during a pass.
-pub struct Adapters {
-    adapters: Vec<Adapter>,
+/// Gradients of one adapter.
+pub struct Grad<'a> {
+    /// `[r, in]`.
+    pub a: &'a mut DeviceSlice<f32>,
+    /// `[out, r]`; of the head `[P, r]`.
+    pub b: &'a mut DeviceSlice<f32>,
 }
 
-impl Adapters {
-    /// # Errors
-    /// A rank is higher than the kernels take, or the device has no memory left.
-    pub fn of(lora: &Lora, gpu: &Gpu, arena: &Arena) -> Result<Self> {
-        let adapters = lora.adapters.iter().map(|adapter| {
+/// Where the matrices of all adapters lie: parameters, gradients and moments at the same places.
+struct Layout {
+    gpu: Gpu,
+    /// The adapters with A and B empty.
+    lora: Lora,
+    /// Of A and of B, without the rows of zeros after the head's B.
+    places: Vec<[Range<usize>; 2]>,
+    copies: Vec<[Range<usize>; 2]>,
+    table: device::Table,
+    /// Numbers of all matrices, and of all copies.
+    len: usize,
+    copies_len: usize,
+}
+
+/// Matrices begin where 16 bytes can be read at a time, in f32 and in bf16.
+const ALIGNMENT: usize = 8;
+
+impl Layout {
+    fn new(lora: &Lora, gpu: &Gpu) -> Result<Self> {
+        let (mut len, mut copies_len) = (0usize, 0usize);
+        let (mut places, mut copies, mut tensors) = (Vec::new(), Vec::new(), Vec::new());
+        for adapter in &lora.adapters {
             let (rank, inputs, outputs) = (adapter.rank, adapter.inputs, adapter.outputs);
             if rank > MOST_RANK {
                 return Err(Error::config(format!(
@@ -42,34 +71,56 @@ impl Adapters {
                     adapter.name
                 )));
             }
-            let mut a = arena.take(padded(rank) * inputs)?;
-            let mut b = arena.take(rows_of_b(adapter.site, outputs) * padded(rank))?;
-            pack_a(gpu, &sent(gpu, arena, &adapter.a)?, &mut a, rank, inputs)?;
-            let (rows, beyond) = b.split_at_mut(outputs * padded(rank));
-            pack_b(gpu, &sent(gpu, arena, &adapter.b)?, rows, outputs, rank, adapter.scale)?;
-            gpu.zero(beyond)?;
-            Ok(Adapter { rank, scale: adapter.scale, a, b })
-        });
-        Ok(Self { adapters: adapters.collect::<Result<_>>()? })
+            let (wide, tall) = (padded(rank), rows_of_b(adapter.site, outputs));
+            let mut tensor = |rows: usize,
+                              width,
+                              room: usize,
+                              pitch: usize,
+                              copy_rows: usize,
+                              copy_scale| {
+                let (start, copy_start) = (len, copies_len);
+                len = (start + room).next_multiple_of(ALIGNMENT);
+                let copy_room = copy_rows * pitch;
+                copies_len = (copy_start + copy_room).next_multiple_of(ALIGNMENT);
+                tensors.push(device::Tensor { start, rows, width, copy_start, pitch, copy_scale });
+                (start..start + rows * width, copy_start..copy_start + copy_room)
+            };
+            let (a, copy_of_a) = tensor(rank, inputs, rank * inputs, inputs, wide, 1.0);
+            let (b, copy_of_b) = tensor(outputs, rank, tall * rank, wide, tall, adapter.scale);
+            places.push([a, b]);
+            copies.push([copy_of_a, copy_of_b]);
+        }
+        let table = device::Table::new(gpu, &tensors)?;
+        let (gpu, lora) = (gpu.clone(), lora.without_matrices());
+        Ok(Self { gpu, lora, places, copies, table, len, copies_len })
     }
 
-    /// The adapter at a place of [`Lora::index`].
-    pub fn at(&self, index: usize) -> &Adapter {
-        &self.adapters[index]
+    /// Numbers of the shape of all matrices, zeros.
+    fn zeros(&self) -> Result<DeviceBuffer<f32>> {
+        let mut numbers = self.gpu.alloc(self.len)?;
+        self.gpu.zero(&mut numbers)?;
+        Ok(numbers)
     }
-}
 
-/// Adapters with the map of where each is.
-#[derive(Clone, Copy)]
-pub struct Adapted<'a> {
-    pub lora: &'a Lora,
-    pub adapters: &'a Adapters,
-}
+    /// Each adapter's part of such numbers, A's and B's, in memory.
+    fn read(&self, numbers: &DeviceSlice<f32>) -> Result<impl Iterator<Item = [Vec<f32>; 2]>> {
+        let numbers = self.gpu.downloaded(numbers)?;
+        Ok(self.places.iter().map(move |of| of.clone().map(|place| numbers[place].to_vec())))
+    }
 
-impl<'a> Adapted<'a> {
-    /// The adapter of a site.
-    pub fn get(&self, site: Site) -> Option<&'a Adapter> {
-        self.lora.index(site).map(|at| self.adapters.at(at))
+    /// The reverse of [`Self::read`].
+    fn write<'m>(
+        &self,
+        matrices: impl Iterator<Item = [&'m [f32]; 2]>,
+        numbers: &mut DeviceSlice<f32>,
+    ) -> Result<()> {
+        let mut all = vec![0.0; self.len];
+        for (matrices, places) in matrices.zip(&self.places) {
+            for (matrix, place) in matrices.into_iter().zip(places) {
+                all[place.clone()].copy_from_slice(matrix);
+            }
+        }
+        Ok(self.gpu.upload(&all, numbers)?)
     }
 }
 
@@ -81,62 +132,162 @@ fn rows_of_b(site: Site, outputs: usize) -> usize {
     }
 }
 
-/// Gradients of all adapters, in one piece: one copy brings them back.
-pub struct Gradients {
-    numbers: DeviceBuffer<f32>,
-    /// Of A and of B.
-    places: Vec<[Range<usize>; 2]>,
+impl Adapters {
+    /// # Errors
+    /// A rank is higher than the kernels take, or the device has no memory left.
+    pub fn new(lora: &Lora, gpu: &Gpu) -> Result<Self> {
+        let layout = Arc::new(Layout::new(lora, gpu)?);
+        let (params, mut copies) = (layout.zeros()?, gpu.alloc(layout.copies_len)?);
+        gpu.zero(&mut copies)?;
+        let mut adapters = Self { layout, params, copies };
+        adapters.write(lora)?;
+        Ok(adapters)
+    }
+
+    /// The same once more.
+    pub fn copy(&self) -> Result<Self> {
+        let Layout { gpu, len, copies_len, .. } = &*self.layout;
+        let (mut params, mut copies) = (gpu.alloc(*len)?, gpu.alloc(*copies_len)?);
+        gpu.copy(&self.params, &mut params)?;
+        gpu.copy(&self.copies, &mut copies)?;
+        Ok(Self { layout: self.layout.clone(), params, copies })
+    }
+
+    /// The adapters with A and B empty.
+    pub fn shape(&self) -> &Lora {
+        &self.layout.lora
+    }
+
+    /// What they are now.
+    pub fn read(&self) -> Result<Lora> {
+        let mut lora = self.layout.lora.clone();
+        let matrices = self.layout.read(&self.params)?;
+        for (adapter, [a, b]) in lora.adapters.iter_mut().zip(matrices) {
+            (adapter.a, adapter.b) = (a, b);
+        }
+        Ok(lora)
+    }
+
+    /// Makes them those of `lora`, which has the same shape.
+    pub fn write(&mut self, lora: &Lora) -> Result<()> {
+        let Self { layout, params, copies } = self;
+        let Layout { gpu, places, copies: copy_places, .. } = &**layout;
+        layout.write(lora.adapters.iter().map(|a| [a.a.as_slice(), &a.b]), params)?;
+        let places = places.iter().zip(copy_places);
+        for (adapter, ([a, b], [copy_of_a, copy_of_b])) in lora.adapters.iter().zip(places) {
+            let (rank, inputs, outputs) = (adapter.rank, adapter.inputs, adapter.outputs);
+            let to = &mut copies[copy_of_a.clone()];
+            pack_a(gpu, &params[a.clone()], to, rank, inputs)?;
+            let to = &mut copies[copy_of_b.start..copy_of_b.start + outputs * padded(rank)];
+            pack_b(gpu, &params[b.clone()], to, outputs, rank, adapter.scale)?;
+        }
+        Ok(())
+    }
+
+    /// The adapter at a place of [`Lora::index`].
+    pub fn at(&self, index: usize) -> Adapter<'_> {
+        let adapter = &self.layout.lora.adapters[index];
+        let [a, b] = self.layout.copies[index].clone();
+        let (a, b) = (&self.copies[a], &self.copies[b]);
+        Adapter { rank: adapter.rank, scale: adapter.scale, a, b }
+    }
+
+    /// The adapter of a site.
+    pub fn get(&self, site: Site) -> Option<Adapter<'_>> {
+        self.shape().index(site).map(|at| self.at(at))
+    }
 }
 
-/// Gradients of one adapter.
-pub struct Grad<'a> {
-    /// `[r, in]`.
-    pub a: &'a mut DeviceSlice<f32>,
-    /// `[out, r]`; of the head `[P, r]`.
-    pub b: &'a mut DeviceSlice<f32>,
+/// The gradients of [`Adapters`], and their norm.
+pub struct Gradients {
+    layout: Arc<Layout>,
+    numbers: DeviceBuffer<f32>,
+    norm: device::Norm,
 }
 
 impl Gradients {
     /// Gradients of zero.
-    pub fn zeros(lora: &Lora, gpu: &Gpu, arena: &Arena) -> Result<Self> {
-        let mut end = 0;
-        let mut place = |len: usize| {
-            // Where 16 bytes can be read at a time.
-            let start = end;
-            end += len.next_multiple_of(4);
-            start..start + len
-        };
-        let places: Vec<[Range<usize>; 2]> = lora
-            .adapters
-            .iter()
-            .map(|adapter| {
-                let rows = rows_of_b(adapter.site, adapter.outputs);
-                [place(adapter.rank * adapter.inputs), place(rows * adapter.rank)]
-            })
-            .collect();
-        let mut numbers = arena.take(end)?;
-        gpu.zero(&mut numbers)?;
-        Ok(Self { numbers, places })
+    pub fn zeros(adapters: &Adapters) -> Result<Self> {
+        let layout = adapters.layout.clone();
+        let norm = device::Norm::new(&layout.gpu, &layout.table)?;
+        Ok(Self { numbers: layout.zeros()?, norm, layout })
+    }
+
+    /// Makes all zero.
+    pub fn clear(&mut self) -> Result<()> {
+        self.layout.gpu.zero(&mut self.numbers)?;
+        Ok(self.norm.clear(&self.layout.gpu)?)
     }
 
     /// Those at a place of [`Lora::index`].
     pub fn at(&mut self, index: usize) -> Grad<'_> {
-        let [a, b] = self.places[index].clone();
+        let [a, b] = self.layout.places[index].clone();
+        let adapter = &self.layout.lora.adapters[index];
+        let len = rows_of_b(adapter.site, adapter.outputs) * adapter.rank;
         let (first, second) = self.numbers.split_at_mut(b.start);
-        Grad { a: &mut first[a], b: &mut second[..b.len()] }
+        Grad { a: &mut first[a], b: &mut second[..len] }
     }
 
-    /// Adds all of them to those in memory, when the device has them.
-    pub fn add_to(&self, grads: &mut LoraGrads, gpu: &Gpu) -> Result<()> {
-        let mut numbers = vec![0.0; self.numbers.len()];
-        gpu.download(&self.numbers, &mut numbers)?;
-        for (grad, [a, b]) in grads.adapters.iter_mut().zip(&self.places) {
-            for (grad, place) in [(&mut grad.a, a), (&mut grad.b, b)] {
-                // Beyond the vocabulary the head's B has none.
-                let from = &numbers[place.clone()];
-                grad.iter_mut().zip(from).for_each(|(sum, more)| *sum += more);
-            }
-        }
-        Ok(())
+    /// What they are now.
+    pub fn read(&self) -> Result<LoraGrads> {
+        let matrices = self.layout.read(&self.numbers)?;
+        Ok(LoraGrads { adapters: matrices.map(|[a, b]| AdapterGrad { a, b }).collect() })
+    }
+
+    /// As [`super::super::trained::Gradients::take_norm`], without waiting.
+    pub fn take_norm(&mut self, number: u32) -> Result<()> {
+        let Self { layout, numbers, norm } = self;
+        Ok(norm.take(&layout.gpu, &layout.table, numbers, number)?)
+    }
+
+    /// As [`super::super::trained::Gradients::norm`]. Waits for it.
+    pub fn norm(&self) -> Result<(f64, Option<u32>)> {
+        let (squared, first) = self.norm.read(&self.layout.gpu)?;
+        Ok((squared.sqrt(), first))
+    }
+}
+
+/// AdamW's moments of [`Adapters`].
+pub struct Moments {
+    layout: Arc<Layout>,
+    /// The mean of the gradients, and that of their squares.
+    m: DeviceBuffer<f32>,
+    v: DeviceBuffer<f32>,
+}
+
+impl Moments {
+    /// Moments of zero.
+    pub fn zeros(adapters: &Adapters) -> Result<Self> {
+        let layout = adapters.layout.clone();
+        Ok(Self { m: layout.zeros()?, v: layout.zeros()?, layout })
+    }
+
+    /// One update of the adapters.
+    pub fn update(
+        &mut self,
+        adapters: &mut Adapters,
+        grads: &Gradients,
+        settings: &AdamW,
+    ) -> Result<()> {
+        let Layout { gpu, table, .. } = &*self.layout;
+        let Adapters { params, copies, .. } = adapters;
+        let (grads, m, v) = (&grads.numbers, &mut self.m, &mut self.v);
+        Ok(adamw::cuda::step(gpu, table, params, grads, m, v, copies, settings)?)
+    }
+
+    /// As [`super::super::trained::Moments::read`].
+    pub fn read(&self) -> Result<Vec<[Vec<f32>; 2]>> {
+        let moments = self.layout.read(&self.m)?.zip(self.layout.read(&self.v)?);
+        Ok(moments.flat_map(|([ma, mb], [va, vb])| [[ma, va], [mb, vb]]).collect())
+    }
+
+    /// As [`super::super::trained::Moments::write`].
+    pub fn write(&mut self, moments: &[[Vec<f32>; 2]]) -> Result<()> {
+        let of = |which: usize| {
+            let (pairs, _) = moments.as_chunks::<2>();
+            pairs.iter().map(move |[a, b]| [a[which].as_slice(), &b[which]])
+        };
+        self.layout.write(of(0), &mut self.m)?;
+        self.layout.write(of(1), &mut self.v)
     }
 }

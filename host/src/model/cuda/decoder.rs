@@ -3,14 +3,13 @@
 //!
 //! T rows, N needed rows (those that targets read), M targets, H hidden width, V vocabulary.
 
-use super::adapters::{Adapted, Adapters, Gradients};
+use super::adapters::{Adapters, Gradients};
 use super::batch::Batch;
 use super::layer::{Layer, LayerTape};
 use super::linear::Product;
 use super::{Context, sent};
 use crate::model::config::ModelConfig;
 use crate::model::decoder::Options;
-use crate::model::lora::{Lora, LoraGrads};
 use crate::model::packed::{NeededRows, Packed, WithOthers};
 use crate::model::targets::Site;
 use crate::{Result, signals};
@@ -47,7 +46,6 @@ pub struct Tape {
     batch: Batch,
     /// From the lowest layer with an adapter upwards.
     layers: Vec<Kept>,
-    adapters: Adapters,
     /// `[N, H]`: what the final norm got.
     last: DeviceBuffer<bf16>,
     /// `[N]`.
@@ -103,13 +101,11 @@ impl Decoder {
     }
 
     /// As [`super::super::decoder::Decoder::logps`].
-    pub fn logps(&self, packed: &Packed, lora: Option<&Lora>) -> Result<Vec<f32>> {
+    pub fn logps(&self, packed: &Packed, lora: Option<&Adapters>) -> Result<Vec<f32>> {
         if packed.targets.rows.is_empty() {
             return Ok(Vec::new());
         }
         let (batch, angles) = self.batch(packed)?;
-        let adapters = lora.map(|lora| Adapters::of(lora, &self.gpu, &self.arena)).transpose()?;
-        let lora = lora.zip(adapters.as_ref()).map(|(lora, adapters)| Adapted { lora, adapters });
         let with = self.context(&angles);
         let top = self.run(&batch, lora, |_| Ok(()), with)?;
         self.head_logps(&top.hidden, &batch.targets, lora)
@@ -120,7 +116,7 @@ impl Decoder {
         &self,
         hidden: &DeviceSlice<bf16>,
         tokens: &DeviceSlice<u32>,
-        lora: Option<Adapted>,
+        lora: Option<&Adapters>,
     ) -> Result<Vec<f32>> {
         let mut logps = self.arena.take(tokens.len())?;
         logprob::forward(&self.gpu, &self.arena, hidden, tokens, &self.head(lora), &mut logps)?;
@@ -128,18 +124,20 @@ impl Decoder {
     }
 
     /// As [`super::super::decoder::Decoder::forward`].
-    pub fn forward(&self, packed: &Packed, lora: &Lora) -> Result<Tape> {
+    pub fn forward(&self, packed: &Packed, lora: &Adapters) -> Result<Tape> {
         let (batch, angles) = self.batch(packed)?;
-        let adapters = Adapters::of(lora, &self.gpu, &self.arena)?;
-        let adapted = Adapted { lora, adapters: &adapters };
         let mut layers = Vec::new();
         let keep = self.keep(lora, &mut layers, Ok);
-        let top = self.run(&batch, Some(adapted), keep, self.context(&angles))?;
-        self.tape(batch, layers, top, lora, adapters, angles)
+        let top = self.run(&batch, Some(lora), keep, self.context(&angles))?;
+        self.tape(batch, layers, top, lora, angles)
     }
 
     /// As [`super::super::decoder::Decoder::forward_with_others`].
-    pub fn forward_with_others(&self, batch: WithOthers, lora: &Lora) -> Result<(Tape, Vec<f32>)> {
+    pub fn forward_with_others(
+        &self,
+        batch: WithOthers,
+        lora: &Adapters,
+    ) -> Result<(Tape, Vec<f32>)> {
         let WithOthers { own, all, rows, targets, .. } = batch;
         let (gpu, arena, h) = (&self.gpu, &self.arena, self.config.hidden);
         let needed = self.needed(&own);
@@ -155,8 +153,6 @@ impl Decoder {
             .collect();
         let tokens: Vec<u32> = others.iter().map(|&t| all.targets.tokens[t as usize]).collect();
 
-        let adapters = Adapters::of(lora, gpu, arena)?;
-        let adapted = Adapted { lora, adapters: &adapters };
         let (all, angles) = self.batch(&all)?;
         let own = Batch::new(&own, &needed, &self.config, gpu, arena)?;
         let with = self.context(&angles);
@@ -169,7 +165,7 @@ impl Decoder {
             let after = if last { &going_on } else { &rows };
             tape.of_rows(&rows, after, with)
         };
-        let top = self.run(&all, Some(adapted), self.keep(lora, &mut layers, own_rows), with)?;
+        let top = self.run(&all, Some(lora), self.keep(lora, &mut layers, own_rows), with)?;
 
         let (targets, others) = (sent(gpu, arena, &targets)?, sent(gpu, arena, &others)?);
         let (going_on_of_all, targets_of_all) = (all.needed, all.targets.len());
@@ -182,20 +178,20 @@ impl Decoder {
         embedding::cuda::gather(gpu, &top.hidden, &others, &mut hidden)?;
         drop((top, all));
         let tokens = sent(gpu, arena, &tokens)?;
-        let logps = self.head_logps(&hidden, &tokens, Some(adapted))?;
+        let logps = self.head_logps(&hidden, &tokens, Some(lora))?;
         drop(hidden);
-        Ok((self.tape(own, layers, own_top, lora, adapters, angles)?, logps))
+        Ok((self.tape(own, layers, own_top, lora, angles)?, logps))
     }
 
     /// What to do with the blocks' tapes, lowest first: none is kept below the lowest adapter, and the lowest
     /// of those above leave only their input.
     fn keep<'t>(
         &self,
-        lora: &Lora,
+        lora: &Adapters,
         layers: &'t mut Vec<Kept>,
         mut part: impl FnMut(LayerTape) -> Result<LayerTape> + 't,
     ) -> impl FnMut(LayerTape) -> Result<()> + 't {
-        let mut below = self.options.lowest_layer(lora);
+        let mut below = self.options.lowest_layer(lora.shape());
         let recomputed = self.options.recomputed_layers;
         move |tape| {
             let tape = part(tape)?;
@@ -214,8 +210,7 @@ impl Decoder {
         batch: Batch,
         layers: Vec<Kept>,
         top: Top,
-        lora: &Lora,
-        adapters: Adapters,
+        lora: &Adapters,
         angles: Arc<Table>,
     ) -> Result<Tape> {
         let (gpu, arena, targets) = (&self.gpu, &self.arena, &batch.targets);
@@ -223,7 +218,7 @@ impl Decoder {
         let Top { last, inv_rms, hidden } = top;
         let mut logps = arena.take(targets.len())?;
         let mut unit_grad = arena.take(hidden.len())?;
-        let head = self.head(Some(Adapted { lora, adapters: &adapters }));
+        let head = self.head(Some(lora));
         let has_adapter = head.adapter.is_some();
         logprob::forward_with_gradient(
             gpu,
@@ -236,7 +231,7 @@ impl Decoder {
         )?;
         let hidden = Some(hidden).filter(|_| has_adapter);
         let logps = gpu.downloaded(&logps)?;
-        Ok(Tape { batch, layers, adapters, last, inv_rms, hidden, unit_grad, angles, logps })
+        Ok(Tape { batch, layers, last, inv_rms, hidden, unit_grad, angles, logps })
     }
 
     /// The rows that go on after the last block's attention.
@@ -260,7 +255,7 @@ impl Decoder {
     pub(super) fn run(
         &self,
         batch: &Batch,
-        lora: Option<Adapted>,
+        lora: Option<&Adapters>,
         mut keep: impl FnMut(LayerTape) -> Result<()>,
         with: Context,
     ) -> Result<Top> {
@@ -285,23 +280,20 @@ impl Decoder {
         &self,
         tape: Tape,
         dlogp: &[f32],
-        lora: &Lora,
-        grads: &mut LoraGrads,
+        lora: &Adapters,
+        grads: &mut Gradients,
     ) -> Result<()> {
-        let Tape { batch, mut layers, adapters, last, inv_rms, hidden, unit_grad, angles, .. } =
-            tape;
+        let Tape { batch, mut layers, last, inv_rms, hidden, unit_grad, angles, .. } = tape;
         let (gpu, arena, with) = (&self.gpu, &self.arena, self.context(&angles));
         assert_eq!(dlogp.len(), batch.targets.len(), "dlogp must have one entry per target");
-        let adapted = Adapted { lora, adapters: &adapters };
-        let mut collected = Gradients::zeros(lora, gpu, arena)?;
         let dlogp = sent(gpu, arena, dlogp)?;
-        if let (Some(hidden), Some(at)) = (hidden, lora.index(Site::Head)) {
-            let (head, grad) = (self.head(Some(adapted)), collected.at(at));
+        if let (Some(hidden), Some(at)) = (hidden, lora.shape().index(Site::Head)) {
+            let (head, grad) = (self.head(Some(lora)), grads.at(at));
             let tokens = &batch.targets;
             logprob::adapter_backward(gpu, arena, &hidden, tokens, &head, &dlogp, grad.a, grad.b)?;
         }
         if layers.is_empty() {
-            return collected.add_to(grads, gpu);
+            return Ok(());
         }
         // Of each needed row the sum over the targets that read it.
         let mut dnormed = with.take(last.len())?;
@@ -320,16 +312,14 @@ impl Decoder {
             let input_needed = layer.index > lowest || !self.options.skipped_gradients;
             let tape = match kept {
                 Kept::Tape(tape) => *tape,
-                Kept::Input(x) => layer.again(x, &batch, adapted, with)?,
+                Kept::Input(x) => layer.again(x, &batch, lora, with)?,
             };
-            let below =
-                layer.backward(d, &tape, &batch, input_needed, adapted, &mut collected, with)?;
-            match below {
+            match layer.backward(d, &tape, &batch, input_needed, lora, grads, with)? {
                 Some(below) => d = below,
                 None => break,
             }
         }
-        collected.add_to(grads, gpu)
+        Ok(())
     }
 
     pub(super) fn context<'a>(&'a self, angles: &'a Table) -> Context<'a> {
@@ -353,15 +343,15 @@ impl Decoder {
         Ok(table)
     }
 
-    pub(super) fn head<'a>(&'a self, lora: Option<Adapted<'a>>) -> Head<'a> {
+    pub(super) fn head<'a>(&'a self, lora: Option<&'a Adapters>) -> Head<'a> {
         let adapter = lora.and_then(|lora| lora.get(Site::Head));
         Head {
             weight: self.head.as_ref().unwrap_or(&self.embedding),
             vocab: self.config.vocab,
             hidden: self.config.hidden,
             adapter: adapter.map(|adapter| LowRank {
-                a: &adapter.a,
-                b: &adapter.b,
+                a: adapter.a,
+                b: adapter.b,
                 rank: adapter.rank,
                 scale: adapter.scale,
             }),

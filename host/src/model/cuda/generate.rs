@@ -1,12 +1,11 @@
 //! Generation on a device; the twin of [`super::super::generate`].
 
-use super::adapters::{Adapted, Adapters};
+use super::adapters::Adapters;
 use super::decoder::Decoder;
 use super::layer::KeyValues;
 use super::linear::Product;
 use super::{Context, sent};
 use crate::Result;
-use crate::model::lora::Lora;
 use crate::model::packed::{Packed, Targets};
 use half::bf16;
 use uft_kernels::cuda::{DeviceBuffer, DeviceSlice};
@@ -16,8 +15,7 @@ use uft_kernels::{embedding, rmsnorm};
 /// A text in the making.
 pub struct Continuation<'m> {
     model: &'m Decoder,
-    lora: Option<&'m Lora>,
-    adapters: Option<Adapters>,
+    lora: Option<&'m Adapters>,
     /// `[L]`: keys and values of all positions so far.
     caches: Vec<KeyValues>,
     /// n: positions so far.
@@ -30,14 +28,10 @@ pub struct Continuation<'m> {
 
 impl<'m> Continuation<'m> {
     /// Reads a prompt, in one pass; it is not empty, and its tokens are the model's.
-    pub fn new(model: &'m Decoder, lora: Option<&'m Lora>, prompt: &[u32]) -> Result<Self> {
-        let (gpu, arena) = (&model.gpu, &model.arena);
+    pub fn new(model: &'m Decoder, lora: Option<&'m Adapters>, prompt: &[u32]) -> Result<Self> {
         // The last row alone goes through the top of the model; its target doesn't matter.
         let targets = Targets { rows: vec![prompt.len() as u32 - 1], tokens: vec![0] };
         let packed = Packed { targets, ..Packed::prompt(prompt) };
-        let adapters = lora.map(|lora| Adapters::of(lora, gpu, arena)).transpose()?;
-        let adapted = lora.zip(adapters.as_ref());
-        let adapted = adapted.map(|(lora, adapters)| Adapted { lora, adapters });
         let (batch, angles) = model.batch(&packed)?;
         let with = model.context(&angles);
         let positions = prompt.len();
@@ -45,7 +39,7 @@ impl<'m> Continuation<'m> {
         let mut caches = Vec::with_capacity(model.layers.len());
         let top = model.run(
             &batch,
-            adapted,
+            lora,
             |tape| {
                 let [keys, values] = tape.keys_and_values();
                 let keys = longer(keys, capacity, positions, with)?;
@@ -55,9 +49,9 @@ impl<'m> Continuation<'m> {
             with,
         )?;
         let mut logits = vec![0.0; model.config.vocab];
-        read_logits(model, &top.hidden, adapted, &mut logits)?;
+        read_logits(model, &top.hidden, lora, &mut logits)?;
         drop((batch, top));
-        Ok(Self { model, lora, adapters, caches, positions, capacity, logits })
+        Ok(Self { model, lora, caches, positions, capacity, logits })
     }
 
     /// `[V]`: the logits of the next token.
@@ -67,7 +61,7 @@ impl<'m> Continuation<'m> {
 
     /// Appends a token, which is one of the model's.
     pub fn push(&mut self, token: u32) -> Result<()> {
-        let Self { model, lora, adapters, caches, positions, capacity, logits } = self;
+        let Self { model, lora, caches, positions, capacity, logits } = self;
         let (gpu, arena, n) = (&model.gpu, &model.arena, *positions);
         let angles = model.angles(n + 1)?;
         let with = Context { product: Product::Token, ..model.context(&angles) };
@@ -78,19 +72,17 @@ impl<'m> Continuation<'m> {
                 *values = longer(values, *capacity, n, with)?;
             }
         }
-        let adapted = lora.zip(adapters.as_ref());
-        let adapted = adapted.map(|(lora, adapters)| Adapted { lora, adapters });
         let (token, position) = (sent(gpu, arena, &[token])?, sent(gpu, arena, &[n as u32])?);
         let mut x = with.take(model.config.hidden)?;
         embedding::cuda::gather(gpu, &model.embedding, &token, &mut x)?;
         for (layer, cache) in model.layers.iter().zip(caches) {
-            x = layer.decode(x, n, &position, cache, adapted, with)?;
+            x = layer.decode(x, n, &position, cache, *lora, with)?;
         }
         let (mut hidden, mut inv_rms) = (with.take(x.len())?, with.take_f32(1)?);
         let eps = model.config.norm_eps;
         rmsnorm::cuda::forward(gpu, &x, &model.norm, eps, &mut hidden, &mut inv_rms)?;
         *positions += 1;
-        read_logits(model, &hidden, adapted, logits)
+        read_logits(model, &hidden, *lora, logits)
     }
 }
 
@@ -111,7 +103,7 @@ fn longer(
 fn read_logits(
     model: &Decoder,
     hidden: &DeviceSlice<bf16>,
-    lora: Option<Adapted>,
+    lora: Option<&Adapters>,
     logits: &mut [f32],
 ) -> Result<()> {
     let (gpu, arena) = (&model.gpu, &model.arena);

@@ -2,7 +2,7 @@
 //! formulas, the shapes and what the tape keeps are said.
 
 use super::Context;
-use super::adapters::{Adapted, Adapter, Gradients};
+use super::adapters::{Adapter, Adapters, Gradients};
 use super::batch::{Batch, DeviceLayout};
 use super::linear::{Linear, Trained};
 use crate::Result;
@@ -140,7 +140,7 @@ impl Layer {
         &self,
         x: Buffer,
         batch: &Batch,
-        lora: Option<Adapted>,
+        lora: Option<&Adapters>,
         with: Context,
     ) -> Result<(Buffer, LayerTape)> {
         let mut tape = self.before_down(x, batch, lora, with)?;
@@ -153,7 +153,7 @@ impl Layer {
         &self,
         x: Buffer,
         batch: &Batch,
-        lora: Adapted,
+        lora: &Adapters,
         with: Context,
     ) -> Result<LayerTape> {
         let mut tape = self.before_down(x, batch, Some(lora), with)?;
@@ -171,7 +171,7 @@ impl Layer {
         &self,
         x: Buffer,
         batch: &Batch,
-        lora: Option<Adapted>,
+        lora: Option<&Adapters>,
         with: Context,
     ) -> Result<LayerTape> {
         let (heads, DeviceLayout { positions, .. }) = (&with.config.heads, &batch.layout);
@@ -196,7 +196,7 @@ impl Layer {
         &self,
         x: &DeviceSlice<bf16>,
         positions: &DeviceSlice<u32>,
-        lora: Option<Adapted>,
+        lora: Option<&Adapters>,
         with: Context,
     ) -> Result<AttentionInputs> {
         let (config, gpu, rows) = (with.config, with.gpu, positions.len());
@@ -227,7 +227,7 @@ impl Layer {
         &self,
         x: &DeviceSlice<bf16>,
         attended: &DeviceSlice<bf16>,
-        lora: Option<Adapted>,
+        lora: Option<&Adapters>,
         with: Context,
     ) -> Result<Outputs> {
         let (config, gpu) = (with.config, with.gpu);
@@ -247,7 +247,7 @@ impl Layer {
     fn last_product(
         &self,
         outputs: &mut Outputs,
-        lora: Option<Adapted>,
+        lora: Option<&Adapters>,
         with: Context,
     ) -> Result<Buffer> {
         let Outputs { mid, gate, up, u, .. } = outputs;
@@ -267,7 +267,7 @@ impl Layer {
         n: usize,
         position: &DeviceSlice<u32>,
         cache: &mut KeyValues,
-        lora: Option<Adapted>,
+        lora: Option<&Adapters>,
         with: Context,
     ) -> Result<Buffer> {
         let (heads, window, width) =
@@ -301,7 +301,7 @@ impl Layer {
         tape: &LayerTape,
         batch: &Batch,
         input_needed: bool,
-        lora: Adapted,
+        lora: &Adapters,
         grads: &mut Gradients,
         with: Context,
     ) -> Result<Option<Buffer>> {
@@ -431,8 +431,8 @@ impl Layer {
     fn adapter<'a>(
         &self,
         projection: Projection,
-        lora: Option<Adapted<'a>>,
-    ) -> Option<&'a Adapter> {
+        lora: Option<&'a Adapters>,
+    ) -> Option<Adapter<'a>> {
         lora.and_then(|lora| lora.get(Site::Layer(self.index, projection)))
     }
 }
@@ -461,7 +461,7 @@ fn normed(
 /// The adapters of one block on the way back.
 struct Back<'a> {
     layer: usize,
-    lora: Adapted<'a>,
+    lora: &'a Adapters,
     grads: &'a mut Gradients,
     with: Context<'a>,
 }
@@ -469,7 +469,7 @@ struct Back<'a> {
 impl Back<'_> {
     /// Whether any of the projections has an adapter.
     fn any(&self, projections: &[Projection]) -> bool {
-        projections.iter().any(|p| self.lora.lora.index(Site::Layer(self.layer, *p)).is_some())
+        projections.iter().any(|p| self.lora.shape().index(Site::Layer(self.layer, *p)).is_some())
     }
 
     /// [`Linear::backward`] with the projection's adapter, if there is one.
@@ -482,9 +482,9 @@ impl Back<'_> {
         u: &Option<Buffer>,
         dx: Option<(&mut DeviceSlice<bf16>, f32)>,
     ) -> Result<()> {
-        let place = self.lora.lora.index(Site::Layer(self.layer, projection));
+        let place = self.lora.shape().index(Site::Layer(self.layer, projection));
         let trained = place.zip(u.as_deref()).map(|(at, u)| Trained {
-            adapter: self.lora.adapters.at(at),
+            adapter: self.lora.at(at),
             grad: self.grads.at(at),
             u,
         });

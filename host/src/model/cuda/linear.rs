@@ -68,7 +68,7 @@ impl Linear {
     pub fn forward(
         &self,
         x: &DeviceSlice<bf16>,
-        adapter: Option<&Adapter>,
+        adapter: Option<Adapter>,
         y: &mut DeviceSlice<bf16>,
         beta: f32,
         with: Context,
@@ -76,7 +76,7 @@ impl Linear {
         let (m, k, n) = (x.len() / self.inputs, self.inputs, self.outputs);
         let u = adapter.map(|adapter| self.project(x, adapter, with)).transpose()?;
         let part = adapter.zip(u.as_deref());
-        let part = part.map(|(Adapter { b, rank, .. }, u)| Part { left: u, right: b, rank: *rank });
+        let part = part.map(|(Adapter { b, rank, .. }, u)| Part { left: u, right: b, rank });
         with.product.nt(with, x, &self.weight, y, m, k, n, beta, self.bias.as_deref(), part)?;
         Ok(u)
     }
@@ -85,12 +85,12 @@ impl Linear {
     pub fn project(
         &self,
         x: &DeviceSlice<bf16>,
-        adapter: &Adapter,
+        adapter: Adapter,
         with: Context,
     ) -> Result<DeviceBuffer<bf16>> {
         let (m, rank) = (x.len() / self.inputs, padded(adapter.rank));
         let mut u = with.take(m * rank)?;
-        with.product.nt(with, x, &adapter.a, &mut u, m, self.inputs, rank, 0.0, None, None)?;
+        with.product.nt(with, x, adapter.a, &mut u, m, self.inputs, rank, 0.0, None, None)?;
         Ok(u)
     }
 
@@ -115,7 +115,7 @@ impl Linear {
             let mut du = with.take(m * padded(rank))?;
             let mut room = with.take_f32(workspace_of_b(m, n, rank))?;
             add_to_gradient_of_b(
-                gpu, dy, u, &adapter.b, grad.b, &mut du, m, n, rank, scale, &mut room,
+                gpu, dy, u, adapter.b, grad.b, &mut du, m, n, rank, scale, &mut room,
             )?;
             drop(room);
             let mut room = with.take_f32(workspace_of_a(m, k, rank))?;
@@ -125,14 +125,14 @@ impl Linear {
         let Some((dx, beta)) = dx else { return Ok(()) };
         let part = pulled.as_ref();
         let part =
-            part.map(|(adapter, du)| Part { left: du, right: &adapter.a, rank: adapter.rank });
+            part.map(|(adapter, du)| Part { left: du, right: adapter.a, rank: adapter.rank });
         Ok(nn(with.gpu, dy, &self.weight, dx, m, n, k, beta, part)?)
     }
 }
 
 /// An adapter on the way back.
 pub struct Trained<'a> {
-    pub adapter: &'a Adapter,
+    pub adapter: Adapter<'a>,
     pub grad: Grad<'a>,
     /// `[m, R]`: x Aᵀ.
     pub u: &'a DeviceSlice<bf16>,

@@ -12,6 +12,7 @@ mod linear;
 mod plan;
 mod weights;
 
+pub use adapters::{Adapters, Gradients, Moments};
 pub use decoder::{Decoder, Tape};
 pub use generate::Continuation;
 pub use plan::Counted;

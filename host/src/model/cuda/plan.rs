@@ -1,13 +1,15 @@
 //! How much memory of a device a pass takes, found out without it: the very code of [`Decoder`] goes through
 //! the pass on a device that only counts. The twin of [`super::super::memory::Shadow`].
 
+use super::adapters::{Adapters, Gradients, Moments};
 use super::decoder::Decoder;
 use crate::Result;
 use crate::model::config::ModelConfig;
 use crate::model::decoder::Options;
-use crate::model::lora::{Lora, LoraGrads};
+use crate::model::lora::Lora;
 use crate::model::memory::Size;
 use crate::model::packed::{Packed, Targets, WithOthers};
+use std::cell::{Cell, RefCell};
 use uft_kernels::cuda::{Gpu, Properties};
 use uft_kernels::layout::Layout;
 
@@ -15,32 +17,56 @@ use uft_kernels::layout::Layout;
 /// texts has more of them than one of few long ones.
 const TABLES: usize = 64;
 
-/// A decoder whose passes only count.
+/// A decoder whose passes only count, with what is trained.
 pub struct Counted {
     model: Decoder,
-    most_rows: std::cell::Cell<usize>,
+    /// Bytes of the weights, with the rotation's angles.
+    weights: usize,
+    lora: Adapters,
+    grads: RefCell<Gradients>,
+    _moments: Moments,
+    _reference: Option<Adapters>,
+    most_rows: Cell<usize>,
 }
 
 impl Counted {
-    /// On a device like `properties`, for texts of at most `positions` tokens.
+    /// On a device like `properties`, for texts of at most `positions` tokens, and perhaps with a `reference` that
+    /// has adapters too.
     ///
     /// # Errors
-    /// There are no kernels for such a model.
+    /// There are no kernels for such a model, or an adapter's rank.
     pub fn new(
         config: &ModelConfig,
         options: Options,
         properties: &Properties,
         positions: usize,
+        lora: &Lora,
+        reference: bool,
     ) -> Result<Self> {
         let gpu = Gpu::counting(properties.clone());
         let model = Decoder { options, ..Decoder::shaped(config, &gpu)? };
         model.angles(positions)?;
-        Ok(Self { model, most_rows: std::cell::Cell::new(0) })
+        let weights = gpu.most_allocated().unwrap_or(0);
+        let lora = Adapters::new(lora, &gpu)?;
+        Ok(Self {
+            model,
+            weights,
+            grads: RefCell::new(Gradients::zeros(&lora)?),
+            _moments: Moments::zeros(&lora)?,
+            _reference: reference.then(|| lora.copy()).transpose()?,
+            lora,
+            most_rows: Cell::new(0),
+        })
     }
 
-    /// Bytes that are held whatever the passes are: the weights and the rotation's angles.
-    pub fn held(&self) -> usize {
-        self.model.gpu().most_allocated().unwrap_or(0)
+    /// Bytes of the weights, with the rotation's angles.
+    pub fn weights(&self) -> usize {
+        self.weights
+    }
+
+    /// Bytes of adapters, gradients and moments.
+    pub fn trained(&self) -> usize {
+        self.model.gpu().most_allocated().unwrap_or(0) - self.weights
     }
 
     /// Bytes that a pass takes at most: the largest of all passes so far.
@@ -51,28 +77,29 @@ impl Counted {
     /// [`Decoder::logps`].
     ///
     /// # Errors
-    /// There are no kernels for the model's heads or an adapter's rank, or a signal arrives.
-    pub fn logps(&self, size: Size, lora: Option<&Lora>) -> Result<()> {
-        self.model.logps(&self.stand_in(size), lora).map(drop)
+    /// There are no kernels for the model's heads, or a signal arrives.
+    pub fn logps(&self, size: Size) -> Result<()> {
+        // With adapters a pass takes no less than without.
+        self.model.logps(&self.stand_in(size), Some(&self.lora)).map(drop)
     }
 
     /// [`Decoder::forward`] and [`Decoder::backward`].
     ///
     /// # Errors
     /// As [`Self::logps`].
-    pub fn step(&self, size: Size, lora: &Lora) -> Result<()> {
+    pub fn step(&self, size: Size) -> Result<()> {
         if size.targets == 0 {
             return Ok(());
         }
-        let tape = self.model.forward(&self.stand_in(size), lora)?;
-        self.backward(tape, size, lora)
+        let tape = self.model.forward(&self.stand_in(size), &self.lora)?;
+        self.backward(tape, size)
     }
 
     /// [`Decoder::forward_with_others`] of all that there is, and [`Decoder::backward`] of its own.
     ///
     /// # Errors
     /// As [`Self::logps`].
-    pub fn step_with_others(&self, own: Size, all: Size, lora: &Lora) -> Result<()> {
+    pub fn step_with_others(&self, own: Size, all: Size) -> Result<()> {
         if own.targets == 0 {
             return Ok(());
         }
@@ -83,14 +110,13 @@ impl Counted {
             targets: (0..own.targets as u32).collect(),
             of_others: Vec::new(),
         };
-        let (tape, _) = self.model.forward_with_others(batch, lora)?;
-        self.backward(tape, own, lora)
+        let (tape, _) = self.model.forward_with_others(batch, &self.lora)?;
+        self.backward(tape, own)
     }
 
-    fn backward(&self, tape: super::Tape, size: Size, lora: &Lora) -> Result<()> {
-        // Nothing is downloaded, so nothing has to be there.
-        let mut grads = LoraGrads { adapters: Vec::new() };
-        self.model.backward(tape, &vec![0.0; size.targets], lora, &mut grads)
+    fn backward(&self, tape: super::Tape, size: Size) -> Result<()> {
+        let grads = &mut self.grads.borrow_mut();
+        self.model.backward(tape, &vec![0.0; size.targets], &self.lora, grads)
     }
 
     /// A batch of this size.

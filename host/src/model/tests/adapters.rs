@@ -110,7 +110,7 @@ fn a_start_depends_on_seed_and_name_alone() {
 #[test]
 fn parameters_come_with_their_gradients_in_one_order() {
     let mut lora = Lora::init(&LoraConfig::default(), &config("qwen2"), 1).unwrap();
-    let mut grads = LoraGrads::zeros(&lora);
+    let grads = LoraGrads::zeros(&lora);
     let names: Vec<String> = lora.tensors().map(|tensor| tensor.name).collect();
     assert_eq!(names[0], "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight");
     assert_eq!(names[1], "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight");
@@ -118,7 +118,7 @@ fn parameters_come_with_their_gradients_in_one_order() {
     assert_eq!(sizes, lora.parameters());
     let same: Vec<String> = lora.grad_tensors(&grads).map(|tensor| tensor.name).collect();
     assert_eq!(names, same);
-    for (parameter, name) in lora.parameters_mut(&mut grads).zip(names) {
+    for (parameter, name) in lora.parameters_mut(&grads).zip(names) {
         assert_eq!(parameter.name, name);
         assert_eq!(parameter.value.len(), parameter.grad.len());
     }

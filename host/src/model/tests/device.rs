@@ -34,16 +34,35 @@ fn small(name: &str) -> Packed {
     pack(&groups)
 }
 
+/// A model's adapters on the device, all with B unequal to 0.
+fn placed(name: &str) -> cuda::Adapters {
+    place(&adapter(&Decoder::load(&model_dir(name)).unwrap(), ".*proj|lm_head"))
+}
+
+fn place(lora: &Lora) -> cuda::Adapters {
+    cuda::Adapters::new(lora, gpu()).unwrap()
+}
+
 fn results(
     model: &cuda::Decoder,
     packed: &Packed,
-    lora: &Lora,
+    lora: &cuda::Adapters,
     dlogp: &[f32],
 ) -> (Vec<f32>, LoraGrads) {
     let tape = model.forward(packed, lora).unwrap();
-    let (logps, mut grads) = (tape.logps().to_vec(), LoraGrads::zeros(lora));
+    let logps = tape.logps().to_vec();
+    (logps, way_back(model, tape, lora, dlogp))
+}
+
+fn way_back(
+    model: &cuda::Decoder,
+    tape: cuda::Tape,
+    lora: &cuda::Adapters,
+    dlogp: &[f32],
+) -> LoraGrads {
+    let mut grads = cuda::Gradients::zeros(lora).unwrap();
     model.backward(tape, dlogp, lora, &mut grads).unwrap();
-    (logps, grads)
+    grads.read().unwrap()
 }
 
 #[test]
@@ -57,7 +76,7 @@ fn numbers_are_as_good_as_those_of_a_plain_run_in_bf16() {
         let exact = exact_model.logps(&packed, Some(&lora)).unwrap();
         let exact_grads = gradient(&exact_model, &packed, &lora, &dlogp);
         let (plain, plain_grads) = Plain::new(&exact_model, &lora, &packed).run(&dlogp);
-        let (got, got_grads) = results(&model, &packed, &lora, &dlogp);
+        let (got, got_grads) = results(&model, &packed, &place(&lora), &dlogp);
         let mut each =
             vec![("log-probs".to_owned(), relative(&got, &exact), relative(&plain, &exact))];
         let of = |grads| lora.grad_tensors(grads);
@@ -80,7 +99,7 @@ fn numbers_are_as_good_as_those_of_a_plain_run_in_bf16() {
 fn how_a_batch_is_packed_changes_no_bit() {
     for name in MODELS {
         let model = load(name);
-        let lora = adapter(&Decoder::load(&model_dir(name)).unwrap(), ".*proj|lm_head");
+        let lora = placed(name);
         let rows = expected(name, "responses.json")["pairs"].clone();
         let groups: Vec<Group> = rows.as_array().unwrap()[..3].iter().map(shared_group).collect();
         let together = model.logps(&pack(&groups), Some(&lora)).unwrap();
@@ -103,7 +122,7 @@ fn an_adapter_that_adds_nothing_changes_no_bit() {
         for targets in ["all-linear", ".*proj|lm_head"] {
             let targets = targets::Targets::from_text(targets);
             let config = LoraConfig { rank: 4, targets, ..LoraConfig::default() };
-            let lora = Lora::init(&config, &model.config, 1).unwrap();
+            let lora = place(&Lora::init(&config, &model.config, 1).unwrap());
             let base = model.logps(&packed, None).unwrap();
             assert_eq!(base, model.logps(&packed, Some(&lora)).unwrap(), "{name}");
             assert_eq!(base, model.forward(&packed, &lora).unwrap().logps(), "{name}, with a tape");
@@ -116,7 +135,7 @@ fn choices_of_how_to_compute_change_no_bit_of_log_probs_and_layers_again_none_at
     for name in ["llama", "mistral", "qwen3"] {
         let mut model = load(name);
         let packed = small(name);
-        let lora = adapter(&Decoder::load(&model_dir(name)).unwrap(), ".*proj|lm_head");
+        let lora = placed(name);
         let dlogp = uneven(packed.targets.rows.len());
         let (logps, grads) = results(&model, &packed, &lora, &dlogp);
         assert_eq!(
@@ -134,7 +153,7 @@ fn choices_of_how_to_compute_change_no_bit_of_log_probs_and_layers_again_none_at
         model.options = Options { skipped_gradients: false, ..Options::default() };
         let (all_rows, all_grads) = results(&model, &packed, &lora, &dlogp);
         assert_eq!(logps, all_rows, "{name}: no row left out");
-        for (a, b) in lora.grad_tensors(&grads).zip(lora.grad_tensors(&all_grads)) {
+        for (a, b) in lora.shape().grad_tensors(&grads).zip(lora.shape().grad_tensors(&all_grads)) {
             assert!(relative(a.data, b.data) < 0.02, "{name}: {}", a.name);
         }
     }
@@ -144,7 +163,7 @@ fn choices_of_how_to_compute_change_no_bit_of_log_probs_and_layers_again_none_at
 fn others_beside_a_batch_change_no_bit() {
     for name in ["llama", "mistral", "qwen3"] {
         let mut model = load(name);
-        let lora = adapter(&Decoder::load(&model_dir(name)).unwrap(), ".*proj|lm_head");
+        let lora = placed(name);
         for recomputed_layers in [0, 1] {
             model.options = Options { recomputed_layers, ..Options::default() };
             let batch = with_others(name);
@@ -157,9 +176,7 @@ fn others_beside_a_batch_change_no_bit() {
             assert_eq!(others, expected, "{name}");
             let (own_logps, own_grads) = results(&model, &own, &lora, &dlogp);
             assert_eq!(tape.logps(), own_logps, "{name}");
-            let mut grads = LoraGrads::zeros(&lora);
-            model.backward(tape, &dlogp, &lora, &mut grads).unwrap();
-            assert!(grads == own_grads, "{name}");
+            assert!(way_back(&model, tape, &lora, &dlogp) == own_grads, "{name}");
         }
     }
 }
@@ -181,7 +198,7 @@ fn fewer_adapters_have_the_same_gradients() {
     ] {
         let lora = adapter(&exact_model, targets);
         let exact = gradient(&exact_model, &packed, &lora, &dlogp);
-        let (_, got) = results(&model, &packed, &lora, &dlogp);
+        let (_, got) = results(&model, &packed, &place(&lora), &dlogp);
         for (got, exact) in lora.grad_tensors(&got).zip(lora.grad_tensors(&exact)) {
             let error = relative(got.data, exact.data);
             assert!(error < 0.1, "{targets}: {}: {error:e}", got.name);
@@ -202,6 +219,7 @@ fn generation_goes_on_as_one_pass_would() {
         let packed = pack(&[group(&response)]);
         let exact = exact_model.logps(&packed, Some(&lora)).unwrap();
         let (plain, _) = Plain::new(&exact_model, &lora, &packed).run(&uneven(tokens.len()));
+        let lora = model.place(lora).unwrap();
         let mut generator = Generator::new(&model, Some(&lora), &prompt).unwrap();
         let mut stepwise = Vec::new();
         for token in tokens {
@@ -244,24 +262,27 @@ fn a_pass_takes_what_was_counted() {
     for name in ["llama", "mistral", "qwen3"] {
         let mut model = load(name);
         let lora = adapter(&Decoder::load(&model_dir(name)).unwrap(), ".*proj|lm_head");
+        let placed = place(&lora);
         let batch = with_others(name);
         let (own, all) = (Size::of(&batch.own), Size::of(&batch.all));
         let dlogp = uneven(batch.own.targets.rows.len());
         for recomputed_layers in [0, 1] {
             let options = Options { recomputed_layers, ..Options::default() };
-            let count =
-                || cuda::Counted::new(&model.config, options, gpu().properties(), 128).unwrap();
+            let properties = gpu().properties();
+            let count = || {
+                cuda::Counted::new(&model.config, options, properties, 128, &lora, false).unwrap()
+            };
             let (alone, beside) = (count(), count());
-            alone.step(own, &lora).unwrap();
-            beside.step_with_others(own, all, &lora).unwrap();
+            alone.step(own).unwrap();
+            beside.step_with_others(own, all).unwrap();
             model.options = options;
             model.reserve(0, 128).unwrap();
-            results(&model, &batch.own, &lora, &dlogp);
+            results(&model, &batch.own, &placed, &dlogp);
             within(name, model.activations(), alone.peak(), own.rows);
             model.reserve(0, 128).unwrap();
             let batch = with_others(name);
-            let (tape, _) = model.forward_with_others(batch, &lora).unwrap();
-            model.backward(tape, &dlogp, &lora, &mut LoraGrads::zeros(&lora)).unwrap();
+            let (tape, _) = model.forward_with_others(batch, &placed).unwrap();
+            way_back(&model, tape, &placed, &dlogp);
             within(name, model.activations(), beside.peak(), all.rows);
         }
     }
@@ -289,6 +310,6 @@ fn what_a_gpu_cannot_do_is_refused() {
     let model = load("llama");
     let config = LoraConfig { rank: 257, ..LoraConfig::default() };
     let lora = Lora::init(&config, &model.config, 1).unwrap();
-    let refused = model.logps(&small("llama"), Some(&lora)).err().unwrap().message;
+    let refused = cuda::Adapters::new(&lora, gpu()).err().unwrap().message;
     assert!(refused.contains("rank 257 of model.layers.0.self_attn.q_proj"), "{refused}");
 }

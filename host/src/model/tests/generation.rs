@@ -20,6 +20,7 @@ fn with_a_cache_the_log_probs_are_those_of_one_pass() {
     for name in MODELS {
         let model = Model::load(&model_dir(name), &Device::Cpu).unwrap();
         let lora = peft::load(&model_dir(name).join("adapter"), model.config()).unwrap();
+        let lora = model.place(lora).unwrap();
         let (prompt, tokens) = text(name);
         for lora in [None, Some(&lora)] {
             let mut generator = Generator::new(&model, lora, &prompt).unwrap();

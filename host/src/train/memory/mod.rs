@@ -2,8 +2,8 @@
 //! largest micro-batches are found by going through the run ([`Largest`]), their activations by going
 //! through a pass without arithmetic ([`Shadow`], [`Counted`]); what is in memory already is measured.
 //!
-//! A run on a GPU holds its weights and activations there, and the rest in the machine's memory: of two
-//! memories, the GPU's is what a plan chooses for.
+//! A run on a GPU holds weights, what is trained and activations there, and the rest in the machine's memory: of
+//! two memories, the GPU's is what a plan chooses for.
 
 mod largest;
 
@@ -51,8 +51,7 @@ pub struct MemoryPlan {
 /// What a GPU is going to hold.
 struct OnGpu {
     name: String,
-    /// Of weights.
-    held: usize,
+    held: Held,
     activations: usize,
     /// What is to be said about them.
     note: String,
@@ -79,8 +78,22 @@ struct Choice {
     /// By how much the chunk raises them.
     chunk: usize,
     kernels: usize,
-    /// Held on a GPU in any case.
-    held: usize,
+    /// On a GPU.
+    held: Held,
+}
+
+/// Bytes that a GPU holds in any case.
+#[derive(Clone, Copy, Default)]
+struct Held {
+    weights: usize,
+    /// Adapters, gradients, moments.
+    trained: usize,
+}
+
+impl Held {
+    fn total(&self) -> usize {
+        self.weights + self.trained
+    }
 }
 
 impl MemoryPlan {
@@ -118,7 +131,7 @@ impl MemoryPlan {
         let fits = |choice: &Choice, share: f64| {
             let (needed, available) = match gpu {
                 None => (fixed + choice.total(), machine),
-                Some(_) => (choice.held + choice.total(), gpu),
+                Some(_) => (choice.held.total() + choice.total(), gpu),
             };
             available.is_none_or(|available| needed as f64 <= share * available as f64)
         };
@@ -169,7 +182,7 @@ impl MemoryPlan {
         let would_fit = planner.would_fit(&sizes, |choice| fits(choice, 1.0));
         let (needed, whose, available) = match &plan.gpu {
             None => (plan.total(), "memory", machine.unwrap_or_default()),
-            Some(gpu) => (gpu.held + gpu.activations, "the GPU's memory", gpu.available),
+            Some(gpu) => (gpu.total(), "the GPU's memory", gpu.available),
         };
         Err(Error::new(
             ErrorKind::OutOfMemory,
@@ -206,16 +219,25 @@ impl MemoryPlan {
             format!("of {} available", mebibytes(machine))
         });
         row("total", self.total(), &machine);
-        if let Some(OnGpu { name, held, activations, note, available }) = &self.gpu {
-            row("on the GPU: weights", *held, "in bf16, and the rotation's angles");
+        if let Some(gpu) = &self.gpu {
+            let OnGpu { name, held, activations, note, available } = gpu;
+            row("on the GPU: weights", held.weights, "in bf16, and the rotation's angles");
+            let trained = "adapter in f32 and bf16, gradients, two moments";
+            row("on the GPU: adapter and optimizer", held.trained, trained);
             row("on the GPU: activations", *activations, note);
             let available = format!("of {} available on {name}", mebibytes(*available));
-            row("on the GPU: total", held + activations, &available);
+            row("on the GPU: total", gpu.total(), &available);
         }
         if let Some(column) = table.column_mut(1) {
             column.set_cell_alignment(CellAlignment::Right);
         }
         table
+    }
+}
+
+impl OnGpu {
+    fn total(&self) -> usize {
+        self.held.total() + self.activations
     }
 }
 
@@ -230,16 +252,18 @@ impl Planner<'_> {
     fn fixed(&self, resident: usize) -> Vec<(&'static str, usize, String)> {
         let train = &self.config.train;
         let matrices = size_of::<f32>() * self.lora.parameters();
-        let previous = self.stages.iter().any(|s| s.train.reference == Reference::Previous);
-        // The adapter itself is in memory already.
-        let (copies, what) = match previous {
-            false => (3, "adapter, gradients, two moments"),
-            true => (4, "adapter, gradients, two moments, the reference's adapter"),
+        let on_gpu = matches!(self.device, Device::Gpu(_));
+        let (copies, what) = match (on_gpu, self.previous()) {
+            (true, _) => (0, "on the GPU"),
+            (false, false) => (4, "adapter, gradients, two moments"),
+            (false, true) => (5, "adapter, gradients, two moments, the reference's adapter"),
         };
-        // A file is put together in memory before it is written.
-        let (saved, what_is_saved) = match train.save_every {
-            0 => (1, "the adapter"),
-            _ => (2, "the optimizer's moments"),
+        // A file is put together in memory before it is written, from what a GPU gave back first.
+        let (saved, what_is_saved) = match (train.save_every, on_gpu) {
+            (0, false) => (1, "the adapter"),
+            (0, true) => (2, "the adapter, and its file"),
+            (_, false) => (2, "the optimizer's moments"),
+            (_, true) => (5, "adapter, moments, and their file"),
         };
         let data: usize = self.examples().map(|(_, example)| held(example)).sum();
         let reference: usize = match train.without.contains(&Gain::ReferenceCache) {
@@ -247,14 +271,10 @@ impl Planner<'_> {
             false => PLACE * self.examples().filter(|(source, _)| source.needs_reference()).count(),
         };
         let program = resident.saturating_sub(data + matrices);
-        let (weights, downloaded) = match self.device {
-            Device::Cpu => (self.weights.held + self.weights.mapped, 0),
-            Device::Gpu(_) => (0, matrices),
-        };
+        let weights = if on_gpu { 0 } else { self.weights.held + self.weights.mapped };
         vec![
             ("weights", weights, "pages of their files, and copies".into()),
-            ("adapter and optimizer", (1 + copies) * matrices, what.into()),
-            ("gradients from the GPU", downloaded, "of one micro-batch".into()),
+            ("adapter and optimizer", copies * matrices, what.into()),
             ("writing files", saved * matrices, what_is_saved.into()),
             ("data", data + reference, "tokens, segments, places of reference log-probs".into()),
             ("program and tokenizer", program, "measured".into()),
@@ -266,6 +286,11 @@ impl Planner<'_> {
             let examples = source.train.iter().chain(&source.held_out);
             examples.map(move |example| (source, example))
         })
+    }
+
+    /// Whether a stage's reference is the adapter of the one before.
+    fn previous(&self) -> bool {
+        self.stages.iter().any(|s| s.train.reference == Reference::Previous)
     }
 
     fn options(&self, recomputed_layers: usize) -> Options {
@@ -319,25 +344,28 @@ impl Planner<'_> {
         recomputed_layers: usize,
         gpu: &Gpu,
     ) -> Result<Choice> {
-        let (options, lora) = (self.options(recomputed_layers), self.lora);
-        let counted = Counted::new(self.model, options, gpu.properties(), self.positions())?;
+        let options = self.options(recomputed_layers);
+        let (positions, previous) = (self.positions(), self.previous());
+        let properties = gpu.properties();
+        let counted =
+            Counted::new(self.model, options, properties, positions, self.lora, previous)?;
         for size in &largest.steps {
-            counted.step(*size, lora)?;
+            counted.step(*size)?;
         }
         for [own, all] in &largest.with_others {
-            counted.step_with_others(*own, *all, lora)?;
+            counted.step_with_others(*own, *all)?;
         }
-        // With an adapter a pass takes no less than without.
         for size in largest.steps.iter().chain(&largest.forward) {
-            counted.logps(*size, Some(lora))?;
+            counted.logps(*size)?;
         }
-        let (activations, held) = (counted.peak(), counted.held());
+        let activations = counted.peak();
+        let held = Held { weights: counted.weights(), trained: counted.trained() };
         Ok(Choice { recomputed_layers, activations, chunk: 0, kernels: 0, held })
     }
 
     fn choice_on_cpu(&self, largest: &Largest, recomputed_layers: usize) -> Choice {
         let options = self.options(recomputed_layers);
-        let previous = self.stages.iter().any(|s| s.train.reference == Reference::Previous);
+        let previous = self.previous();
         let peak = |with_chunk: bool| {
             let shadow = Shadow::new(self.model, options, with_chunk);
             for size in &largest.steps {
@@ -355,7 +383,7 @@ impl Planner<'_> {
         let (activations, without_chunk) = (peak(true), peak(false));
         let chunk = activations - without_chunk;
         let kernels = self.kernels(largest, &options);
-        Choice { recomputed_layers, activations, chunk, kernels, held: 0 }
+        Choice { recomputed_layers, activations, chunk, kernels, held: Held::default() }
     }
 
     fn kernels(&self, largest: &Largest, options: &Options) -> usize {

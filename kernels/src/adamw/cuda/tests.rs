@@ -5,83 +5,114 @@ use crate::testing::{SEEDS, assert_faults_are_caught, gpu, random, round};
 /// Rows, width and pitch: from one element to more than two pieces.
 const SHAPES: [(usize, usize, usize); 5] =
     [(1, 1, 1), (100, 3, 16), (16, 300, 300), (7, 8, 16), (77, 109, 112)];
-
-/// A tensor on the processor and on the device.
-struct Twins {
-    shape: (usize, usize, usize),
-    scale: f32,
-    /// Parameters, gradient, m and v.
-    here: [Vec<f32>; 4],
-    there: [DeviceBuffer<f32>; 4],
-    copy: DeviceBuffer<bf16>,
-}
-
-/// What the copy holds where nothing is written.
+/// Elements before each tensor and each copy that are none of theirs.
+const GAP: usize = 3;
+/// What is there, and in a copy's rows beyond the width.
 const KEPT: f32 = 7.0;
 
+/// All tensors, on the processor and on the device.
+struct Twins {
+    tensors: Vec<Tensor>,
+    /// Parameters, gradients, m and v.
+    here: [Vec<f32>; 4],
+    there: [DeviceBuffer<f32>; 4],
+    copies: DeviceBuffer<bf16>,
+    table: Table,
+}
+
 impl Twins {
-    fn all(gpu: &Gpu) -> Vec<Self> {
-        SHAPES.iter().zip(1..).map(|(shape, seed)| Self::new(gpu, *shape, seed)).collect()
-    }
-
-    fn new(gpu: &Gpu, shape: (usize, usize, usize), seed: u64) -> Self {
-        let (rows, width, pitch) = shape;
-        let n = rows * width;
-        let here = [random(n, seed), random(n, 10 + seed), vec![0.0; n], vec![0.0; n]];
+    fn new(gpu: &Gpu, shapes: &[(usize, usize, usize)]) -> Self {
+        let (mut end, mut copy_end) = (0, 0);
+        let mut tensors = Vec::new();
+        for (&(rows, width, pitch), seed) in shapes.iter().zip(1..) {
+            let (start, copy_start) = (end + GAP, copy_end + GAP);
+            let copy_scale = 0.5 + seed as f32;
+            tensors.push(Tensor { start, rows, width, copy_start, pitch, copy_scale });
+            (end, copy_end) = (start + rows * width, copy_start + rows * pitch);
+        }
+        let mut here = [random(end, 1), random(end, 2), vec![0.0; end], vec![0.0; end]];
+        let mut all = vec![true; end];
+        tensors.iter().for_each(|t| all[t.start..t.start + t.len()].fill(false));
+        for values in &mut here {
+            values.iter_mut().zip(&all).filter(|(_, gap)| **gap).for_each(|(x, _)| *x = KEPT);
+        }
         let there = [0, 1, 2, 3].map(|i| gpu.uploaded(&here[i]).unwrap());
-        let copy = gpu.uploaded(&vec![bf16::from_f32(KEPT); rows * pitch]).unwrap();
-        Self { shape, scale: 0.5 + seed as f32, here, there, copy }
+        let copies = gpu.uploaded(&vec![bf16::from_f32(KEPT); copy_end]).unwrap();
+        let table = Table::new(gpu, &tensors).unwrap();
+        Self { tensors, here, there, copies, table }
     }
 
-    fn tensor(&mut self) -> Tensor<'_> {
-        let [param, grad, m, v] = &mut self.there;
-        let (_, width, pitch) = self.shape;
-        Tensor { param, grad, m, v, copy: &mut self.copy, width, pitch, copy_scale: self.scale }
-    }
-
-    fn step_here(&mut self, settings: &AdamW) {
-        let [param, grad, m, v] = &mut self.here;
-        crate::adamw::step(param, grad, m, v, settings);
+    fn step(&mut self, gpu: &Gpu, settings: &AdamW) {
+        let Self { there: [params, grads, m, v], copies, table, .. } = self;
+        step(gpu, table, params, grads, m, v, copies, settings).unwrap_or_else(|e| panic!("{e}"));
+        for tensor in &self.tensors {
+            let [params, grads, m, v] = self.here.each_mut();
+            let of = tensor.start..tensor.start + tensor.len();
+            let moments = (&mut m[of.clone()], &mut v[of.clone()]);
+            let grads = &grads[of.clone()];
+            crate::adamw::step(&mut params[of], grads, moments.0, moments.1, settings);
+        }
     }
 
     fn check(&self, gpu: &Gpu) {
         for (here, there) in self.here.iter().zip(&self.there) {
-            assert_eq!(here, &gpu.downloaded(there).unwrap(), "{:?}", self.shape);
+            assert_eq!(here, &gpu.downloaded(there).unwrap());
         }
-        let (_, width, pitch) = self.shape;
-        let copy = gpu.downloaded(&self.copy).unwrap();
-        for (copy, param) in copy.chunks(pitch).zip(self.here[0].chunks(width)) {
-            let scaled: Vec<f32> = param.iter().map(|p| self.scale * p).collect();
-            assert_eq!(copy[..width], round(&scaled));
-            assert!(copy[width..].iter().all(|x| x.to_f32() == KEPT), "what lies between rows");
+        let copies = gpu.downloaded(&self.copies).unwrap();
+        let mut expected = vec![bf16::from_f32(KEPT); copies.len()];
+        for &Tensor { start, rows, width, copy_start, pitch, copy_scale } in &self.tensors {
+            for row in 0..rows {
+                let params = &self.here[0][start + row * width..][..width];
+                let scaled: Vec<f32> = params.iter().map(|p| copy_scale * p).collect();
+                expected[copy_start + row * pitch..][..width].copy_from_slice(&round(&scaled));
+            }
         }
+        assert_eq!(copies, expected);
+    }
+
+    /// Σ grad², which was the first that was not finite, and the sum in f64.
+    fn norm(&self, gpu: &Gpu) -> (f64, Option<u32>, f64) {
+        let mut norm = Norm::new(gpu, &self.table).unwrap();
+        norm.take(gpu, &self.table, &self.there[1], 1).unwrap_or_else(|error| panic!("{error}"));
+        let squares = |x: &[f32]| x.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>();
+        let of =
+            |t: &Tensor| self.here[1][t.start..][..t.len()].chunks(PIECE).map(squares).sum::<f64>();
+        let exact = self.tensors.iter().map(of).sum();
+        let (found, first) = norm.read(gpu).unwrap();
+        (found, first, exact)
     }
 }
 
 fn check_steps(gpu: &Gpu) {
-    let mut twins = Twins::all(gpu);
-    let mut table = Table::new();
+    let mut twins = Twins::new(gpu, &SHAPES);
     for round in 1..=3 {
-        let settings = AdamW { step: round, ..SETTINGS };
-        let mut tensors: Vec<_> = twins.iter_mut().map(Twins::tensor).collect();
-        step(gpu, &mut table, &mut tensors, &settings).unwrap_or_else(|error| panic!("{error}"));
-        for twin in &mut twins {
-            twin.step_here(&settings);
-            twin.check(gpu);
-            twin.here[1] = random(twin.here[1].len(), 100 + round);
-            gpu.upload(&twin.here[1], &mut twin.there[1]).unwrap();
-        }
+        twins.step(gpu, &AdamW { step: round, ..SETTINGS });
+        twins.check(gpu);
+        twins.here[1] = random(twins.here[1].len(), 100 + round);
+        gpu.upload(&twins.here[1], &mut twins.there[1]).unwrap();
     }
 }
 
 fn check_norm(gpu: &Gpu) -> f64 {
-    let mut twins = Twins::all(gpu);
-    let exact: f64 = twins.iter().flat_map(|t| &t.here[1]).map(|x| f64::from(*x).powi(2)).sum();
-    let tensors: Vec<_> = twins.iter_mut().map(Twins::tensor).collect();
-    let found = norm_squared(gpu, &mut Table::new(), &tensors);
-    let found = found.unwrap_or_else(|error| panic!("{error}"));
+    let (found, first, exact) = Twins::new(gpu, &SHAPES).norm(gpu);
     assert!((found - exact).abs() <= 1e-12 * exact, "{found} {exact}");
+    assert_eq!(first, None);
     found
+}
+
+fn check_first(gpu: &Gpu) {
+    let mut twins = Twins::new(gpu, &SHAPES[1..3]);
+    let mut norm = Norm::new(gpu, &twins.table).unwrap();
+    let last = twins.here[1].len() - 1;
+    for (number, broken) in [(1, 1.0), (2, f32::INFINITY), (3, f32::NAN)] {
+        twins.here[1][last] = broken;
+        gpu.upload(&twins.here[1], &mut twins.there[1]).unwrap();
+        norm.take(gpu, &twins.table, &twins.there[1], number).unwrap();
+    }
+    let (sum, first) = norm.read(gpu).unwrap();
+    assert!(sum.is_nan() && first == Some(2), "{sum} {first:?}");
+    norm.clear(gpu).unwrap();
+    assert_eq!(norm.read(gpu).unwrap(), (0.0, None));
 }
 
 #[test]
@@ -95,45 +126,34 @@ fn norm_agrees_with_f64_with_the_same_bits_whatever_the_order() {
     assert!(SEEDS.into_iter().all(|seed| check_norm(&gpu(seed)) == first));
 }
 
+#[test]
+fn the_first_gradient_that_is_not_finite_is_remembered() {
+    check_first(&gpu(1));
+}
+
 /// More pieces than the last sum has threads.
 #[test]
 fn a_norm_over_many_pieces_agrees_with_f64() {
     let gpu = gpu(1);
-    let mut twins = Twins::new(&gpu, (300, PIECE, PIECE), 1);
-    let squares = |x: &[f32]| x.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>();
-    let exact: f64 = twins.here[1].chunks(PIECE).map(squares).sum();
-    let found = norm_squared(&gpu, &mut Table::new(), &[twins.tensor()]).unwrap();
+    let (found, _, exact) = Twins::new(&gpu, &[(300, PIECE, PIECE)]).norm(&gpu);
     assert!((found - exact).abs() <= 1e-12 * exact, "{found} {exact}");
-}
-
-#[test]
-fn other_tensors_make_another_table() {
-    let gpu = gpu(0);
-    let mut table = Table::new();
-    let mut first = Twins::new(&gpu, SHAPES[1], 1);
-    let mut second = Twins::new(&gpu, SHAPES[2], 2);
-    for twin in [&mut first, &mut second] {
-        step(&gpu, &mut table, &mut [twin.tensor()], &SETTINGS).unwrap();
-        twin.step_here(&SETTINGS);
-    }
-    first.check(&gpu);
-    second.check(&gpu);
 }
 
 #[test]
 fn nothing_to_update_is_fine() {
     let gpu = gpu(0);
-    step(&gpu, &mut Table::new(), &mut [], &SETTINGS).unwrap();
-    assert_eq!(norm_squared(&gpu, &mut Table::new(), &[]).unwrap(), 0.0);
+    let mut none = Twins::new(&gpu, &[]);
+    none.step(&gpu, &SETTINGS);
+    assert_eq!(none.norm(&gpu), (0.0, None, 0.0));
 }
 
 #[test]
-#[should_panic(expected = "adamw: the copy must be [100, 16] or more")]
-fn a_copy_that_is_too_small_is_refused() {
+#[should_panic(expected = "adamw: copies has 1602 elements, the tensors' copies end at 1603")]
+fn copies_that_are_too_small_are_refused() {
     let gpu = gpu(0);
-    let mut twin = Twins::new(&gpu, SHAPES[1], 1);
-    twin.copy = gpu.alloc(100 * 16 - 1).unwrap();
-    let _ = step(&gpu, &mut Table::new(), &mut [twin.tensor()], &SETTINGS);
+    let mut twins = Twins::new(&gpu, &SHAPES[1..2]);
+    twins.copies = gpu.alloc(100 * 16 + GAP - 1).unwrap();
+    twins.step(&gpu, &SETTINGS);
 }
 
 #[test]
@@ -145,7 +165,7 @@ fn planted_faults_are_caught() {
             "m = __fadd_rn(0.0f, __fmul_rn(one_minus_beta1",
         ),
         ("adamw.cu", "* it.pitch + i % it.width", "* it.width + i % it.width"),
-        ("adamw.cu", "it.v[i] = v;", ""),
+        ("adamw.cu", "vs[i] = v;", ""),
         (
             "adamw.cu",
             "x += __shfl_xor_sync(ALL_LANES, x, distance);\n    if",
@@ -153,11 +173,14 @@ fn planted_faults_are_caught() {
         ),
         ("adamw.cu", "    __syncthreads();\n    double sum", "    double sum"),
         ("adamw.cu", "i < n; i += THREADS", "i + 1 < n; i += THREADS"),
+        ("adamw.cu", "params += it.start, grads", "grads"),
+        ("adamw.cu", " && total[1] == 0.0", ""),
     ];
     assert_faults_are_caught(
         |gpu| {
             check_steps(gpu);
             check_norm(gpu);
+            check_first(gpu);
         },
         &faults,
     );
