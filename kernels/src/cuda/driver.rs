@@ -2,8 +2,9 @@
 //! runs with and without it.
 
 use super::kernel::{Kernel, Module};
-use super::launch::{Args, Parameter};
+use super::launch::{Args, Parameter, Type};
 use super::nvrtc::Nvrtc;
+use super::tensor_map::{Encoded, Layout};
 use super::{Error, Properties, Result};
 use cudarc::driver::{DriverError, result, sys};
 use std::collections::HashMap;
@@ -16,6 +17,8 @@ use sys::CUdevice_attribute_enum as Attribute;
 const OLDEST: (i32, i32) = (8, 0);
 /// `cuFuncGetParamInfo` is in drivers of CUDA 12.4 and newer.
 const KNOWS_PARAMETERS: i32 = 12_040;
+/// `cuTensorMapEncodeTiled`, in those of CUDA 12.0.
+const ENCODES_TENSOR_MAPS: i32 = 12_000;
 
 pub(super) struct Driver {
     device: sys::CUdevice,
@@ -284,6 +287,46 @@ impl Driver {
             let parameters = (self.driver_version >= KNOWS_PARAMETERS).then(|| parameters(handle));
             Ok(Function { handle, parameters, most_threads })
         }
+    }
+
+    /// A tensor map as the copy engine reads it.
+    pub fn encode(&self, layout: &Layout) -> Result<Encoded> {
+        use sys::CUtensorMapDataType_enum as DataType;
+        if self.driver_version < ENCODES_TENSOR_MAPS {
+            let driver = self.driver_version / 1000;
+            let what =
+                format!("the driver is of CUDA {driver}, Hopper's kernels need one of CUDA 12");
+            return Err(Error::Missing(what));
+        }
+        let of = match layout.of {
+            Type::Bf16 => DataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+            Type::F32 => DataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT32,
+            other => {
+                return Err(Error::Failed(format!("a tensor map of {other:?} is not foreseen")));
+            }
+        };
+        let (sides, pitch) = ([layout.columns, layout.rows], [layout.pitch]);
+        let (sides_of_box, steps) = ([layout.box_columns, layout.box_rows], [1, 1]);
+        let mut map = sys::CUtensorMap { opaque: [0; 16] };
+        // SAFETY: arrays of two numbers a dimension, one for the stride; nothing is read at the address.
+        let encoded = unsafe {
+            sys::cuTensorMapEncodeTiled(
+                &raw mut map,
+                of,
+                2,
+                layout.address as *mut c_void,
+                sides.as_ptr(),
+                pitch.as_ptr(),
+                sides_of_box.as_ptr(),
+                steps.as_ptr(),
+                sys::CUtensorMapInterleave_enum::CU_TENSOR_MAP_INTERLEAVE_NONE,
+                sys::CUtensorMapSwizzle_enum::CU_TENSOR_MAP_SWIZZLE_128B,
+                sys::CUtensorMapL2promotion_enum::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                sys::CUtensorMapFloatOOBfill_enum::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+            )
+        };
+        encoded.result().map_err(|e| failed(&format!("tensor map {layout:?}"), e))?;
+        Ok(Encoded(map.opaque))
     }
 }
 

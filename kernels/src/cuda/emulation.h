@@ -3,9 +3,11 @@
 // Every CUDA thread is a fiber: a stack of its own, left and entered by a switch of a dozen instructions. A fiber runs
 // until it must wait for others: at __syncthreads until every live thread of the block is there, at a warp's
 // collective (__shfl_sync, ldmatrix, mma) until every live lane of its mask is. Then another one that can
-// go on is drawn. The seed decides who, so that a missing barrier shows as a wrong number under some seed:
+// go on is drawn. The blocks of a cluster run together, their threads drawn as those of one block. The seed decides who,
+// so that a missing barrier shows as a wrong number under some seed:
 //   seed 0         in turn, beginning with thread 0
-//   any other      each block draws one of: in turn, whoever became ready last, anyone; blocks run backwards if odd
+//   any other      each cluster draws one of: in turn, whoever became ready last, anyone; they run backwards if odd; all but
+//                  one of its blocks may begin only when nothing else can happen
 //
 // What a GPU leaves undefined is made to show:
 //   * shared memory is filled with 0xFF, NaN in bf16 and in f32, when a block starts, and lies between addresses that
@@ -14,6 +16,8 @@
 //   * a lane that reads from a lane outside the mask gets 0xFF
 //   * a collective that some lanes do not reach, misaligned wide accesses, division by zero, a full stack: errors
 // An error ends the launch with a message that names kernel, block and thread; nobody's process dies of it.
+//
+// What only Hopper has is in emulation_hopper.h.
 //
 // Not emulated: bank conflicts, memory fences, the order in which tensor cores add.
 #pragma once
@@ -55,7 +59,9 @@ namespace emulation {
 constexpr size_t PAGE = 4096;
 // One thread's stack; its lowest page cannot be accessed, at its top lies its Fiber.
 constexpr size_t STACK = 64 << 10;
+// Of a block, and of a cluster.
 constexpr unsigned MOST_THREADS = 1024;
+constexpr unsigned MOST_CLUSTER = 4;
 // More than any GPU has; what a launch may ask for is limited by whoever launches.
 constexpr size_t MOST_SHARED = 256 << 10;
 constexpr size_t SHARED_GUARD = 1 << 20;
@@ -71,6 +77,8 @@ struct Parameter {
 struct Entry {
     const char* name;
     uint32_t threads;
+    // Blocks of a cluster.
+    uint32_t cluster;
     uint32_t parameter_count;
     const Parameter* parameters;
     void (*call)(void** arguments);
@@ -86,7 +94,7 @@ struct Launch {
     uint32_t threads;
     uint64_t shared_bytes;
     uint64_t seed;
-    uint64_t next_block;
+    uint64_t next_cluster;
     // Those of the whole process, first null: every library has a copy of this file, and a worker is two thousand
     // mappings, of which a process may have some ten thousands.
     Worker** workers;
@@ -99,6 +107,9 @@ struct Launch {
 // ---- fibers ----
 
 struct Block;
+// What a thread and a cluster have under way on Hopper: emulation_hopper.h.
+struct ThreadEngine;
+struct ClusterEngine;
 
 struct Copy {
     void* to;
@@ -113,6 +124,7 @@ struct Fiber {
     void* stack_pointer;
     Block* block;
     uint3 thread;
+    // In its block.
     unsigned number;
     bool done;
     // What it waits for: a barrier, or a collective of `lanes`, each of which brings an argument.
@@ -123,6 +135,8 @@ struct Fiber {
     // Asynchronous copies: the group that is open, and those that have not landed.
     unsigned group, copies, copies_capacity;
     Copy* copy;
+    // Null where a kernel has nothing of it, and kept from block to block.
+    ThreadEngine* engine;
 };
 
 constexpr size_t FIBER_SIZE = (sizeof(Fiber) + 63) / 64 * 64;
@@ -133,24 +147,43 @@ struct Warp {
 
 enum class Order { IN_TURN, LAST_FIRST, ANY };
 
+struct Cluster;
+
 struct Block {
     Launch* launch;
+    Cluster* cluster;
+    // Its place in the cluster, and that of its first thread.
+    unsigned rank, first;
     uint3 index, dim, grid;
     unsigned live, at_barrier;
     Warp warps[MOST_THREADS / 32];
-    // Fibers that can go on: a ring.
+    unsigned char* shared;
+};
+
+// Blocks that run together.
+struct Cluster {
+    Block blocks[MOST_CLUSTER];
+    unsigned size, live;
+    // Blocks that have not begun, a bit each.
+    unsigned late;
+    // Fibers that can go on, numbered throughout the cluster: a ring.
     unsigned short ready[MOST_THREADS];
     unsigned ready_first, ready_count;
     Order order;
     uint64_t random;
     void* outside;
-    unsigned char* shared;
     unsigned char* stacks;
+    // What goes on besides the threads; `progress` is asked before each is drawn, and whether anything can become of it if
+    // there is none.
+    ClusterEngine* engine;
+    bool (*progress)(Cluster&, bool must);
+    void (*finish)(Cluster&);
 };
 
 inline Fiber* fiber_at(uintptr_t address) { return (Fiber*)((address | (STACK - 1)) + 1 - FIBER_SIZE); }
 inline __attribute__((always_inline)) Fiber& self() { return *fiber_at((uintptr_t)__builtin_frame_address(0)); }
-inline Fiber& fiber(Block& block, unsigned number) { return *fiber_at((uintptr_t)block.stacks + number * STACK); }
+inline Fiber& fiber(Cluster& cluster, unsigned number) { return *fiber_at((uintptr_t)cluster.stacks + number * STACK); }
+inline Fiber& fiber(Block& block, unsigned number) { return fiber(*block.cluster, block.first + number); }
 
 // Puts the callee's registers on the stack, leaves its pointer in *save, and goes on where `load` was saved. A
 // fault handler goes on at emulation_resume with the stack pointer it chose.
@@ -188,7 +221,7 @@ inline uint64_t mix(uint64_t x) { // splitmix64's finaliser
     return x ^ (x >> 31);
 }
 
-inline uint64_t draw(Block& block) { return mix(block.random += 0x9e3779b97f4a7c15u); }
+inline uint64_t draw(Cluster& cluster) { return mix(cluster.random += 0x9e3779b97f4a7c15u); }
 
 // ---- errors ----
 
@@ -217,59 +250,73 @@ inline void record(Block& block, const Fiber* at, const char* format, ...) {
     va_start(values, format);
     record(*me.block, &me, format, values);
     va_end(values);
-    emulation_switch(&me.stack_pointer, me.block->outside);
+    emulation_switch(&me.stack_pointer, me.block->cluster->outside);
     abort();
 }
 
 // Nobody can go on: says who waits where.
-inline void record_deadlock(Block& block) {
+inline void record_deadlock(Cluster& cluster) {
     char waiting[512];
     int used = 0;
     const char* seen[8];
-    unsigned places = 0;
-    for (unsigned i = 0; i < block.dim.x && places < 8; i++) {
-        Fiber& first = fiber(block, i);
+    unsigned places = 0, threads = cluster.size * cluster.blocks[0].dim.x;
+    for (unsigned i = 0; i < threads && places < 8; i++) {
+        Fiber& first = fiber(cluster, i);
         bool known = first.done;
         for (unsigned p = 0; p < places; p++) known |= seen[p] == first.waits_at;
         if (known) continue;
         unsigned count = 0;
-        for (unsigned j = i; j < block.dim.x; j++)
-            count += !fiber(block, j).done && fiber(block, j).waits_at == first.waits_at;
+        for (unsigned j = i; j < threads; j++)
+            count += !fiber(cluster, j).done && fiber(cluster, j).waits_at == first.waits_at;
         used += snprintf(waiting + used, sizeof waiting - used, "%s%u wait at %s (thread %u first)",
-                         places ? ", " : "", count, first.waits_at, i);
+                         places ? ", " : "", count, first.waits_at, first.number);
         seen[places++] = first.waits_at;
     }
-    record(block, nullptr, "deadlock: of %u threads %u have ended, %s", block.dim.x, block.dim.x - block.live, waiting);
+    record(cluster.blocks[0], nullptr, "deadlock: of %u threads %u have ended, %s", threads, threads - cluster.live, waiting);
 }
 
 // ---- who runs ----
 
-inline void make_ready(Block& block, unsigned number) {
-    block.ready[(block.ready_first + block.ready_count++) % MOST_THREADS] = number;
+inline void make_ready(Fiber& it) {
+    Cluster& cluster = *it.block->cluster;
+    cluster.ready[(cluster.ready_first + cluster.ready_count++) % MOST_THREADS] = it.block->first + it.number;
 }
 
-inline Fiber* take_ready(Block& block) {
-    if (block.ready_count == 0) return nullptr;
-    unsigned first = block.ready_first, last = (first + block.ready_count - 1) % MOST_THREADS;
-    block.ready_count--;
-    if (block.order == Order::IN_TURN) {
-        block.ready_first = (first + 1) % MOST_THREADS;
-        return &fiber(block, block.ready[first]);
+inline void begin(Block& block) {
+    for (unsigned i = 0; i < block.dim.x; i++) make_ready(fiber(block, i));
+}
+
+inline Fiber* take_ready(Cluster& cluster) {
+    if (cluster.progress) {
+        cluster.progress(cluster, false);
+        while (cluster.ready_count == 0 && cluster.progress(cluster, true)) {}
     }
-    if (block.order == Order::ANY) {
-        unsigned any = (first + draw(block) % (block.ready_count + 1)) % MOST_THREADS;
-        std::swap(block.ready[any], block.ready[last]);
+    if (cluster.ready_count == 0 && cluster.late) {
+        for (unsigned i = 0; i < cluster.size; i++)
+            if (cluster.late >> i & 1) begin(cluster.blocks[i]);
+        cluster.late = 0;
     }
-    return &fiber(block, block.ready[last]);
+    if (cluster.ready_count == 0) return nullptr;
+    unsigned first = cluster.ready_first, last = (first + cluster.ready_count - 1) % MOST_THREADS;
+    cluster.ready_count--;
+    if (cluster.order == Order::IN_TURN) {
+        cluster.ready_first = (first + 1) % MOST_THREADS;
+        return &fiber(cluster, cluster.ready[first]);
+    }
+    if (cluster.order == Order::ANY) {
+        unsigned any = (first + draw(cluster) % (cluster.ready_count + 1)) % MOST_THREADS;
+        std::swap(cluster.ready[any], cluster.ready[last]);
+    }
+    return &fiber(cluster, cluster.ready[last]);
 }
 
 // Leaves the calling fiber; returns when somebody made it ready again.
 inline void suspend(Fiber& me) {
-    Block& block = *me.block;
-    Fiber* next = take_ready(block);
+    Cluster& cluster = *me.block->cluster;
+    Fiber* next = take_ready(cluster);
     if (next == &me) return;
-    if (!next) record_deadlock(block);
-    emulation_switch(&me.stack_pointer, next ? next->stack_pointer : block.outside);
+    if (!next) record_deadlock(cluster);
+    emulation_switch(&me.stack_pointer, next ? next->stack_pointer : cluster.outside);
 }
 
 inline constexpr const char* BARRIER = "__syncthreads";
@@ -282,7 +329,7 @@ inline bool open_barrier(Block& block) {
         Fiber& other = fiber(block, i);
         if (!other.done && other.waits_at == BARRIER) {
             other.waits_at = nullptr;
-            make_ready(block, i);
+            make_ready(other);
         }
     }
     return true;
@@ -318,7 +365,7 @@ inline bool complete(Fiber& me) {
     for (unsigned lane = 0; lane < 32; lane++) {
         if (!(lanes >> lane & 1)) continue;
         fiber(block, first + lane).waits_at = nullptr;
-        make_ready(block, first + lane);
+        make_ready(fiber(block, first + lane));
     }
     return true;
 }
@@ -344,7 +391,7 @@ inline void need_all(const char* name, void** arguments) {
         if (!arguments[lane]) fail("%s needs all 32 lanes of a warp, lane %u has ended", name, lane);
 }
 
-// ---- a block, from its first thread to its last ----
+// ---- a cluster, from its first thread to its last ----
 
 inline void fiber_main() {
     Fiber& me = self();
@@ -352,24 +399,24 @@ inline void fiber_main() {
     block.launch->entry->call(block.launch->arguments);
     me.done = true;
     block.live--;
+    block.cluster->live--;
     Warp& warp = block.warps[me.number / 32];
     warp.live &= ~(1u << me.number % 32);
     // Others may have waited for nobody else.
     for (unsigned lane = 0; lane < 32; lane++)
         if (warp.arrived >> lane & 1) complete(fiber(block, me.number / 32 * 32 + lane));
     open_barrier(block);
-    if (block.live == 0) emulation_switch(&me.stack_pointer, block.outside);
+    if (block.cluster->live == 0) emulation_switch(&me.stack_pointer, block.cluster->outside);
     suspend(me);
     abort();
 }
 
-inline void run_block(Block& block) {
+inline void start_block(Block& block) {
     Launch& launch = *block.launch;
     unsigned threads = launch.threads;
     block.dim = {threads, 1, 1};
     block.live = threads;
     block.at_barrier = 0;
-    block.ready_first = block.ready_count = 0;
     memset(block.warps, 0, sizeof block.warps);
     memset(block.shared, POISON, launch.shared_bytes);
     for (unsigned i = 0; i < threads; i++) {
@@ -386,11 +433,28 @@ inline void run_block(Block& block) {
         *--top = (uintptr_t)fiber_main;
         it.stack_pointer = top - 6;
         block.warps[i / 32].live |= 1u << i % 32;
-        make_ready(block, i);
+    }
+}
+
+inline void run_cluster(Cluster& cluster) {
+    Launch& launch = *cluster.blocks[0].launch;
+    unsigned threads = cluster.size * launch.threads;
+    cluster.live = threads;
+    cluster.ready_first = cluster.ready_count = 0;
+    cluster.progress = nullptr;
+    cluster.finish = nullptr;
+    cluster.late = 0;
+    if (launch.seed && cluster.size > 1 && draw(cluster) % 2)
+        cluster.late = ((1u << cluster.size) - 1) & ~(1u << draw(cluster) % cluster.size);
+    for (unsigned i = 0; i < cluster.size; i++) {
+        start_block(cluster.blocks[i]);
+        if (!(cluster.late >> i & 1)) begin(cluster.blocks[i]);
     }
     if (launch.seed)
-        for (unsigned i = threads - 1; i > 0; i--) std::swap(block.ready[i], block.ready[draw(block) % (i + 1)]);
-    emulation_switch(&block.outside, take_ready(block)->stack_pointer);
+        for (unsigned i = cluster.ready_count - 1; i > 0; i--)
+            std::swap(cluster.ready[i], cluster.ready[draw(cluster) % (i + 1)]);
+    emulation_switch(&cluster.outside, take_ready(cluster)->stack_pointer);
+    if (cluster.finish) cluster.finish(cluster);
 }
 
 // ---- memory of those who work at blocks, and its guards ----
@@ -401,10 +465,10 @@ struct Worker {
     unsigned char* stacks;
     // Stacks whose lowest page is closed.
     uint32_t guarded_stacks;
-    // Between two guards; what is open depends on the launch.
-    unsigned char* shared;
-    size_t shared_open;
-    Block block;
+    // Of each block of a cluster, between two guards; what is open depends on the launch.
+    unsigned char* shared[MOST_CLUSTER];
+    size_t shared_open[MOST_CLUSTER];
+    Cluster cluster;
     unsigned char signal_stack[64 << 10];
 };
 
@@ -427,7 +491,8 @@ inline Worker* take_worker() {
     w->busy = 1;
     unsigned char* stacks = map((MOST_THREADS + 1) * STACK, PROT_READ | PROT_WRITE);
     w->stacks = (unsigned char*)(((uintptr_t)stacks + STACK - 1) / STACK * STACK);
-    w->shared = map(MOST_SHARED + 2 * SHARED_GUARD, PROT_NONE) + SHARED_GUARD;
+    for (unsigned i = 0; i < MOST_CLUSTER; i++)
+        w->shared[i] = map(MOST_SHARED + 2 * SHARED_GUARD, PROT_NONE) + SHARED_GUARD;
     w->next = __atomic_load_n(workers, __ATOMIC_RELAXED);
     while (!__atomic_compare_exchange_n(workers, &w->next, w, false, __ATOMIC_RELEASE, __ATOMIC_RELAXED)) {}
     return w;
@@ -446,24 +511,25 @@ inline void guard_stacks(Worker& w, uint32_t threads) {
 }
 
 // Shared memory ends, rounded up to 1024 bytes, where the page that cannot be accessed begins.
-inline unsigned char* open_shared(Worker& w, size_t bytes) {
+inline unsigned char* open_shared(Worker& w, unsigned rank, size_t bytes) {
+    unsigned char* end = w.shared[rank] + MOST_SHARED;
     size_t open = (bytes + PAGE - 1) / PAGE * PAGE;
-    if (open != w.shared_open) {
-        protect(w.shared, MOST_SHARED, PROT_NONE);
-        protect(w.shared + MOST_SHARED - open, open, PROT_READ | PROT_WRITE);
-        w.shared_open = open;
+    if (open != w.shared_open[rank]) {
+        protect(w.shared[rank], MOST_SHARED, PROT_NONE);
+        protect(end - open, open, PROT_READ | PROT_WRITE);
+        w.shared_open[rank] = open;
     }
-    memset(w.shared + MOST_SHARED - open, POISON, open);
-    return w.shared + MOST_SHARED - (bytes + 1023) / 1024 * 1024;
+    memset(end - open, POISON, open);
+    return end - (bytes + 1023) / 1024 * 1024;
 }
 
-inline void check_around_shared(Worker& w) {
-    Block& block = w.block;
+inline void check_around_shared(Worker& w, Block& block) {
     size_t bytes = block.launch->shared_bytes;
-    for (unsigned char* at = w.shared + MOST_SHARED - w.shared_open; at < block.shared; at++)
+    unsigned char* end = w.shared[block.rank] + MOST_SHARED;
+    for (unsigned char* at = end - w.shared_open[block.rank]; at < block.shared; at++)
         if (*at != POISON)
             return record(block, nullptr, "wrote %zu bytes before its shared memory", size_t(block.shared - at));
-    for (unsigned char* at = block.shared + bytes; at < w.shared + MOST_SHARED; at++)
+    for (unsigned char* at = block.shared + bytes; at < end; at++)
         if (*at != POISON)
             return record(block, nullptr, "wrote %zu bytes past the end of its %zu bytes of shared memory",
                           size_t(at - block.shared - bytes), bytes);
@@ -488,23 +554,24 @@ inline void on_fault(int signal, siginfo_t* info, void* context) {
         return;
     }
     Fiber* at = fiber_at(registers[REG_RSP]);
-    Launch& launch = *w->block.launch;
+    Block& block = *at->block;
+    Launch& launch = *block.launch;
     uintptr_t address = (uintptr_t)info->si_addr;
     const char* access = registers[REG_ERR] & 2 ? "write" : "read";
     if (signal == SIGFPE) {
-        record(w->block, at, "integer division by zero, which a GPU does not define");
+        record(block, at, "integer division by zero, which a GPU does not define");
     } else if (address - (uintptr_t)w->stacks < MOST_THREADS * STACK) {
-        record(w->block, at, "stack overflow: more than %zu KiB of local variables", (STACK - PAGE) >> 10);
-    } else if (address - (uintptr_t)w->shared + SHARED_GUARD < MOST_SHARED + 2 * SHARED_GUARD) {
-        record(w->block, at, "%s outside shared memory, at byte %lld of %llu", access,
-               (long long)((const char*)address - (const char*)w->block.shared),
+        record(block, at, "stack overflow: more than %zu KiB of local variables", (STACK - PAGE) >> 10);
+    } else if (address - (uintptr_t)w->shared[block.rank] + SHARED_GUARD < MOST_SHARED + 2 * SHARED_GUARD) {
+        record(block, at, "%s outside shared memory, at byte %lld of %llu", access,
+               (long long)((const char*)address - (const char*)block.shared),
                (unsigned long long)launch.shared_bytes);
     } else {
         launch.fault_address = address;
-        record(w->block, at, "%s outside global memory, at address %#llx", access, (unsigned long long)address);
+        record(block, at, "%s outside global memory, at address %#llx", access, (unsigned long long)address);
     }
     // Not back into the kernel, but to where the block was started.
-    registers[REG_RSP] = (greg_t)w->block.outside;
+    registers[REG_RSP] = (greg_t)block.cluster->outside;
     registers[REG_RIP] = (greg_t)emulation_resume;
 }
 
@@ -527,22 +594,31 @@ inline void run(Launch& launch) {
     own.ss_sp = w.signal_stack;
     own.ss_size = sizeof w.signal_stack;
     sigaltstack(&own, &before);
-    Block& block = w.block;
-    block.launch = &launch;
-    block.stacks = w.stacks;
-    guard_stacks(w, launch.threads);
-    block.shared = open_shared(w, launch.shared_bytes);
-    block.grid = {launch.grid[0], launch.grid[1], launch.grid[2]};
-    uint64_t blocks = (uint64_t)block.grid.x * block.grid.y * block.grid.z, i;
-    while ((i = __atomic_fetch_add(&launch.next_block, 1, __ATOMIC_RELAXED)) < blocks) {
+    Cluster& cluster = w.cluster;
+    cluster.size = launch.entry->cluster;
+    cluster.stacks = w.stacks;
+    guard_stacks(w, cluster.size * launch.threads);
+    for (unsigned rank = 0; rank < cluster.size; rank++) {
+        Block& block = cluster.blocks[rank];
+        block.launch = &launch;
+        block.cluster = &cluster;
+        block.rank = rank;
+        block.first = rank * launch.threads;
+        block.shared = open_shared(w, rank, launch.shared_bytes);
+        block.grid = {launch.grid[0], launch.grid[1], launch.grid[2]};
+    }
+    // A cluster is made of neighbours along x.
+    uint64_t across = launch.grid[0] / cluster.size, clusters = across * launch.grid[1] * launch.grid[2], i;
+    while ((i = __atomic_fetch_add(&launch.next_cluster, 1, __ATOMIC_RELAXED)) < clusters) {
         if (__atomic_load_n(&launch.failed, __ATOMIC_ACQUIRE)) break;
-        if (launch.seed % 2) i = blocks - 1 - i;
-        block.index = {unsigned(i % block.grid.x), unsigned(i / block.grid.x % block.grid.y),
-                       unsigned(i / block.grid.x / block.grid.y)};
-        block.random = mix(launch.seed + 0x9e3779b97f4a7c15u * (i + 1));
-        block.order = launch.seed ? Order(draw(block) % 3) : Order::IN_TURN;
-        run_block(block);
-        check_around_shared(w);
+        if (launch.seed % 2) i = clusters - 1 - i;
+        for (unsigned rank = 0; rank < cluster.size; rank++)
+            cluster.blocks[rank].index = {unsigned(i % across * cluster.size + rank), unsigned(i / across % launch.grid[1]),
+                                          unsigned(i / across / launch.grid[1])};
+        cluster.random = mix(launch.seed + 0x9e3779b97f4a7c15u * (i + 1));
+        cluster.order = launch.seed ? Order(draw(cluster) % 3) : Order::IN_TURN;
+        run_cluster(cluster);
+        for (unsigned rank = 0; rank < cluster.size; rank++) check_around_shared(w, cluster.blocks[rank]);
     }
     sigaltstack(&before, nullptr);
     __atomic_store_n(&w.busy, 0, __ATOMIC_RELEASE);
@@ -550,8 +626,10 @@ inline void run(Launch& launch) {
 
 // ---- the table of kernels ----
 
-// What Rust's `cuda::args` calls the types: 1 bf16, 2 f32, 3 i32, 4 u32, 5 i64, 6 u64, 7 u8, 8 f64, 0 anything else.
+// What Rust's `cuda::args` calls the types: 1 bf16, 2 f32, 3 i32, 4 u32, 5 i64, 6 u64, 7 u8, 8 f64, 9 a tensor map, 0
+// anything else.
 template <class T> constexpr uint8_t type_code() {
+    if (std::is_class_v<T> && sizeof(T) == 128) return 9;
     if (std::is_same_v<T, float>) return 2;
     if (std::is_same_v<T, double>) return 8;
     if (!std::is_integral_v<T>) return sizeof(T) == 2 && std::is_class_v<T> ? 1 : 0;
@@ -573,8 +651,8 @@ template <class... T, void (*kernel)(T...)> struct Emulated<kernel> {
         kernel(*(std::remove_cv_t<T>*)arguments[I]...);
     }
     static void call(void** arguments) { apply(arguments, std::index_sequence_for<T...>()); }
-    static constexpr Entry entry(const char* name, uint32_t threads) {
-        return {name, threads, sizeof...(T), parameters, call};
+    static constexpr Entry entry(const char* name, uint32_t threads, uint32_t cluster) {
+        return {name, threads, cluster, sizeof...(T), parameters, call};
     }
 };
 
@@ -750,7 +828,7 @@ inline uint32_t vote(const char* name, uint32_t lanes, bool predicate) {
 } // namespace emulation
 
 // Emulates `name`, a kernel of this file.
-#define EMULATED(name, threads) emulation::Emulated<&name>::entry(#name, threads)
+#define EMULATED(name, threads, cluster) emulation::Emulated<&name>::entry(#name, threads, cluster)
 
 extern "C" __attribute__((visibility("default"), used)) inline void emulation_run(emulation::Launch* launch) {
     emulation::run(*launch);

@@ -2,7 +2,7 @@
 //! a thread of CUDA as a fiber. Made to find mistakes, not to be fast.
 
 use super::guarded::Guarded;
-use super::kernel::{Kernel, Module};
+use super::kernel::{Declared, Kernel, Module};
 use super::launch::{Args, Parameter, Type};
 use super::{Error, Properties, Result, cache};
 use libloading::Library;
@@ -14,8 +14,11 @@ use std::process::Command;
 use std::sync::atomic::AtomicPtr;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
-/// What an A100 allows a block.
+/// What an A100 allows a block, and an H100.
 const SHARED_BYTES: u32 = 163 << 10;
+const SHARED_BYTES_HOPPER: u32 = 227 << 10;
+/// As emulation.h: threads of a cluster.
+const MOST_THREADS: u32 = 1024;
 const OPTIONS: &str = "-std=c++17 -O2 -shared -fPIC -fvisibility=hidden -fno-stack-protector \
                        -fstack-clash-protection -fcf-protection=none -U_FORTIFY_SOURCE -Wl,-Bsymbolic";
 
@@ -51,6 +54,7 @@ unsafe impl Sync for Emulator {}
 struct Entry {
     name: *const c_char,
     threads: u32,
+    cluster: u32,
     parameter_count: u32,
     parameters: *const RawParameter,
     call: unsafe extern "C" fn(*mut *mut c_void),
@@ -74,7 +78,7 @@ struct Launch {
     threads: u32,
     shared_bytes: u64,
     seed: u64,
-    next_block: u64,
+    next_cluster: u64,
     workers: *mut *mut c_void,
     failed: u32,
     fault_address: u64,
@@ -121,8 +125,8 @@ impl Compiler {
         let mut table = format!("#include \"{}\"\n", module.source.name);
         table += "extern \"C\" __attribute__((visibility(\"default\")))\n";
         table += "const emulation::Entry emulation_entries[] = {\n";
-        for (name, threads) in module.kernels()? {
-            table += &format!("    EMULATED({name}, ({threads})),\n");
+        for Declared { name, threads, cluster } in module.kernels()? {
+            table += &format!("    EMULATED({name}, ({threads}), ({cluster})),\n");
         }
         table += "    {}\n};\n";
         let main = folder.join("table.cpp");
@@ -154,17 +158,18 @@ impl Compiler {
 }
 
 impl Emulator {
-    pub fn new(seed: u64) -> Result<Self> {
+    /// `hopper`: of compute capability 9.0, otherwise 8.0.
+    pub fn new(seed: u64, hopper: bool) -> Result<Self> {
         if !cfg!(all(target_os = "linux", target_arch = "x86_64")) {
             let message = "the emulated device needs Linux on x86-64; use device = \"cpu\"";
             return Err(Error::Missing(message.into()));
         }
         let properties = Properties {
             name: "emulated".into(),
-            compute_capability: (8, 0),
+            compute_capability: if hopper { (9, 0) } else { (8, 0) },
             memory: physical_memory(),
             multiprocessors: rayon::current_num_threads() as u32,
-            shared_bytes: SHARED_BYTES,
+            shared_bytes: if hopper { SHARED_BYTES_HOPPER } else { SHARED_BYTES },
         };
         let compiler = Compiler::find()?;
         let (memory, modules) = (Mutex::default(), Mutex::default());
@@ -212,6 +217,13 @@ impl Emulator {
                 "kernel {name}: {given} threads, it is compiled for {most}"
             )));
         }
+        let cluster = entry.cluster;
+        if !grid[0].is_multiple_of(cluster) || cluster * kernel.threads > MOST_THREADS {
+            let (name, blocks, threads) = (kernel.name, grid[0], kernel.threads);
+            return Err(Error::Failed(format!(
+                "kernel {name}: {blocks} blocks of {threads} threads, in clusters of {cluster}"
+            )));
+        }
         let mut pointers: Vec<*mut c_void> =
             args.list.iter().map(|arg| arg.bytes.as_ptr().cast_mut().cast()).collect();
         let mut launch = Launch {
@@ -221,7 +233,7 @@ impl Emulator {
             threads: kernel.threads,
             shared_bytes: shared_bytes.into(),
             seed: self.seed,
-            next_block: 0,
+            next_cluster: 0,
             workers: WORKERS.as_ptr(),
             failed: 0,
             fault_address: 0,
@@ -292,8 +304,7 @@ impl Emulator {
     fn check_overruns(&self, kernel: &Kernel, args: &Args) -> Result<()> {
         let allocations = self.allocations();
         for (number, arg) in args.list.iter().enumerate().filter(|(_, arg)| arg.writable) {
-            let address = u64::from_ne_bytes(arg.bytes);
-            let buffer = allocations.range(..=address).next_back();
+            let buffer = allocations.range(..=arg.address).next_back();
             if let Some(place) = buffer.and_then(|(_, memory)| memory.overrun()) {
                 return Err(Error::Failed(format!(
                     "kernel {}: wrote outside argument {number}'s buffer, {place} (seed {})",

@@ -26,6 +26,12 @@ pub struct Kernel {
 pub(super) const HEADERS: [(&str, &str); 2] =
     [("device.cuh", include_str!("device.cuh")), ("emulation.h", include_str!("emulation.h"))];
 
+/// For sources that use what only Hopper has.
+pub const HOPPER: [(&str, &str); 2] = [
+    ("hopper.cuh", include_str!("hopper.cuh")),
+    ("emulation_hopper.h", include_str!("emulation_hopper.h")),
+];
+
 /// For sources that work at tiles, or at eight numbers at a time.
 pub(crate) const TILE: (&str, &str) = ("tile.cuh", include_str!("tile.cuh"));
 
@@ -59,6 +65,13 @@ impl Kernel {
         let defines = self.defines().map(|(name, value)| format!(" {name}={value}"));
         format!("{}{}", self.name, defines.collect::<String>())
     }
+}
+
+/// A kernel as its source declares it: name, threads of a block and blocks of a cluster as they are written there.
+pub(super) struct Declared {
+    pub name: &'static str,
+    pub threads: &'static str,
+    pub cluster: &'static str,
 }
 
 /// A source with its constants: what a compiler makes one file of.
@@ -105,17 +118,22 @@ impl Module {
         all
     }
 
-    /// Name and number of threads, as written, of the source's kernels.
+    /// The source's kernels.
     ///
     /// # Errors
     /// There is none.
-    pub fn kernels(&self) -> Result<Vec<(&'static str, &'static str)>> {
+    pub fn kernels(&self) -> Result<Vec<Declared>> {
         let mut found = Vec::new();
         for line in self.source.text.split('\n').map(str::trim_start) {
-            let Some(rest) = line.strip_prefix("KERNEL(") else { continue };
-            let declared = rest.split_once(") ").and_then(|(threads, rest)| {
-                let (name, _) = rest.split_once('(')?;
-                Some((name.trim(), threads.trim()))
+            let of_hopper = line.strip_prefix("HOPPER_KERNEL(");
+            let Some(rest) = of_hopper.or(line.strip_prefix("KERNEL(")) else { continue };
+            let declared = rest.split_once(") ").and_then(|(size, rest)| {
+                let name = rest.split_once('(')?.0.trim();
+                let (threads, cluster) = match of_hopper {
+                    Some(_) => size.split_once(',')?,
+                    None => (size, "1"),
+                };
+                Some(Declared { name, threads: threads.trim(), cluster: cluster.trim() })
             });
             let Some(declared) = declared else {
                 let message =

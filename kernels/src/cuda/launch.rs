@@ -2,6 +2,7 @@
 
 use super::kernel::Kernel;
 use super::memory::{DeviceBuffer, DeviceSlice};
+use super::tensor_map::Encoded;
 use super::{Error, Plain, Result};
 use std::marker::PhantomData;
 
@@ -19,6 +20,7 @@ pub enum Type {
     U64 = 6,
     U8 = 7,
     F64 = 8,
+    TensorMap = 9,
 }
 
 impl Type {
@@ -32,6 +34,7 @@ impl Type {
             Self::U64,
             Self::U8,
             Self::F64,
+            Self::TensorMap,
         ];
         all.into_iter().find(|t| *t as u8 == number).unwrap_or(Self::Any)
     }
@@ -57,11 +60,38 @@ pub struct Args<'a> {
 #[derive(Clone, Copy, Debug)]
 pub struct Arg {
     /// As the kernel reads it.
-    pub(super) bytes: [u8; 8],
+    pub(super) bytes: Bytes,
     pub(super) size: usize,
     pub(super) pointer: bool,
     pub(super) writable: bool,
     pub(super) of: Type,
+    /// Of the memory that it leads to, or 0.
+    pub(super) address: u64,
+}
+
+/// Of an argument, aligned as the largest is.
+#[derive(Clone, Copy, Debug)]
+#[repr(C, align(64))]
+pub(super) struct Bytes([u8; 128]);
+
+impl Bytes {
+    fn of(value: &[u8]) -> Self {
+        let mut bytes = [0; 128];
+        bytes[..value.len()].copy_from_slice(value);
+        Self(bytes)
+    }
+
+    pub fn as_ptr(&self) -> *const u8 {
+        self.0.as_ptr()
+    }
+}
+
+impl Arg {
+    pub(super) fn map(encoded: Encoded, address: u64, writable: bool) -> Self {
+        let words = encoded.0.map(u64::to_ne_bytes);
+        let bytes = Bytes::of(words.as_flattened());
+        Self { bytes, size: 128, pointer: false, writable, of: Type::TensorMap, address }
+    }
 }
 
 /// What can be passed to a kernel: slices of a device's memory, numbers, and an `Option` of either, where
@@ -120,7 +150,8 @@ impl<'a> Args<'a> {
 }
 
 fn pointer<T: Plain>(address: u64, writable: bool) -> Arg {
-    Arg { bytes: address.to_ne_bytes(), size: 8, pointer: true, writable, of: T::TYPE }
+    let bytes = Bytes::of(&address.to_ne_bytes());
+    Arg { bytes, size: 8, pointer: true, writable, of: T::TYPE, address }
 }
 
 impl<'a, T: Plain> Argument<'a> for &'a DeviceSlice<T> {
@@ -163,10 +194,9 @@ macro_rules! number {
     ($($t:ty => $name:ident),*) => {$(
         impl<'a> Argument<'a> for $t {
             fn arg(self) -> Arg {
-                let mut bytes = [0; 8];
-                bytes[..size_of::<$t>()].copy_from_slice(&self.to_ne_bytes());
+                let bytes = Bytes::of(&self.to_ne_bytes());
                 let (size, of) = (size_of::<$t>(), Type::$name);
-                Arg { bytes, size, pointer: false, writable: false, of }
+                Arg { bytes, size, pointer: false, writable: false, of, address: 0 }
             }
         }
     )*};

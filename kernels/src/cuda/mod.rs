@@ -32,6 +32,7 @@ mod memory;
 mod nvrtc;
 #[cfg(test)]
 mod registers;
+mod tensor_map;
 #[cfg(test)]
 mod tests;
 
@@ -41,11 +42,13 @@ pub use emulator::Compiler;
 pub use error::{Error, Result};
 #[cfg(test)]
 pub(crate) use fault::Fault;
+pub use kernel::HOPPER;
 pub(crate) use kernel::TILE;
 pub use kernel::{Kernel, Source};
 pub use launch::{Args, Argument};
 pub use memory::{DeviceBuffer, DeviceSlice, Plain};
 pub use nvrtc::Nvrtc;
+pub use tensor_map::TensorMap;
 
 use std::sync::Arc;
 
@@ -117,13 +120,31 @@ impl Gpu {
     /// # Errors
     /// There is no C++ compiler.
     pub fn emulated(seed: u64) -> Result<Self> {
-        Ok(Self(Arc::new(Device::Emulator(emulator::Emulator::new(seed)?))))
+        Ok(Self(Arc::new(Device::Emulator(emulator::Emulator::new(seed, false)?))))
+    }
+
+    /// The emulated device with what only Hopper has.
+    ///
+    /// # Errors
+    /// As [`Gpu::emulated`].
+    pub fn emulated_hopper(seed: u64) -> Result<Self> {
+        Ok(Self(Arc::new(Device::Emulator(emulator::Emulator::new(seed, true)?))))
     }
 
     /// The emulated device, compiling one source with a fault in it.
     #[cfg(test)]
     pub(crate) fn emulated_with_fault(seed: u64, fault: Fault) -> Result<Self> {
-        let mut emulator = emulator::Emulator::new(seed)?;
+        Self::emulated_faulty(emulator::Emulator::new(seed, false)?, fault)
+    }
+
+    /// The same with what only Hopper has.
+    #[cfg(test)]
+    pub(crate) fn emulated_hopper_with_fault(seed: u64, fault: Fault) -> Result<Self> {
+        Self::emulated_faulty(emulator::Emulator::new(seed, true)?, fault)
+    }
+
+    #[cfg(test)]
+    fn emulated_faulty(mut emulator: emulator::Emulator, fault: Fault) -> Result<Self> {
         emulator.fault = Some(fault);
         Ok(Self(Arc::new(Device::Emulator(emulator))))
     }

@@ -5,6 +5,8 @@ use crate::args;
 use crate::testing::{random, random_bf16, round, widen};
 use half::bf16;
 
+mod hopper;
+
 const SEEDS: u64 = 8;
 
 static SOURCE: Source = Source { name: "tests.cu", text: include_str!("tests.cu"), headers: &[] };

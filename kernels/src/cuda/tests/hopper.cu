@@ -1,0 +1,229 @@
+// Kernels that Hopper's part of the emulated device is tested with.
+#include "hopper.cuh"
+#include "tile.cuh"
+
+// The bytes of a matrix with rows of 128 bytes.
+DEVICE constexpr int matrix_bytes(int rows) { return rows * 128; }
+
+// y [m, 64] = x [m, depth] w [64, depth]ᵀ. A cluster makes 256 rows, each of its blocks 128 and loads half of w's rows for
+// both. One warpgroup copies, two multiply.
+constexpr int STAGES = 3;
+constexpr int STAGE_BYTES = 3 * 64 * 128;
+
+HOPPER_KERNEL(384, 2) pipeline(TENSOR_MAP x, TENSOR_MAP w, TENSOR_MAP y, int depth) {
+    unsigned char* ring = dynamic_shared();
+    unsigned char* staged = ring + STAGES * STAGE_BYTES;
+    Barrier* full = (Barrier*)(staged + matrix_bytes(128));
+    Barrier* empty = full + STAGES;
+    const int row = int(blockIdx.x) * 128, slices = divide_up(depth, 64);
+    const uint32_t rank = cluster_rank();
+    if (threadIdx.x == 0) {
+        for (int stage = 0; stage < STAGES; stage++) {
+            barrier_init(full + stage, 1);
+            barrier_init(empty + stage, 4);
+        }
+        fence_barrier_init(); // for the cluster
+    }
+    cluster_sync(); // before the first copy
+    if (warpgroup_index() == 0) {
+        fewer_registers<40>();
+        if (threadIdx.x == 0) {
+            for (int slice = 0; slice < slices; slice++) {
+                int stage = slice % STAGES;
+                barrier_wait(empty + stage, (slice / STAGES & 1) ^ 1);
+                unsigned char* to = ring + stage * STAGE_BYTES;
+                barrier_arrive_expecting(full + stage, STAGE_BYTES);
+                tma_load(to, x, full + stage, slice * 64, row);
+                int half = int(rank) * 32;
+                tma_load_multicast(to + matrix_bytes(128 + half), w, full + stage, slice * 64, half, 3);
+            }
+        }
+    } else {
+        more_registers<216>();
+        const int thread = int(threadIdx.x) % 128, part = warpgroup_index() - 1;
+        staged += part * matrix_bytes(64);
+        float sums[32];
+        for (int slice = 0; slice < slices; slice++) {
+            int stage = slice % STAGES;
+            barrier_wait(full + stage, slice / STAGES & 1);
+            uint64_t left = descriptor_along(ring + stage * STAGE_BYTES + part * matrix_bytes(64));
+            uint64_t right = descriptor_along(ring + stage * STAGE_BYTES + matrix_bytes(128));
+            wgmma_fence(); // also the sums
+            for (int k = 0; k < 4; k++)
+                wgmma<false, false>(sums, advanced(left, 32 * k), advanced(right, 32 * k), slice > 0 || k > 0);
+            wgmma_commit();
+            wgmma_wait<0>(); // the stage is read
+            if (thread < 2) barrier_arrive_at(empty + stage, thread);
+        }
+        hold(sums);
+        for (int g = 0; g < 8; g += 2) {
+            uint32_t packed[4];
+            for (int i = 0; i < 4; i++) packed[i] = pack_bf16(sums[4 * g + 2 * i], sums[4 * g + 2 * i + 1]);
+            int at = thread / 32 * 16 + thread % 16;
+            stmatrix_x4(staged + swizzled<8>(at, g + thread % 32 / 16), packed);
+        }
+        fence_async(staged, matrix_bytes(64));
+        named_barrier_sync(1 + part, 128);
+        if (thread == 0) {
+            tma_store(y, staged, 0, row + part * 64);
+            tma_store_commit();
+            tma_store_wait<0>(); // before the block ends
+        }
+    }
+    cluster_sync(); // with all arrivals from elsewhere
+}
+
+// The sums of all forms of operands: d [64, N] = a [64, 16] b [16, N]; a and aᵀ padded to rows of 64, bᵀ [N, 64] and b [16, N].
+template <int COUNT>
+DEVICE void multiply(const TensorMap& a, const TensorMap& at, const TensorMap& bt, const TensorMap& b, float* d) {
+    constexpr int N = 2 * COUNT;
+    unsigned char* shared = dynamic_shared();
+    unsigned char *of_a = shared, *of_at = of_a + matrix_bytes(64), *of_bt = of_at + matrix_bytes(16);
+    unsigned char* of_b = of_bt + matrix_bytes(N);
+    Barrier* barrier = (Barrier*)(of_b + N / 64 * matrix_bytes(16));
+    if (threadIdx.x == 0) {
+        barrier_init(barrier, 1);
+        fence_barrier_init();
+        barrier_arrive_expecting(barrier, matrix_bytes(64 + 16 + N + N / 64 * 16));
+        tma_load(of_a, a, barrier, 0, 0);
+        tma_load(of_at, at, barrier, 0, 0);
+        tma_load(of_bt, bt, barrier, 0, 0);
+        for (int panel = 0; panel < N / 64; panel++) tma_load(of_b + panel * matrix_bytes(16), b, barrier, 64 * panel, 0);
+    }
+    __syncthreads();
+    barrier_wait(barrier, 0);
+    const int warp = warp_index(), lane = lane_index();
+    uint32_t registers[4];
+    ldmatrix_x4(registers, of_a + swizzled<8>(16 * warp + lane % 16, lane / 16));
+    for (int form = 0; form < 6; form++) {
+        float sums[COUNT];
+        for (int i = 0; i < COUNT; i++) sums[i] = 1.0f;
+        uint64_t along = descriptor_along(of_bt), across = descriptor_across(of_b, matrix_bytes(16));
+        wgmma_fence();
+        if (form == 0) wgmma<false, false>(sums, descriptor_along(of_a), along, true);
+        if (form == 1) wgmma<false, true>(sums, descriptor_along(of_a), across, true);
+        if (form == 2) wgmma<true, false>(sums, descriptor_across(of_at, 0), along, true);
+        if (form == 3) wgmma<true, true>(sums, descriptor_across(of_at, 0), across, true);
+        if (form == 4) wgmma<false>(sums, registers, along, true);
+        if (form == 5) wgmma<true>(sums, registers, across, true);
+        wgmma_commit();
+        wgmma_wait<0>();
+        hold(sums);
+        for (int i = 0; i < COUNT; i++) {
+            int row = 16 * warp + lane / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
+            d[(form * 64 + row) * N + column] = sums[i];
+        }
+    }
+}
+
+HOPPER_KERNEL(128, 1) multiply_64(TENSOR_MAP a, TENSOR_MAP at, TENSOR_MAP bt, TENSOR_MAP b, float* d) {
+    multiply<32>(a, at, bt, b, d);
+}
+HOPPER_KERNEL(128, 1) multiply_128(TENSOR_MAP a, TENSOR_MAP at, TENSOR_MAP bt, TENSOR_MAP b, float* d) {
+    multiply<64>(a, at, bt, b, d);
+}
+HOPPER_KERNEL(128, 1) multiply_256(TENSOR_MAP a, TENSOR_MAP at, TENSOR_MAP bt, TENSOR_MAP b, float* d) {
+    multiply<128>(a, at, bt, b, d);
+}
+
+// y = x [rows, columns] with each box of 32 rows turned upside down; up to two stores are under way.
+HOPPER_KERNEL(32, 1) copies(TENSOR_MAP x, TENSOR_MAP y, int boxes) {
+    unsigned char* shared = dynamic_shared();
+    Barrier* barrier = (Barrier*)(shared + 3 * matrix_bytes(32));
+    unsigned char* from = shared + 2 * matrix_bytes(32);
+    const int lane = lane_index();
+    if (lane == 0) {
+        barrier_init(barrier, 1);
+        fence_barrier_init();
+    }
+    __syncwarp();
+    for (int i = 0; i < boxes; i++) {
+        int column = 64 * i, row = 32 * int(blockIdx.x);
+        if (lane == 0) {
+            barrier_arrive_expecting(barrier, matrix_bytes(32));
+            tma_load(from, x, barrier, column, row);
+            // The store before the last has been read.
+            tma_store_wait<1>();
+        }
+        __syncwarp();
+        barrier_wait(barrier, i & 1);
+        unsigned char* to = shared + i % 2 * matrix_bytes(32);
+        for (int c = 0; c < 8; c++) store16(to + swizzled<8>(31 - lane, c), load16(from + swizzled<8>(lane, c)));
+        fence_async(to, matrix_bytes(32));
+        __syncwarp();
+        if (lane == 0) {
+            tma_store(y, to, column, row);
+            tma_store_commit();
+        }
+    }
+    if (lane == 0) tma_store_wait<0>();
+}
+
+// Two warpgroups write to `out` in turns, which named barriers give them.
+HOPPER_KERNEL(256, 1) turns(float* out, int count) {
+    float* shared = (float*)dynamic_shared();
+    const int mine = warpgroup_index(), thread = int(threadIdx.x) % 128;
+    if (mine == 1) named_barrier_arrive(1, 256);
+    for (int i = 0; i < count; i++) {
+        named_barrier_sync(1 + mine, 256);
+        float before = i + mine > 0 ? shared[127 - thread] : 0.0f;
+        named_barrier_sync(3 + mine, 128);
+        shared[thread] = before + float(thread);
+        named_barrier_arrive(2 - mine, 256);
+    }
+    if (mine == 0) named_barrier_sync(1, 256);
+    __syncthreads();
+    if (mine == 1) out[thread] = shared[thread];
+}
+
+// Something wrong, by number.
+HOPPER_KERNEL(128, 2) wrong(TENSOR_MAP x, float* out, int what) {
+    unsigned char* shared = dynamic_shared();
+    Barrier* barrier = (Barrier*)(shared + matrix_bytes(128));
+    const bool first = threadIdx.x == 0;
+    if (first && what != 0) {
+        barrier_init(barrier, 1);
+        if (what != 1) fence_barrier_init();
+    }
+    if (what != 2) cluster_sync();
+    if (what == 0 && first) barrier_arrive(barrier);
+    if (what == 1 && first) barrier_arrive_at(barrier, 1 - cluster_rank());
+    if (what == 2 && first && cluster_rank() == 0) {
+        barrier_wait(barrier, 0);
+    } else if (what == 2 && first) {
+        return;
+    }
+    if (what == 3 && first) tma_load(shared + 64, x, barrier, 0, 0);
+    if (what == 4 && first) tma_store(x, shared, 0, 0);
+    if (what == 5 && first) {
+        store16(shared + 16, make_uint4(1, 2, 3, 4));
+        tma_load(shared, x, barrier, 0, 0);
+    }
+    if (what == 6 && first) tma_load(shared + matrix_bytes(128), x, barrier, 0, 0);
+    if (what == 7 && first) tma_load(shared, x, barrier, 0, 0);
+    if (what == 8 && first) tma_load_multicast(shared, x, barrier, 0, 0, 4);
+    if (what == 9 && first && cluster_rank() == 0) {
+        barrier_arrive_expecting(barrier, matrix_bytes(32) - 2);
+        tma_load(shared, x, barrier, 0, 0);
+        barrier_wait(barrier, 0);
+    }
+    if (what == 10) more_registers<248>();
+    if (what == 11) named_barrier_sync(1, threadIdx.x & 32 ? 64 : 128);
+    if (what >= 12) {
+        float sums[32];
+        for (int i = 0; i < 32; i++) sums[i] = 0.0f;
+        uint64_t matrix = descriptor_along(shared);
+        if (what != 12) wgmma_fence();
+        if (what == 13) matrix = descriptor_along(shared + 128);
+        if (what == 14) matrix &= ~(uint64_t(3) << 62);
+        if (what == 15) matrix = descriptor_along(shared + (first ? 1024 : 0));
+        if (what == 17) matrix = descriptor_along(shared + matrix_bytes(72));
+        if (what == 18 && threadIdx.x < 32) return;
+        wgmma<false, false>(sums, matrix, descriptor_along(shared), true);
+        wgmma_commit();
+        if (what != 16) wgmma_wait<0>();
+        out[threadIdx.x] = sums[0];
+    }
+    // What nobody waits for is the mistake of 7.
+    if (what < 12 && what != 2 && what != 7) cluster_sync();
+}
