@@ -254,7 +254,7 @@ pub fn describe_adapter<T: FeedbackAdapter>() -> Entry {
 }
 
 /// What a constructor asks for; a constructor that panics on an empty table documents nothing.
-fn documented(construct: impl Fn(&mut Params)) -> RVec<ParamDoc> {
+pub(crate) fn documented(construct: impl Fn(&mut Params)) -> RVec<ParamDoc> {
     let mut params = Params::default();
     let constructed = catch(|| construct(&mut params));
     if constructed.is_ok() { params.docs().to_vec().into() } else { RVec::new() }

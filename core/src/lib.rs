@@ -45,6 +45,7 @@
 pub mod abi;
 pub mod adapter;
 pub mod batch;
+pub mod c;
 pub mod check;
 pub mod content;
 pub mod dual;

@@ -21,7 +21,7 @@ pub enum Bound {
 }
 
 impl Bound {
-    fn holds(self, x: f64) -> bool {
+    pub(crate) fn holds(self, x: f64) -> bool {
         x.is_finite()
             && match self {
                 Bound::Finite => true,
@@ -31,7 +31,7 @@ impl Bound {
             }
     }
 
-    fn words(self) -> String {
+    pub(crate) fn words(self) -> String {
         match self {
             Bound::Finite => "a finite number".into(),
             Bound::Positive => "a number above 0".into(),

@@ -24,6 +24,18 @@ fn declarations() -> BTreeMap<String, String> {
     found
 }
 
+/// The same of the border in C. Its constants are one.
+fn in_c() -> BTreeMap<String, String> {
+    let path = root().join("core/src/c/declarations.rs");
+    let text = std::fs::read_to_string(path).expect("the declarations");
+    let lines: Vec<&str> = text.lines().filter(|l| !l.trim().starts_with("//")).collect();
+    let structs = lines.iter().enumerate().filter(|(_, line)| line.starts_with("#[repr(C)]"));
+    let mut found: BTreeMap<_, _> = structs.map(|(at, _)| declaration(&lines, at)).collect();
+    let constants = lines.iter().filter(|line| line.starts_with("pub const "));
+    found.insert("UFT_…".into(), constants.copied().collect::<Vec<_>>().join(" "));
+    found
+}
+
 /// Whether what follows an attribute crosses the border.
 fn is_frozen(line: &str) -> bool {
     line.starts_with("#[derive(StableAbi") || line.starts_with("#[sabi_trait]")
@@ -48,20 +60,34 @@ fn declaration(lines: &[&str], at: usize) -> (String, String) {
     (name.expect("an item has a name").to_owned(), text)
 }
 
-#[test]
-fn what_is_frozen_is_as_the_page_says() {
-    let mut table = String::from("| declaration | fingerprint |\n| --- | --- |\n");
-    for (name, declaration) in declarations() {
+/// The table of a page, under a heading of its own.
+fn table(heading: &str, declarations: BTreeMap<String, String>) -> String {
+    let mut table = format!("| {heading} | fingerprint |\n| --- | --- |\n");
+    for (name, declaration) in declarations {
         let hash = blake3::hash(declaration.as_bytes()).to_hex();
         let _ = writeln!(table, "| `{name}` | `{}` |", &hash[..16]);
     }
+    table
+}
+
+#[test]
+fn what_is_frozen_is_as_the_page_says() {
     let page = std::fs::read_to_string(root().join("docs/abi.md")).expect("the page");
+    let table_of_rust = table("declaration", declarations());
     assert!(
-        page.contains(&table),
+        page.contains(&table_of_rust),
         "a type that crosses the border has changed; if today's plugins cannot be loaded any more, raise \
-         ABI_REVISION and uft-core's minor version, and in any case write into docs/abi.md:\n\n{table}"
+         ABI_REVISION and uft-core's minor version, and in any case write into docs/abi.md:\n\n{table_of_rust}"
+    );
+    let table_of_c = table("declaration in C", in_c());
+    assert!(
+        page.contains(&table_of_c),
+        "a declaration of the border in C has changed; if it is more than a field at the end of a struct that \
+         has its size, raise UFT_C_REVISION, and in any case write into docs/abi.md:\n\n{table_of_c}"
     );
     let revision = format!("the ABI revision, now {}", uft_core::abi::ABI_REVISION);
+    assert!(page.contains(&revision), "{revision}");
+    let revision = format!("the revision, now {}", uft_core::c::declarations::UFT_C_REVISION);
     assert!(page.contains(&revision), "{revision}");
     let manifest = std::fs::read_to_string(root().join("Cargo.toml")).expect("the manifest");
     let pinned = manifest.lines().find(|line| line.starts_with("abi_stable = ")).expect("a pin");
@@ -97,4 +123,9 @@ fn a_change_of_a_declaration_is_seen_and_one_of_a_comment_is_not() {
         found["ObjectiveAbi"]
             .ends_with("fn load_state(&mut self, state: RSlice<'_, u8>) -> RResult<(), Fault>; }")
     );
+    let found = in_c();
+    assert!(found["UftValue"].ends_with("pub number: f64, pub text: *const c_char, }"));
+    assert!(found["UftPlugin"].ends_with("pub objective_count: u64, }"));
+    assert_eq!(found.len(), 12, "{:?}", found.keys());
+    assert!(found["UFT_…"].contains("pub const UFT_NEEDS_STATE: u64 = 128;"));
 }

@@ -7,6 +7,7 @@ mod generate;
 mod grad;
 mod mask;
 mod merge;
+mod output;
 mod plugin;
 mod score;
 mod train;
@@ -14,6 +15,7 @@ mod verify_resume;
 
 use crate::{ErrorKind, Result};
 use clap::{Args, Parser, Subcommand};
+use output::print;
 use std::io::Write;
 use std::path::PathBuf;
 
@@ -101,18 +103,9 @@ pub fn main() {
         level => writeln!(out, "{}: {}", level.as_str().to_lowercase(), record.args()),
     });
     logger.init();
-    if let Err(error) = Cli::parse().run() {
+    let cli = Cli::parse();
+    if let Err(error) = output::keep_stdout().and_then(|()| cli.run()) {
         eprintln!("error: {error}");
         std::process::exit(error.kind.exit_code());
-    }
-}
-
-/// Prints to stdout; a reader that went away (`uft score … | head`) ends the command quietly.
-fn print(text: &str) -> Result<()> {
-    let mut out = anstream::stdout();
-    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
-        Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => std::process::exit(0),
-        Err(e) => Err(crate::Error::other(format!("stdout: {e}"))),
-        Ok(()) => Ok(()),
     }
 }

@@ -1,5 +1,6 @@
 //! A feedback adapter of a plugin, with its samples checked.
 
+use super::environment::kept;
 use super::{BUG, fault};
 use crate::{Error, Result};
 use uft_core::abi::AdapterObject;
@@ -31,7 +32,7 @@ impl Adapter {
     /// # Errors
     /// If the record cannot be understood, or the plugin panicked or gave a sample that cannot be.
     pub fn adapt(&self, record: &str) -> Result<Vec<Sample>> {
-        let samples = self.object.adapt(record.into()).into_result();
+        let samples = kept(|| self.object.adapt(record.into())).into_result();
         let samples = samples.map_err(|f| fault(&self.name, &f))?;
         for sample in &samples {
             sample.check(self.offers()).map_err(|what| {

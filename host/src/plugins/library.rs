@@ -1,15 +1,25 @@
 //! One plugin library: found by name or path, checked, loaded, kept for the life of the process.
 
-use super::elf;
+use super::environment::kept;
+use super::{elf, fault};
 use crate::{Error, Result};
 use std::path::{Path, PathBuf};
-use uft_core::abi::{self, Entry, PluginModule_Ref};
+use uft_core::abi::{self, AdapterObject, Entry, ObjectiveObject, PluginModule_Ref, no_such_entry};
+use uft_core::c;
+use uft_core::extension::Extension;
 
 /// A loaded plugin library.
 pub struct Library {
     pub path: PathBuf,
-    pub module: PluginModule_Ref,
+    pub module: Module,
     pub entries: Vec<Entry>,
+}
+
+/// What a library exports, by what it is written in.
+#[derive(Clone, Copy)]
+pub enum Module {
+    Rust(PluginModule_Ref),
+    C(&'static c::Library),
 }
 
 /// The file for a plugin's name in one folder: `una-score` → `libuna_score.so`.
@@ -76,18 +86,29 @@ impl Library {
         drop(bytes);
 
         // SAFETY: loading runs the library's initialisers; a plugin is code that the user named.
-        let library = unsafe { libloading::Library::new(path) }.map_err(|e| {
+        let library = kept(|| unsafe { libloading::Library::new(path) }).map_err(|e| {
             fail(format!("the loader refuses it ({}); build it on this machine", cause(&e)))
         })?;
         let library: &'static libloading::Library = Box::leak(Box::new(library));
         let not_ours = |_| {
-            fail("it is a shared library, but not a uft plugin; a plugin exports its objectives and adapters with `uft_core::plugin!`".into())
+            fail("it is a shared library, but not a uft plugin; a plugin exports its objectives and adapters with `uft_core::plugin!`, one in C the function `uft_c_plugin`".into())
         };
-        // SAFETY: the symbol has this type in every library that `plugin!` exported, and the name
-        // is used by nothing else.
+        // SAFETY: the symbol has this type in every library that exports it; the name is used by
+        // nothing else.
+        if let Ok(table) = unsafe { library.get::<c::Entry>(c::SYMBOL) } {
+            // SAFETY: the library stays; for the rest its author stands.
+            let read = kept(|| unsafe { c::Library::open(*table) });
+            let module = Module::C(Box::leak(Box::new(read.map_err(|why| {
+                fail(format!(
+                    "{why}; build it with this host's uft_plugin.h, or report it to its author"
+                ))
+            })?)));
+            return Ok(Self { path: path.to_owned(), module, entries: module.entries() });
+        }
+        // SAFETY: as above, in every library that `plugin!` exported.
         let revision = unsafe { library.get::<extern "C" fn() -> u32>(abi::REVISION_SYMBOL) }
             .map_err(not_ours)?;
-        let revision = revision();
+        let revision = kept(|| revision());
         if revision != abi::ABI_REVISION {
             return Err(fail(format!(
                 "it speaks ABI revision {revision}, this host speaks {}; rebuild it against this uft-core",
@@ -97,12 +118,53 @@ impl Library {
         // SAFETY: as above; the header is checked by `open` before anything behind it is used.
         let header =
             unsafe { library.get::<abi::Header>(abi::ROOT_SYMBOL.as_bytes()) }.map_err(not_ours)?;
-        let module = abi::open(*header).map_err(|(line, full)| {
+        let module = kept(|| abi::open(*header)).map_err(|(line, full)| {
             log::debug!("{}: {full}", path.display());
             fail(format!("{line}; rebuild it against this uft-core"))
         })?;
-        let entries: Vec<Entry> = (module.entries())().into_iter().collect();
-        Ok(Self { path: path.to_owned(), module, entries })
+        let module = Module::Rust(module);
+        Ok(Self { path: path.to_owned(), module, entries: module.entries() })
+    }
+}
+
+impl Module {
+    fn entries(self) -> Vec<Entry> {
+        match self {
+            Module::Rust(module) => kept(|| (module.entries())().into_iter().collect()),
+            Module::C(library) => library.entries(),
+        }
+    }
+
+    /// An objective by name, from its parameters as a JSON object.
+    ///
+    /// # Errors
+    /// If there is none of that name, or the parameters are refused.
+    pub fn objective(self, name: &str, params: &str) -> Result<ObjectiveObject> {
+        let made = kept(|| match self {
+            Module::Rust(module) => (module.objective())(name.into(), params.into()).into_result(),
+            Module::C(library) => library.objective(name, params),
+        });
+        made.map_err(|f| fault(name, &f))
+    }
+
+    /// An adapter by name, likewise. There are none in C.
+    ///
+    /// # Errors
+    /// As [`Module::objective`].
+    pub fn adapter(self, name: &str, params: &str) -> Result<AdapterObject> {
+        let made = kept(|| match self {
+            Module::Rust(module) => (module.adapter())(name.into(), params.into()).into_result(),
+            Module::C(_) => Err(no_such_entry(name.into())),
+        });
+        made.map_err(|f| fault(name, &f))
+    }
+
+    /// What the library has behind the generic door; in C there is none.
+    pub fn query(self, name: &str, revision: u32) -> Option<Extension> {
+        match self {
+            Module::Rust(module) => kept(|| module.query()(name.into(), revision)).into(),
+            Module::C(_) => None,
+        }
     }
 }
 

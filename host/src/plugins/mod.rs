@@ -2,6 +2,7 @@
 
 mod adapter;
 pub mod elf;
+mod environment;
 pub mod library;
 pub mod objective;
 mod selection;
@@ -117,9 +118,7 @@ impl Registry {
     pub fn adapter(&mut self, plugin: &PluginRef) -> Result<Adapter> {
         let name = plugin.plugin.as_str();
         let module = self.provider(Role::Adapter, name)?.module;
-        let made = (module.adapter())(name.into(), plugin.params_json().as_str().into());
-        let object = made.into_result().map_err(|f| fault(name, &f))?;
-        Ok(Adapter::new(name, object))
+        Ok(Adapter::new(name, module.adapter(name, &plugin.params_json())?))
     }
 }
 

@@ -1,9 +1,11 @@
 //! An objective of a plugin, with everything checked that comes back from it.
 
+use super::environment::kept;
+use super::library::Module;
 use super::{BUG, fault};
 use crate::config::{PluginRef, Ramp};
 use crate::{Error, Result};
-use uft_core::abi::{ObjectiveObject, PluginModule_Ref};
+use uft_core::abi::ObjectiveObject;
 use uft_core::batch::{Batch, Metric, Outcome, Step};
 use uft_core::{Kinds, Needs};
 
@@ -13,7 +15,7 @@ pub struct Objective {
     pub needs: Needs,
     pub accepts: Kinds,
     object: ObjectiveObject,
-    module: PluginModule_Ref,
+    module: Module,
     plugin: PluginRef,
     /// Parameters that change from step to step, and what they are now.
     ramps: Vec<(String, Ramp, f64)>,
@@ -26,7 +28,7 @@ impl Objective {
     /// # Errors
     /// If the plugin refuses its parameters, needs something that this host has no word for, or accepts
     /// no feedback.
-    pub fn new(module: PluginModule_Ref, plugin: &PluginRef) -> Result<Self> {
+    pub fn new(module: Module, plugin: &PluginRef) -> Result<Self> {
         let name = plugin.plugin.as_str();
         let mut ramps = Vec::new();
         for (key, value) in &plugin.params {
@@ -78,7 +80,8 @@ impl Objective {
                 keys.join(", ")
             )));
         }
-        self.object = object;
+        let before = std::mem::replace(&mut self.object, object);
+        kept(|| drop(before));
         match state {
             Some(state) => self.load_state(&state),
             None => Ok(()),
@@ -106,7 +109,7 @@ impl Objective {
     /// # Errors
     /// If the plugin fails.
     pub fn begin_step(&mut self, step: &Step<'_>) -> Result<()> {
-        self.object.begin_step(step).into_result().map_err(|f| fault(&self.name, &f))
+        kept(|| self.object.begin_step(step)).into_result().map_err(|f| fault(&self.name, &f))
     }
 
     /// Loss, metrics and the gradient `dlogp[t]`, which has the length of `batch.logps`.
@@ -116,8 +119,8 @@ impl Objective {
     pub fn evaluate(&self, batch: &Batch<'_>, dlogp: &mut [f32]) -> Result<Outcome> {
         // What the plugin does not write stays NaN and is found.
         dlogp.fill(f32::NAN);
-        let outcome = self.object.evaluate(batch, (&mut *dlogp).into()).into_result();
-        let outcome = outcome.map_err(|f| fault(&self.name, &f))?;
+        let outcome = kept(|| self.object.evaluate(batch, (&mut *dlogp).into()));
+        let outcome = outcome.into_result().map_err(|f| fault(&self.name, &f))?;
         let bad = dlogp.iter().filter(|g| !g.is_finite()).count();
         if bad > 0 {
             let inputs =
@@ -148,7 +151,7 @@ impl Objective {
     /// # Errors
     /// If the plugin fails.
     pub fn save_state(&self) -> Result<Vec<u8>> {
-        let state = self.object.save_state().into_result();
+        let state = kept(|| self.object.save_state()).into_result();
         Ok(state.map_err(|f| fault(&self.name, &f))?.into_iter().collect())
     }
 
@@ -157,13 +160,15 @@ impl Objective {
     /// # Errors
     /// If the plugin fails.
     pub fn load_state(&mut self, state: &[u8]) -> Result<()> {
-        self.object.load_state(state.into()).into_result().map_err(|f| fault(&self.name, &f))
+        kept(|| self.object.load_state(state.into()))
+            .into_result()
+            .map_err(|f| fault(&self.name, &f))
     }
 }
 
 /// Makes the plugin's object, with the scheduled parameters' values of now.
 fn make(
-    module: PluginModule_Ref,
+    module: Module,
     plugin: &PluginRef,
     ramps: &[(String, Ramp, f64)],
 ) -> Result<ObjectiveObject> {
@@ -172,6 +177,5 @@ fn make(
         plugin.params.insert(key.clone(), (*now).into());
     }
     let name = plugin.plugin.as_str();
-    let made = (module.objective())(name.into(), plugin.params_json().as_str().into());
-    made.into_result().map_err(|f| fault(name, &f))
+    module.objective(name, &plugin.params_json())
 }

@@ -43,7 +43,7 @@ fn a_file_that_is_no_plugin_is_refused() {
         refused(PLUGIN, &["plugin", "list", "no-plugin"]),
         format!(
             "plugin {}: it is a shared library, but not a uft plugin; a plugin exports its \
-             objectives and adapters with `uft_core::plugin!`",
+             objectives and adapters with `uft_core::plugin!`, one in C the function `uft_c_plugin`",
             library("no-plugin").display()
         )
     );

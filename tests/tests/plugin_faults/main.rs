@@ -1,12 +1,15 @@
 //! Everything that can be wrong with a plugin, through a real `dlopen` and the command line: one
 //! line on stderr that names the plugin and says what to do, and the documented exit code. The
-//! plugins are those that are bundled, and those in tests/plugins.
+//! plugins are those that are bundled, those in tests/plugins, and those in C in tests/c.
 
+mod in_c;
 mod libraries;
+mod nuisances;
 mod runs;
 mod sound;
 
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use tempfile::TempDir;
 use uft_tests::golden;
 
@@ -38,9 +41,14 @@ fn library(name: &str) -> PathBuf {
 /// Runs the command line, expects the exit code, and gives the single line on stderr without
 /// `error: `.
 fn refused(code: i32, arguments: &[&str]) -> String {
-    let output = uft_tests::uft(UFT, arguments);
+    said(code, uft_tests::command(UFT, arguments))
+}
+
+/// [`refused`] of a command that is about to run.
+fn said(code: i32, mut command: Command) -> String {
+    let output = command.output().expect("the binary under test runs");
     let stderr = String::from_utf8(output.stderr).expect("text");
-    assert_eq!(output.status.code(), Some(code), "uft {}: {stderr}", arguments.join(" "));
+    assert_eq!(output.status.code(), Some(code), "{command:?}: {stderr}");
     let line = stderr.trim_end().strip_prefix("error: ").map(str::to_owned);
     let line = line.unwrap_or_else(|| panic!("not one error line:\n{stderr}"));
     assert!(!line.contains('\n'), "more than one line:\n{stderr}");
