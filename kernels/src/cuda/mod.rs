@@ -27,11 +27,13 @@ mod error;
 mod fault;
 mod guarded;
 mod kernel;
+mod late;
 mod launch;
 mod memory;
 mod nvrtc;
 #[cfg(test)]
 mod registers;
+mod ring;
 mod tensor_map;
 #[cfg(test)]
 mod tests;
@@ -133,6 +135,17 @@ impl Gpu {
     /// As [`Gpu::emulated`].
     pub fn emulated_hopper(seed: u64) -> Result<Self> {
         Ok(Self(Arc::new(Device::Emulator(emulator::Emulator::new(seed, true)?))))
+    }
+
+    /// The emulated device, which puts every launch and every copy off until it is waited for: what relies on
+    /// something that it has not waited for gets wrong numbers.
+    ///
+    /// # Errors
+    /// As [`Gpu::emulated`].
+    pub fn emulated_late(seed: u64) -> Result<Self> {
+        let mut emulator = emulator::Emulator::new(seed, false)?;
+        emulator.late = Some(late::Late::default());
+        Ok(Self(Arc::new(Device::Emulator(emulator))))
     }
 
     /// The emulated device, compiling one source with a fault in it.
@@ -245,11 +258,7 @@ impl Gpu {
         let bytes = unsafe { std::slice::from_raw_parts(from.as_ptr().cast(), size_of_val(from)) };
         match &*self.0 {
             Device::Driver(device) => device.upload(bytes, to.address()),
-            Device::Emulator(_) => {
-                // SAFETY: the slice's own memory, mutably borrowed.
-                unsafe { copy(bytes.as_ptr(), here(to.address()), bytes.len()) };
-                Ok(())
-            }
+            Device::Emulator(device) => device.upload(bytes, to.address()),
             Device::Counter(_) => Ok(()),
         }
     }
@@ -271,11 +280,7 @@ impl Gpu {
             unsafe { std::slice::from_raw_parts_mut(to.as_mut_ptr().cast(), size_of_val(to)) };
         match &*self.0 {
             Device::Driver(device) => device.download(from.address(), bytes),
-            Device::Emulator(_) => {
-                // SAFETY: the slice's own memory.
-                unsafe { copy(here(from.address()), bytes.as_mut_ptr(), bytes.len()) };
-                Ok(())
-            }
+            Device::Emulator(device) => device.download(from.address(), bytes),
             Device::Counter(_) => Ok(()),
         }
     }
@@ -295,11 +300,7 @@ impl Gpu {
         let bytes = from.len() * size_of::<T>();
         match &*self.0 {
             Device::Driver(device) => device.copy(from.address(), to.address(), bytes),
-            Device::Emulator(_) => {
-                // SAFETY: both slices' own memory; `to` is borrowed mutably, so they do not overlap.
-                unsafe { copy(here(from.address()), here(to.address()), bytes) };
-                Ok(())
-            }
+            Device::Emulator(device) => device.copy(from.address(), to.address(), bytes),
             Device::Counter(_) => Ok(()),
         }
     }
@@ -315,11 +316,7 @@ impl Gpu {
         let bytes = to.len() * size_of::<T>();
         match &*self.0 {
             Device::Driver(device) => device.zero(to.address(), bytes),
-            Device::Emulator(_) => {
-                // SAFETY: the slice's own memory, mutably borrowed.
-                unsafe { here(to.address()).write_bytes(0, bytes) };
-                Ok(())
-            }
+            Device::Emulator(device) => device.zero(to.address(), bytes),
             Device::Counter(_) => Ok(()),
         }
     }
@@ -363,7 +360,8 @@ impl Gpu {
     pub fn synchronize(&self) -> Result<()> {
         match &*self.0 {
             Device::Driver(device) => device.synchronize(),
-            Device::Emulator(_) | Device::Counter(_) => Ok(()),
+            Device::Emulator(device) => device.synchronize(),
+            Device::Counter(_) => Ok(()),
         }
     }
 }
@@ -371,12 +369,6 @@ impl Gpu {
 /// The emulated device's address in this process.
 fn here(address: u64) -> *mut u8 {
     std::ptr::with_exposed_provenance_mut(address as usize)
-}
-
-/// # Safety
-/// Both have `bytes` and do not overlap.
-unsafe fn copy(from: *const u8, to: *mut u8, bytes: usize) {
-    unsafe { std::ptr::copy_nonoverlapping(from, to, bytes) };
 }
 
 /// Blocks of `each` items for `items` of them, as a grid counts them.

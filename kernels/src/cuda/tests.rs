@@ -46,6 +46,60 @@ fn a_missing_barrier_gives_wrong_numbers_under_some_seed() {
     assert!(!always(|seed| reverse_is_right(&without(seed))));
 }
 
+/// Whether numbers on the emulated device are what they are before anything is written to them.
+fn untouched(buffer: &DeviceSlice<f32>) -> bool {
+    // SAFETY: the emulated device's memory is this process's.
+    let numbers =
+        unsafe { std::slice::from_raw_parts(here(buffer.address()).cast(), buffer.len()) };
+    numbers.iter().all(|x: &f32| x.is_nan())
+}
+
+#[test]
+fn what_is_put_off_happens_in_order_when_it_is_waited_for() {
+    let gpu = Gpu::emulated_late(1).unwrap();
+    let numbers = random(512, 1);
+    let input = gpu.uploaded(&numbers).unwrap();
+    let (mut there, mut back) = (gpu.alloc::<f32>(512).unwrap(), gpu.alloc::<f32>(512).unwrap());
+    let reverse = kernel("reverse", 128);
+    gpu.launch(&reverse, [4, 1, 1], 512, args![&input, &mut there]).unwrap();
+    gpu.launch(&reverse, [4, 1, 1], 512, args![&there, &mut back]).unwrap();
+    // What is given back stays until its last use.
+    drop(there);
+    assert!(untouched(&input) && untouched(&back));
+    gpu.synchronize().unwrap();
+    assert!(!untouched(&input) && !untouched(&back));
+    assert_eq!(gpu.downloaded(&back).unwrap(), numbers);
+}
+
+#[test]
+fn uploads_that_are_put_off_keep_their_numbers() {
+    let gpu = Gpu::emulated_late(1).unwrap();
+    // More than the ring holds, in pieces of every size, each overwritten as soon as the call is over.
+    let all = random(20_000, 2);
+    let (mut buffer, mut numbers) = (gpu.alloc::<f32>(all.len()).unwrap(), Vec::new());
+    let (mut start, mut len) = (0, 1);
+    while start < all.len() {
+        let range = start..all.len().min(start + len);
+        numbers.clear();
+        numbers.extend_from_slice(&all[range.clone()]);
+        gpu.upload(&numbers, &mut buffer[range.clone()]).unwrap();
+        numbers.fill(0.0);
+        (start, len) = (range.end, len * 2 + 1);
+    }
+    assert_eq!(gpu.downloaded(&buffer).unwrap(), all);
+}
+
+#[test]
+fn a_mistake_that_is_put_off_is_every_later_wait_s() {
+    let gpu = Gpu::emulated_late(1).unwrap();
+    let input = gpu.uploaded(&random(512, 1)).unwrap();
+    let mut out = gpu.alloc::<f32>(256).unwrap();
+    gpu.launch(&kernel("reverse", 128), [4, 1, 1], 512, args![&input, &mut out]).unwrap();
+    let error = gpu.synchronize().unwrap_err().to_string();
+    assert!(error.contains("reverse"), "{error}");
+    assert_eq!(gpu.downloaded(&out).unwrap_err().to_string(), error);
+}
+
 fn pipeline_is_right(gpu: &Gpu) -> bool {
     const TILES: usize = 5;
     let numbers = random(TILES * 128, 2);
