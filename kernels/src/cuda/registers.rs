@@ -92,7 +92,7 @@ mod tests {
 ";
 
     fn compiler() -> &'static Nvrtc {
-        let remedy = "python3 -m venv target/nvrtc && target/nvrtc/bin/pip install nvidia-cuda-nvrtc==13.0.88 && \
+        let remedy = "python3 -m venv target/nvrtc && target/nvrtc/bin/pip install nvidia-cuda-nvrtc==13.0.88 nvidia-cuda-nvdisasm==13.5.37 && \
                       export UFT_NVRTC=$(echo $PWD/target/nvrtc/lib/python3*/site-packages/nvidia/cu13/lib)";
         let nvrtc = Nvrtc::find().unwrap_or_else(|error| panic!("{error}\nHere: {remedy}"));
         let (found, path) = (nvrtc.version, nvrtc.path.display());
