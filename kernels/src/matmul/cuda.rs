@@ -22,6 +22,8 @@ mod faults;
 pub mod fused;
 pub(crate) mod hopper;
 #[cfg(test)]
+mod full_size;
+#[cfg(test)]
 mod tests;
 
 use crate::args;
