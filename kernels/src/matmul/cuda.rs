@@ -19,10 +19,10 @@
 pub mod adapter;
 #[cfg(test)]
 mod faults;
-pub mod fused;
-pub(crate) mod hopper;
 #[cfg(test)]
 mod full_size;
+pub mod fused;
+pub(crate) mod hopper;
 #[cfg(test)]
 mod tests;
 

@@ -5,16 +5,9 @@ use super::super::{Way, adapter, nn_by, nt_by};
 use super::*;
 use crate::cuda::Fault;
 use crate::rope::Rope;
-use crate::testing::random_bf16;
+use crate::testing::{hopper_gpu as gpu, random_bf16};
 
 const SEEDS: u64 = 4;
-
-fn gpu(seed: u64) -> Gpu {
-    match std::env::var("UFT_TEST_DEVICE").as_deref() {
-        Ok("cuda") => Gpu::open(0).unwrap(),
-        _ => Gpu::emulated_hopper(seed).unwrap(),
-    }
-}
 
 /// On a device: u and b of a rank, or nothing for rank 0.
 struct Factors(Option<[crate::cuda::DeviceBuffer<bf16>; 2]>, usize);

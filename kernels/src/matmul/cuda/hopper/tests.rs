@@ -4,16 +4,10 @@ use super::super::tests::{Case, bits};
 use super::super::{Tile as Portable, Way};
 use super::*;
 use crate::cuda::Fault;
+use crate::testing::hopper_gpu as gpu;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 const TILES: [Tile; 2] = [WIDE, NARROW];
-
-fn gpu(seed: u64) -> Gpu {
-    match std::env::var("UFT_TEST_DEVICE").as_deref() {
-        Ok("cuda") => Gpu::open(0).unwrap(),
-        _ => Gpu::emulated_hopper(seed).unwrap(),
-    }
-}
 
 fn check(case: &Case, seed: u64, tile: Tile) {
     case.assert_accurate(&case.run_by(&gpu(seed), Way::Hopper(tile)).unwrap(), tile);
