@@ -136,8 +136,8 @@ mod tests {
         assert!(usual_tiny > 0.0);
         let (other_third, other_tiny) = kept("mine", || {
             let (mxcsr, x87) = before.0;
-            // Upwards, and denormals to zero.
-            imp::write((mxcsr | 0x4000 | 0x8040, x87 | 0x0800));
+            // Downwards, and denormals to zero.
+            imp::write((mxcsr | 0x2000 | 0x8040, x87 | 0x0400));
             (third(), tiny())
         });
         assert_ne!(other_third.to_bits(), usual_third.to_bits());
