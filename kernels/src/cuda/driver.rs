@@ -1,6 +1,8 @@
 //! A CUDA device, through the driver's API. The driver's library is opened at run time, so one program
 //! runs with and without it.
 
+mod events;
+
 use super::kernel::{Kernel, Module};
 use super::launch::{Args, Parameter, Type};
 use super::nvrtc::Nvrtc;

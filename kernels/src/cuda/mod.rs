@@ -20,12 +20,18 @@
 mod arena;
 mod cache;
 mod counter;
+#[cfg(test)]
+mod documented;
 mod driver;
 mod emulator;
 mod error;
 #[cfg(test)]
 mod fault;
+#[cfg(test)]
+mod full_size;
 mod guarded;
+#[cfg(test)]
+mod hardware;
 mod kernel;
 mod late;
 mod launch;
@@ -67,6 +73,10 @@ pub const KERNELS: &[&[Kernel]] = &[
     crate::rope::cuda::KERNELS,
     crate::swiglu::cuda::KERNELS,
 ];
+
+/// Those that only Hopper has the instructions for.
+pub const HOPPER_KERNELS: &[&[Kernel]] =
+    &[&crate::matmul::cuda::hopper::KERNELS, &crate::matmul::cuda::fused::KERNELS];
 
 /// A device. A clone is the same one.
 #[derive(Clone)]
@@ -380,6 +390,18 @@ impl Gpu {
                 device.launch(kernel);
                 Ok(())
             }
+        }
+    }
+
+    /// Milliseconds that a GPU needs for what `work` launches, by its own clock; waits for it. None on a device
+    /// whose time says nothing.
+    ///
+    /// # Errors
+    /// What `work` says, and a driver older than CUDA 12.8.
+    pub fn timed(&self, work: impl FnOnce() -> Result<()>) -> Result<Option<f64>> {
+        match &*self.0 {
+            Device::Driver(device) => device.timed(work).map(Some),
+            Device::Emulator(_) | Device::Counter(_) => work().map(|()| None),
         }
     }
 
