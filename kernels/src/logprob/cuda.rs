@@ -254,9 +254,9 @@ impl Head<'_> {
                 Some(low)
             }
         };
-        let mut strips = arena.take(m * vocab.div_ceil(STRIP) * 2)?;
+        let mut strips = arena.take::<f32>(m * vocab.div_ceil(STRIP) * 2)?;
         let (mut target_logits, mut lse) = (arena.take::<f32>(m)?, arena.take::<f32>(m)?);
-        let sums = (&mut strips, &mut target_logits);
+        let sums = (&mut *strips, &mut *target_logits);
         match Tile::of(gpu, width, vocab) {
             Some(tile) => {
                 self.hopper_logits(gpu, tile, hidden, low.as_deref(), targets, weights, sums)?;
