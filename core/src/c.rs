@@ -27,5 +27,7 @@ pub use library::Library;
 pub const SYMBOL: &[u8] = b"uft_c_plugin\0";
 /// What stands behind [`SYMBOL`].
 pub type Entry = unsafe extern "C" fn() -> *const declarations::UftPlugin;
+/// The header for authors.
+pub const HEADER: &str = include_str!("../include/uft_plugin.h");
 /// The end of the header: what every objective in C would write again.
 pub const HELPERS: &str = include_str!("c/helpers.h");

@@ -1,12 +1,13 @@
 //! What the tests of all ops share: random numbers, one reference for two precisions, and the rule by
 //! which a result counts as right.
 
-use crate::cuda::{Fault, Gpu};
+use crate::cuda::{DeviceBuffer, Fault, Gpu, Result};
 use half::bf16;
 use rand::{Rng, RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use std::ops::{Add, AddAssign, Div, Mul, Neg, Sub};
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::LazyLock;
 
 /// A float in which a reference can be written once and evaluated in `f32` and in `f64`.
 pub(crate) trait Real:
@@ -67,6 +68,55 @@ pub(crate) fn random_bf16(n: usize, seed: u64) -> Vec<bf16> {
     round(&random(n, seed))
 }
 
+/// Normal numbers without end, for operands that are too large to draw: 2²⁰ that were drawn, repeated with an odd
+/// period, so that no row of a matrix looks like another.
+pub(crate) struct Endless {
+    numbers: Vec<bf16>,
+}
+
+impl Endless {
+    pub(crate) fn new(seed: u64) -> Self {
+        Self::scaled(seed, 1.0)
+    }
+
+    /// The same times a factor.
+    pub(crate) fn scaled(seed: u64, factor: f32) -> Self {
+        let drawn = random((1 << 20) - 3, seed);
+        Self { numbers: drawn.into_iter().map(|x| bf16::from_f32(factor * x)).collect() }
+    }
+
+    /// Element `i`.
+    pub(crate) fn at(&self, i: usize) -> bf16 {
+        self.numbers[i % self.numbers.len()]
+    }
+
+    /// The first `len` on a device.
+    pub(crate) fn uploaded(&self, gpu: &Gpu, len: usize) -> Result<DeviceBuffer<bf16>> {
+        let mut buffer = gpu.alloc(len)?;
+        for first in (0..len).step_by(self.numbers.len()) {
+            let end = len.min(first + self.numbers.len());
+            gpu.upload(&self.numbers[..end - first], &mut buffer[first..end])?;
+        }
+        Ok(buffer)
+    }
+}
+
+/// About `count` places below `len`: the first, the last, and others drawn between.
+pub(crate) fn places(len: usize, count: usize, seed: u64) -> Vec<usize> {
+    let drawn = random_ids(count.saturating_sub(2), len, seed).into_iter().map(|i| i as usize);
+    let mut places: Vec<usize> = [0, len - 1].into_iter().chain(drawn).collect();
+    places.sort_unstable();
+    places.dedup();
+    places
+}
+
+/// Nothing was left unwritten.
+#[track_caller]
+pub(crate) fn assert_written(what: &str, found: &[bf16]) {
+    let first = found.iter().position(|x| !x.is_finite());
+    assert!(first.is_none(), "{what}: element {first:?} of {} is not written", found.len());
+}
+
 /// To the nearest bf16.
 pub(crate) fn round(x: &[f32]) -> Vec<bf16> {
     x.iter().map(|&x| bf16::from_f32(x)).collect()
@@ -80,10 +130,12 @@ pub(crate) fn widen(x: &[bf16]) -> Vec<f32> {
 /// decides, or the first GPU where UFT_TEST_DEVICE is `cuda`.
 #[track_caller]
 pub(crate) fn gpu(seed: u64) -> Gpu {
+    // One for all tests: opening it takes longer than most of them.
+    static CUDA: LazyLock<Result<Gpu>> = LazyLock::new(|| Gpu::open(0));
     let device = std::env::var("UFT_TEST_DEVICE").unwrap_or_default();
     let gpu = match device.as_str() {
         "" | "emulated" => Gpu::emulated(seed),
-        "cuda" => Gpu::open(0),
+        "cuda" => CUDA.clone(),
         other => panic!("UFT_TEST_DEVICE is {other:?}, it may be emulated or cuda"),
     };
     gpu.unwrap_or_else(|error| panic!("{error}"))

@@ -46,7 +46,7 @@ fn the_page_on_plugins_is_true() {
     for block in blocks(&page) {
         match (block.language.as_str(), block.file) {
             ("sh", None) => said += &outside.shell(&block.text),
-            ("rust" | "toml" | "json", Some(file)) => {
+            ("rust" | "toml" | "json" | "c", Some(file)) => {
                 outside.write(&file, &block.text);
                 files.push(file);
             }
@@ -55,10 +55,12 @@ fn the_page_on_plugins_is_true() {
             (language, file) => panic!("a block of `{language}` ({file:?}) that nothing tries"),
         }
     }
-    assert_eq!(files, ["ipo/src/lib.rs", "ipo/run.toml", "ipo/sum.toml"]);
+    let written =
+        ["ipo/src/lib.rs", "ipo/run.toml", "ipo/sum.toml", "ipo-c/ipo_c.c", "ipo-c/run.toml"];
+    assert_eq!(files, written);
     assert_eq!(transcripts, 1);
     assert_eq!(said.matches("2 passed").count(), 3, "{said}");
-    assert_eq!(said.matches("  ok    gradient: ").count(), 2, "{said}");
+    assert_eq!(said.matches("  ok    gradient: ").count(), 3, "{said}");
     assert!(said.contains("    most = 5.0  # a number from 2 to 100: "), "{said}");
     assert!(said.contains("  ok    its records: 4 of them, 4 samples"), "{said}");
     let steps = |run: &str| {
@@ -66,13 +68,19 @@ fn the_page_on_plugins_is_true() {
         assert!(out.join("adapter_model.safetensors").is_file(), "{run}");
         lines(&fs::read_to_string(out.join("metrics.jsonl")).expect("metrics"))
     };
-    for run in ["ipo/out/first", "ipo/out/sum", "focal/out/first", "tickets/out/first"] {
+    let runs =
+        ["ipo/out/first", "ipo/out/sum", "focal/out/first", "tickets/out/first", "ipo-c/out/first"];
+    for run in runs {
         let steps = steps(run);
         assert_eq!(steps.len(), 20, "{run}");
         assert!(steps[1]["grad_norm"].as_f64().expect("a number") > 0.0, "{run}");
     }
     // With a new adapter every log-ratio is 0, so IPO starts at (1 / (2 beta))^2.
     assert_eq!(steps("ipo/out/first")[0]["loss"], 25.0);
+    // The same rows, the same formula, the same seed: in C the run is that of Rust but for last bits.
+    let (rust, c) = (steps("ipo/out/first"), steps("ipo-c/out/first"));
+    assert_eq!(c[0]["loss"], 25.0);
+    assert_eq!(c[0]["grad_norm"], rust[0]["grad_norm"]);
     let sum = steps("ipo/out/sum");
     assert_eq!(sum[0]["pairs/ipo/loss"], 100.0);
     assert_eq!(

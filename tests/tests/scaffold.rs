@@ -11,7 +11,7 @@ const UFT: &str = env!("CARGO_BIN_EXE_uft-under-test");
 fn follow(outside: &Outside, name: &str, flags: &str) -> String {
     let said = outside.shell(&format!("uft plugin new {name} {flags}"));
     let next: Vec<&str> = said.lines().filter_map(|line| line.strip_prefix("  ")).collect();
-    assert_eq!(next.len(), 5, "{said}");
+    assert_eq!(next.len(), if flags.contains("--c") { 4 } else { 5 }, "{said}");
     let all = outside.shell(&next.join("\n"));
     let folder = outside.folder.join(name);
     let metrics = fs::read_to_string(folder.join("out/first/metrics.jsonl")).expect("metrics");
@@ -20,9 +20,16 @@ fn follow(outside: &Outside, name: &str, flags: &str) -> String {
     let loss = |step: usize| steps[step]["loss"].as_f64().expect("a number");
     assert!(loss(19) < loss(0), "{metrics}");
     assert!(folder.join("out/first/adapter_model.safetensors").is_file());
-    for file in ["Cargo.toml", "src/lib.rs", "run.toml", "example.jsonl"] {
+    let own = format!("{}.c", name.replace('-', "_"));
+    let files = match flags.contains("--c") {
+        true => [own.as_str(), "uft_plugin.h", "run.toml", "example.jsonl"],
+        false => ["Cargo.toml", "src/lib.rs", "run.toml", "example.jsonl"],
+    };
+    for file in files {
         let text = fs::read_to_string(folder.join(file)).expect("written");
-        assert!(!text.contains("my-plugin") && !text.contains("MyPlugin"), "{file}: {text}");
+        for placeholder in ["my-plugin", "my_plugin", "MyPlugin"] {
+            assert!(!text.contains(placeholder), "{file}: {text}");
+        }
         assert!(!text.contains("path/of"), "{file}: {text}");
     }
     all
@@ -44,6 +51,22 @@ fn every_kind_of_plugin_works_as_it_is_made() {
 }
 
 #[test]
+fn an_objective_in_c_works_as_it_is_made() {
+    let outside = Outside::new("scaffold-c", UFT);
+    let said = follow(&outside, "squares-of-c", "--objective --c");
+    assert!(said.contains("  ok    gradient: ") && !said.contains("FAIL"), "{said}");
+    let made = outside.folder.join("squares-of-c");
+    // A strict compiler has nothing to say, and git ignores what was built.
+    outside
+        .shell("cd squares-of-c; cc -std=c99 -Wall -Wextra -Wpedantic -Werror -fsyntax-only *.c");
+    let header = fs::read_to_string(made.join("uft_plugin.h")).expect("written");
+    assert_eq!(header, fs::read_to_string(root().join("core/include/uft_plugin.h")).expect("it"));
+    let ignored = fs::read_to_string(made.join(".gitignore")).expect("written");
+    assert_eq!(ignored, "/libsquares_of_c.so\n/out\n");
+    assert!(made.join("libsquares_of_c.so").is_file());
+}
+
+#[test]
 fn what_cannot_be_made_is_refused() {
     let outside = Outside::new("refused", UFT);
     let dir = outside.folder.to_str().expect("text");
@@ -55,6 +78,8 @@ fn what_cannot_be_made_is_refused() {
     assert!(new(&["own"]).contains("--objective|--adapter"));
     assert!(new(&["own", "--objective", "--adapter"]).contains("cannot be used with"));
     assert!(new(&["own", "--adapter", "--token-level"]).contains("--objective"));
+    assert!(new(&["own", "--adapter", "--c"]).contains("cannot be used with"));
+    assert!(new(&["own", "--objective", "--c", "--token-level"]).contains("cannot be used with"));
     assert!(!outside.folder.join("own").exists());
     // A version that is published needs a model: there is none beside it.
     let published = ["own", "--objective", "--core", "0.1"];

@@ -74,6 +74,8 @@ fn nothing_is_left_unfinished() {
     for (name, text) in all() {
         // This file names the marks.
         if name != "tests/tests/tidy.rs" {
+            // What CI cannot run for want of a GPU is the only thing that it may leave out.
+            let text = text.replace("#[ignore = \"needs a GPU\"]", "");
             for mark in ["todo!(", "unimplemented!(", "FIXME", "#[ignore"] {
                 assert!(!text.contains(mark), "{name} has {mark}");
             }

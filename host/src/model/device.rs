@@ -20,7 +20,10 @@ impl Device {
     pub fn open(choice: Choice) -> Result<Self> {
         let device = match choice {
             Choice::Cpu => Self::Cpu,
-            Choice::Emulated => Self::Gpu(Gpu::emulated(0).map_err(|e| missing("emulated", &e))?),
+            // It is there to find mistakes, a missing wait among them.
+            Choice::Emulated => {
+                Self::Gpu(Gpu::emulated_late(0).map_err(|e| missing("emulated", &e))?)
+            }
             Choice::Cuda => {
                 Self::Gpu(Gpu::open(usable().unwrap_or(0)).map_err(|e| missing("cuda", &e))?)
             }

@@ -23,7 +23,7 @@ pub enum Module {
 }
 
 /// The file for a plugin's name in one folder: `una-score` → `libuna_score.so`.
-fn file_name(name: &str) -> String {
+pub fn file_name(name: &str) -> String {
     let prefix = std::env::consts::DLL_PREFIX;
     let suffix = std::env::consts::DLL_SUFFIX;
     format!("{prefix}{}{suffix}", name.replace('-', "_"))

@@ -21,11 +21,11 @@ impl Heads {
         self.heads / self.kv_heads
     }
 
-    pub(super) fn query_width(&self) -> usize {
+    pub fn query_width(&self) -> usize {
         self.heads * self.head_dim
     }
 
-    pub(super) fn key_width(&self) -> usize {
+    pub fn key_width(&self) -> usize {
         self.kv_heads * self.head_dim
     }
 

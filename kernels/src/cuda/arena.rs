@@ -134,7 +134,13 @@ impl Arena {
             None => self.0.gpu.place_apart(bytes),
         };
         match address {
-            Ok(address) => Ok(DeviceBuffer::new(address, len, Owner::Arena(place))),
+            Ok(address) => {
+                #[cfg_attr(not(test), expect(unused_mut))]
+                let mut buffer = DeviceBuffer::new(address, len, Owner::Arena(place));
+                #[cfg(test)]
+                self.0.gpu.poison(&mut buffer)?;
+                Ok(buffer)
+            }
             Err(error) => {
                 place.give_back_range();
                 Err(error)

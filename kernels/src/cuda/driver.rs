@@ -1,9 +1,12 @@
 //! A CUDA device, through the driver's API. The driver's library is opened at run time, so one program
 //! runs with and without it.
 
+mod events;
+
 use super::kernel::{Kernel, Module};
 use super::launch::{Args, Parameter, Type};
 use super::nvrtc::Nvrtc;
+use super::ring::Ring;
 use super::tensor_map::{Encoded, Layout};
 use super::{Error, Properties, Result};
 use cudarc::driver::{DriverError, result, sys};
@@ -20,14 +23,26 @@ const KNOWS_PARAMETERS: i32 = 12_040;
 /// `cuTensorMapEncodeTiled`, in those of CUDA 12.0.
 const ENCODES_TENSOR_MAPS: i32 = 12_000;
 
+/// Bytes of page-locked memory through which uploads go.
+const RING: usize = 32 << 20;
+
 pub(super) struct Driver {
     device: sys::CUdevice,
     context: sys::CUcontext,
     stream: sys::CUstream,
+    uploads: Mutex<Uploads>,
     nvrtc: &'static Nvrtc,
     driver_version: i32,
     pub properties: Properties,
     modules: Mutex<HashMap<ModuleKey, LoadedModule>>,
+}
+
+/// Uploads on their way: the driver would wait for the stream before it took them from memory that is not
+/// page-locked.
+struct Uploads {
+    ring: Ring<sys::CUevent>,
+    /// Events that mark nothing now.
+    events: Vec<sys::CUevent>,
 }
 
 type ModuleKey = (*const u8, [Option<(&'static str, i64)>; 8]);
@@ -128,8 +143,14 @@ impl Driver {
         unsafe { result::ctx::set_current(context) }.map_err(|e| failed("context", e))?;
         let stream = result::stream::create(result::stream::StreamKind::NonBlocking)
             .map_err(|e| failed("stream", e))?;
+        // SAFETY: freed on drop, after all that uses it.
+        let ring = unsafe { result::malloc_host(RING, 0) }
+            .map_err(|e| failed(&format!("{RING} bytes of page-locked memory"), e))?;
+        // SAFETY: the memory is there until the driver is dropped, and nobody else's.
+        let ring = unsafe { Ring::new(ring.cast(), RING) };
+        let uploads = Mutex::new(Uploads { ring, events: Vec::new() });
         let modules = Mutex::default();
-        Ok(Self { device, context, stream, nvrtc, driver_version, properties, modules })
+        Ok(Self { device, context, stream, uploads, nvrtc, driver_version, properties, modules })
     }
 
     /// The architecture that cubins are made for; `a` gives all instructions of exactly this one.
@@ -167,9 +188,36 @@ impl Driver {
 
     pub fn upload(&self, from: &[u8], to: u64) -> Result<()> {
         self.enter()?;
-        // SAFETY: `to` has room, as the caller checked. The driver has copied memory that is not
-        // page-locked when it returns.
-        unsafe { result::memcpy_htod_async(to, from, self.stream) }.map_err(|e| failed("upload", e))
+        let mut uploads = self.uploads.lock().unwrap_or_else(PoisonError::into_inner);
+        let Uploads { ring, events } = &mut *uploads;
+        let mut to = to;
+        for piece in from.chunks(ring.stretch()) {
+            let (taken, marks) = ring.take(piece.len());
+            let before = events.len();
+            events.extend(marks.map(|(_, event)| event));
+            if let Some(&event) = events[before..].last() {
+                // SAFETY: an event that was recorded.
+                unsafe { result::event::synchronize(event) }
+                    .map_err(|e| failed("a kernel before this upload", e))?;
+            }
+            let memory = ring.write(&taken, piece);
+            let event = match events.pop() {
+                Some(event) => event,
+                None => result::event::create(sys::CUevent_flags_enum::CU_EVENT_DISABLE_TIMING)
+                    .map_err(|e| failed("event", e))?,
+            };
+            // SAFETY: `to` has room, as the caller checked, and the stretch of the ring stays as it is until the
+            // event has come.
+            unsafe {
+                let numbers = std::slice::from_raw_parts(memory, piece.len());
+                let told = result::memcpy_htod_async(to, numbers, self.stream)
+                    .and_then(|()| result::event::record(event, self.stream));
+                told.map_err(|e| failed("upload", e))?;
+            }
+            ring.mark(taken, event);
+            to += piece.len() as u64;
+        }
+        Ok(())
     }
 
     pub fn download(&self, from: u64, to: &mut [u8]) -> Result<()> {
@@ -353,12 +401,19 @@ impl Drop for Driver {
             return;
         }
         let modules = self.modules.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let Uploads { ring, events } =
+            self.uploads.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let (memory, marks) = ring.take_apart();
         // SAFETY: nothing uses them any more: buffers hold the device, and launches are waited for.
         unsafe {
             let _ = result::stream::synchronize(self.stream);
             for module in modules.values() {
                 let _ = result::module::unload(module.handle);
             }
+            for event in events.drain(..).chain(marks) {
+                let _ = result::event::destroy(event);
+            }
+            let _ = result::free_host(memory.cast());
             let _ = result::stream::destroy(self.stream);
             let _ = result::primary_ctx::release(self.device);
         }

@@ -3,7 +3,9 @@
 
 use super::guarded::Guarded;
 use super::kernel::{Declared, Kernel, Module};
-use super::launch::{Args, Parameter, Type};
+use super::late::{Late, Task};
+use super::launch::{Arg, Args, Parameter, Type};
+use super::ring::Ring;
 use super::{Error, Properties, Result, cache};
 use libloading::Library;
 use rayon::prelude::*;
@@ -22,10 +24,18 @@ const MOST_THREADS: u32 = 1024;
 const OPTIONS: &str = "-std=c++17 -O2 -shared -fPIC -fvisibility=hidden -fno-stack-protector \
                        -fstack-clash-protection -fcf-protection=none -U_FORTIFY_SOURCE -Wl,-Bsymbolic";
 
+/// Bytes through which uploads go: few, so that even small tests go round.
+const RING: usize = 16 << 10;
+
 pub(super) struct Emulator {
     seed: u64,
     compiler: &'static Compiler,
     pub properties: Properties,
+    /// What is put off until it is waited for.
+    pub(super) late: Option<Late>,
+    pub(super) uploads: Mutex<Ring<u64>>,
+    /// The ring's.
+    _ring: Box<[u8]>,
     memory: Mutex<BTreeMap<u64, Guarded>>,
     modules: Mutex<HashMap<ModuleKey, Loaded>>,
     #[cfg(test)]
@@ -173,10 +183,16 @@ impl Emulator {
         };
         let compiler = Compiler::find()?;
         let (memory, modules) = (Mutex::default(), Mutex::default());
+        let mut ring = vec![0; RING].into_boxed_slice();
+        // SAFETY: the memory lives as long as the ring, and only the ring is used.
+        let uploads = Mutex::new(unsafe { Ring::new(ring.as_mut_ptr(), RING) });
         Ok(Self {
             seed,
             compiler,
             properties,
+            late: None,
+            uploads,
+            _ring: ring,
             memory,
             modules,
             #[cfg(test)]
@@ -191,7 +207,7 @@ impl Emulator {
         Ok(address)
     }
 
-    pub fn free(&self, address: u64) {
+    pub(super) fn release(&self, address: u64) {
         self.allocations().remove(&address);
     }
 
@@ -199,7 +215,6 @@ impl Emulator {
         self.memory.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Runs every block, on the threads of rayon's current pool.
     pub fn launch(
         &self,
         kernel: &Kernel,
@@ -207,6 +222,18 @@ impl Emulator {
         shared_bytes: u32,
         args: &Args,
     ) -> Result<()> {
+        let launch = self.check(kernel, grid, shared_bytes, args)?;
+        self.tell(Task::Launch(Box::new(launch))).map(drop)
+    }
+
+    /// All that can be said before the kernel runs.
+    fn check(
+        &self,
+        kernel: &Kernel,
+        grid: [u32; 3],
+        shared_bytes: u32,
+        args: &Args,
+    ) -> Result<Checked> {
         let loaded = self.load(&kernel.module())?;
         let entry = loaded.find(kernel)?;
         args.check(kernel, &entry.parameters())?;
@@ -224,8 +251,15 @@ impl Emulator {
                 "kernel {name}: {blocks} blocks of {threads} threads, in clusters of {cluster}"
             )));
         }
+        let args = args.list.clone();
+        Ok(Checked { kernel: *kernel, run: loaded.run, entry, grid, shared_bytes, args })
+    }
+
+    /// Runs every block, on the threads of rayon's current pool.
+    pub(super) fn run(&self, checked: &Checked) -> Result<()> {
+        let &Checked { kernel, run, entry, grid, shared_bytes, ref args } = checked;
         let mut pointers: Vec<*mut c_void> =
-            args.list.iter().map(|arg| arg.bytes.as_ptr().cast_mut().cast()).collect();
+            args.iter().map(|arg| arg.bytes.as_ptr().cast_mut().cast()).collect();
         let mut launch = Launch {
             entry,
             arguments: pointers.as_mut_ptr(),
@@ -246,7 +280,7 @@ impl Emulator {
         // it. Arguments are as the kernel's parameters are, checked above.
         (0..workers).into_par_iter().with_max_len(1).for_each(|_| unsafe {
             let shared = &shared;
-            (loaded.run)(shared.0);
+            run(shared.0);
         });
         if launch.failed != 0 {
             let message = CStr::from_bytes_until_nul(&launch.message).unwrap_or_default();
@@ -254,7 +288,7 @@ impl Emulator {
             let message = message.to_string_lossy();
             return Err(Error::Failed(format!("{message}{place} (seed {})", self.seed)));
         }
-        self.check_overruns(kernel, args)
+        self.check_overruns(&kernel, args)
     }
 
     fn load(&self, module: &Module) -> Result<Loaded> {
@@ -301,9 +335,9 @@ impl Emulator {
     }
 
     /// Writes next to a buffer that did not reach the pages where they fault.
-    fn check_overruns(&self, kernel: &Kernel, args: &Args) -> Result<()> {
+    fn check_overruns(&self, kernel: &Kernel, args: &[Arg]) -> Result<()> {
         let allocations = self.allocations();
-        for (number, arg) in args.list.iter().enumerate().filter(|(_, arg)| arg.writable) {
+        for (number, arg) in args.iter().enumerate().filter(|(_, arg)| arg.writable) {
             let buffer = allocations.range(..=arg.address).next_back();
             if let Some(place) = buffer.and_then(|(_, memory)| memory.overrun()) {
                 return Err(Error::Failed(format!(
@@ -314,6 +348,16 @@ impl Emulator {
         }
         Ok(())
     }
+}
+
+/// A launch of which everything is known to fit.
+pub(super) struct Checked {
+    kernel: Kernel,
+    run: unsafe extern "C" fn(*mut Launch),
+    entry: &'static Entry,
+    grid: [u32; 3],
+    shared_bytes: u32,
+    args: Vec<Arg>,
 }
 
 /// A launch that several threads work at.

@@ -175,7 +175,31 @@ impl Gpu {
     /// The device has no such memory left.
     pub fn alloc<T: Plain>(&self, len: usize) -> Result<DeviceBuffer<T>> {
         let address = self.allocate(len * size_of::<T>())?;
-        Ok(DeviceBuffer::new(address, len, Owner::Device(self.clone())))
+        #[cfg_attr(not(test), expect(unused_mut))]
+        let mut buffer = DeviceBuffer::new(address, len, Owner::Device(self.clone()));
+        #[cfg(test)]
+        self.poison(&mut buffer)?;
+        Ok(buffer)
+    }
+
+    /// In tests, memory holds NaN at first on a GPU as it does on the emulated device, so that what a kernel
+    /// leaves unwritten shows.
+    #[cfg(test)]
+    pub(super) fn poison<T: Plain>(&self, slice: &mut DeviceSlice<T>) -> Result<()> {
+        const PIECE: usize = 1 << 26;
+        static POISON: std::sync::LazyLock<Vec<u8>> =
+            std::sync::LazyLock::new(|| vec![0xff; PIECE]);
+        if !self.lends_pieces() {
+            return Ok(());
+        }
+        let bytes = slice.len() * size_of::<T>();
+        // SAFETY: the slice's own memory as bytes, mutably borrowed.
+        let all: &mut DeviceSlice<u8> = unsafe { &mut *at(slice.address(), bytes) };
+        for first in (0..bytes).step_by(PIECE) {
+            let end = bytes.min(first + PIECE);
+            self.upload(&POISON[..end - first], &mut all[first..end])?;
+        }
+        Ok(())
     }
 
     /// Memory that holds `numbers`.

@@ -20,18 +20,26 @@
 mod arena;
 mod cache;
 mod counter;
+#[cfg(test)]
+mod documented;
 mod driver;
 mod emulator;
 mod error;
 #[cfg(test)]
 mod fault;
+#[cfg(test)]
+mod full_size;
 mod guarded;
+#[cfg(test)]
+mod hardware;
 mod kernel;
+mod late;
 mod launch;
 mod memory;
 mod nvrtc;
 #[cfg(test)]
 mod registers;
+mod ring;
 mod tensor_map;
 #[cfg(test)]
 mod tests;
@@ -129,6 +137,17 @@ impl Gpu {
     /// As [`Gpu::emulated`].
     pub fn emulated_hopper(seed: u64) -> Result<Self> {
         Ok(Self(Arc::new(Device::Emulator(emulator::Emulator::new(seed, true)?))))
+    }
+
+    /// The emulated device, which puts every launch and every copy off until it is waited for: what relies on
+    /// something that it has not waited for gets wrong numbers.
+    ///
+    /// # Errors
+    /// As [`Gpu::emulated`].
+    pub fn emulated_late(seed: u64) -> Result<Self> {
+        let mut emulator = emulator::Emulator::new(seed, false)?;
+        emulator.late = Some(late::Late::default());
+        Ok(Self(Arc::new(Device::Emulator(emulator))))
     }
 
     /// The emulated device, compiling one source with a fault in it.
@@ -241,11 +260,7 @@ impl Gpu {
         let bytes = unsafe { std::slice::from_raw_parts(from.as_ptr().cast(), size_of_val(from)) };
         match &*self.0 {
             Device::Driver(device) => device.upload(bytes, to.address()),
-            Device::Emulator(_) => {
-                // SAFETY: the slice's own memory, mutably borrowed.
-                unsafe { copy(bytes.as_ptr(), here(to.address()), bytes.len()) };
-                Ok(())
-            }
+            Device::Emulator(device) => device.upload(bytes, to.address()),
             Device::Counter(_) => Ok(()),
         }
     }
@@ -267,11 +282,7 @@ impl Gpu {
             unsafe { std::slice::from_raw_parts_mut(to.as_mut_ptr().cast(), size_of_val(to)) };
         match &*self.0 {
             Device::Driver(device) => device.download(from.address(), bytes),
-            Device::Emulator(_) => {
-                // SAFETY: the slice's own memory.
-                unsafe { copy(here(from.address()), bytes.as_mut_ptr(), bytes.len()) };
-                Ok(())
-            }
+            Device::Emulator(device) => device.download(from.address(), bytes),
             Device::Counter(_) => Ok(()),
         }
     }
@@ -291,11 +302,7 @@ impl Gpu {
         let bytes = from.len() * size_of::<T>();
         match &*self.0 {
             Device::Driver(device) => device.copy(from.address(), to.address(), bytes),
-            Device::Emulator(_) => {
-                // SAFETY: both slices' own memory; `to` is borrowed mutably, so they do not overlap.
-                unsafe { copy(here(from.address()), here(to.address()), bytes) };
-                Ok(())
-            }
+            Device::Emulator(device) => device.copy(from.address(), to.address(), bytes),
             Device::Counter(_) => Ok(()),
         }
     }
@@ -311,11 +318,7 @@ impl Gpu {
         let bytes = to.len() * size_of::<T>();
         match &*self.0 {
             Device::Driver(device) => device.zero(to.address(), bytes),
-            Device::Emulator(_) => {
-                // SAFETY: the slice's own memory, mutably borrowed.
-                unsafe { here(to.address()).write_bytes(0, bytes) };
-                Ok(())
-            }
+            Device::Emulator(device) => device.zero(to.address(), bytes),
             Device::Counter(_) => Ok(()),
         }
     }
@@ -352,6 +355,18 @@ impl Gpu {
         }
     }
 
+    /// Milliseconds that a GPU needs for what `work` launches, by its own clock; waits for it. None on a device
+    /// whose time says nothing.
+    ///
+    /// # Errors
+    /// What `work` says, and a driver older than CUDA 12.8.
+    pub fn timed(&self, work: impl FnOnce() -> Result<()>) -> Result<Option<f64>> {
+        match &*self.0 {
+            Device::Driver(device) => device.timed(work).map(Some),
+            Device::Emulator(_) | Device::Counter(_) => work().map(|()| None),
+        }
+    }
+
     /// Waits until everything is done.
     ///
     /// # Errors
@@ -359,7 +374,8 @@ impl Gpu {
     pub fn synchronize(&self) -> Result<()> {
         match &*self.0 {
             Device::Driver(device) => device.synchronize(),
-            Device::Emulator(_) | Device::Counter(_) => Ok(()),
+            Device::Emulator(device) => device.synchronize(),
+            Device::Counter(_) => Ok(()),
         }
     }
 }
@@ -367,12 +383,6 @@ impl Gpu {
 /// The emulated device's address in this process.
 fn here(address: u64) -> *mut u8 {
     std::ptr::with_exposed_provenance_mut(address as usize)
-}
-
-/// # Safety
-/// Both have `bytes` and do not overlap.
-unsafe fn copy(from: *const u8, to: *mut u8, bytes: usize) {
-    unsafe { std::ptr::copy_nonoverlapping(from, to, bytes) };
 }
 
 /// Blocks of `each` items for `items` of them, as a grid counts them.

@@ -61,44 +61,9 @@ KERNEL(32) product(const bf16* a, const bf16* b, const bf16* b_transposed, float
     for (int i = 0; i < 4; i++) d_transposed[(row + i / 2 * 8) * 8 + column + i % 2] = sum[i];
 }
 
-// One row of 32 numbers for each function of a warp.
-KERNEL(32) warp_functions(int* out) {
-    const int t = threadIdx.x;
-    out[t] = __shfl_sync(ALL_LANES, t, (t + 5) % 32);
-    out[32 + t] = __shfl_xor_sync(ALL_LANES, t, 9);
-    out[64 + t] = __shfl_down_sync(ALL_LANES, t, 3);
-    out[96 + t] = __shfl_up_sync(ALL_LANES, t, 3);
-    out[128 + t] = int(__ballot_sync(ALL_LANES, t % 3 == 0));
-    out[160 + t] = __any_sync(ALL_LANES, t == 7) * 2 + __all_sync(ALL_LANES, t < 31);
-    out[192 + t] = int(warp_sum(float(t)));
-    out[224 + t] = int(warp_max(float(t % 17)));
-    // Two halves, each for itself.
-    uint32_t half = t < 16 ? 0x0000ffffu : 0xffff0000u;
-    out[256 + t] = __shfl_xor_sync(half, t, 1);
-}
-
-// The threads from `first_leaving` on end before the barrier that the others meet at.
-KERNEL(96) early_exit(float* out, int first_leaving) {
-    float* held = (float*)dynamic_shared();
-    const int t = threadIdx.x;
-    if (t >= first_leaving) return;
-    held[t] = float(t);
-    __syncthreads();
-    out[t] = held[first_leaving - 1 - t];
-}
-
 // The first half of out.
 KERNEL(32) half_written(float* out) {
     if (threadIdx.x < 16) out[threadIdx.x] = 1.0f;
-}
-
-// out = 1 where the conversions of bf16 are those of the reference.
-KERNEL(64) conversions(const float* in, const bf16* expected, int* out, int count) {
-    for (int i = threadIdx.x; i < count; i += 64) {
-        float2 back = unpack_bf16(pack_bf16(0.0f, in[i]));
-        out[i] = to_bf16(in[i]).bits == expected[i].bits
-            && __float_as_uint(back.y) == __float_as_uint(to_float(expected[i]));
-    }
 }
 
 __attribute__((noinline)) float fill_stack(int t) {

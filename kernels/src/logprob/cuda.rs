@@ -325,4 +325,6 @@ impl Head<'_> {
 }
 
 #[cfg(test)]
+mod full_size;
+#[cfg(test)]
 mod tests;

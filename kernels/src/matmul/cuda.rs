@@ -19,6 +19,8 @@ pub mod adapter;
 #[cfg(test)]
 mod faults;
 #[cfg(test)]
+mod full_size;
+#[cfg(test)]
 mod tests;
 
 use crate::args;

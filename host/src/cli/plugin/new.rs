@@ -1,10 +1,12 @@
-//! `uft plugin new`: a crate of its own that builds, passes its tests and trains as it is. What it
-//! consists of are the files in `host/templates`.
+//! `uft plugin new`: a crate of its own that builds, passes its tests and trains as it is, or the same in
+//! C. What it consists of are the files in `host/templates`.
 
 use super::super::print;
+use crate::plugins::library::file_name;
 use crate::{Error, Result};
 use clap::{ArgGroup, Args};
 use std::path::{Path, PathBuf};
+use uft_core::c::HEADER;
 
 #[derive(Args)]
 #[command(group = ArgGroup::new("role").required(true))]
@@ -20,6 +22,9 @@ pub struct NewArgs {
     /// With loss and gradient by hand for every token, instead of the loss alone
     #[arg(long, conflicts_with = "adapter")]
     token_level: bool,
+    /// In C: one file beside the header, built by the system's compiler
+    #[arg(long, conflicts_with_all = ["adapter", "token_level", "core"])]
+    c: bool,
     /// Folder in which the plugin's folder is made
     #[arg(long, value_name = "DIR", default_value = ".")]
     dir: PathBuf,
@@ -37,43 +42,54 @@ const NAME: &str = "my-plugin";
 const TYPE: &str = "MyPlugin";
 const CORE: &str = r#"{ path = "path/of/uft-core" }"#;
 const MODEL: &str = r#""path/of/a/model""#;
+/// Where cargo puts the library; in C it is beside its source.
+const BUILT: &str = "target/debug";
+/// In C, its file without the ending, and the library's.
+const FILE: &str = "my_plugin";
+const LIBRARY: &str = "path/of/the/library";
 
 /// The files of a kind of plugin, beside those that all have.
-struct Template {
-    source: &'static str,
-    run: &'static str,
-    example: &'static str,
+struct Template<'a> {
+    source: &'a str,
+    run: &'a str,
+    example: &'a str,
 }
 
 macro_rules! template {
-    ($folder:literal) => {
+    ($folder:literal, $source:literal) => {
         Template {
-            source: include_str!(concat!("../../../templates/", $folder, "/lib.rs")),
+            source: include_str!(concat!("../../../templates/", $source)),
             run: include_str!(concat!("../../../templates/", $folder, "/run.toml")),
             example: include_str!(concat!("../../../templates/", $folder, "/example.jsonl")),
         }
     };
 }
 
-const OBJECTIVE: Template = template!("objective");
-const TOKEN_LEVEL: Template = template!("token-level");
-const ADAPTER: Template = template!("adapter");
+const OBJECTIVE: Template<'static> = template!("objective", "objective/lib.rs");
+const TOKEN_LEVEL: Template<'static> = template!("token-level", "token-level/lib.rs");
+const ADAPTER: Template<'static> = template!("adapter", "adapter/lib.rs");
+const IN_C: Template<'static> = template!("objective", "c/objective.c");
 const MANIFEST: &str = include_str!("../../../templates/Cargo.toml.txt");
 const IGNORED: &str = include_str!("../../../templates/gitignore.txt");
 
-/// Makes the crate.
+/// Makes the folder.
 ///
 /// # Errors
 /// If the name cannot be one, the folder is there already, or uft-core is not where it should be.
 pub fn run(args: &NewArgs) -> Result<()> {
-    let template = match (args.adapter, args.token_level) {
-        (true, _) => ADAPTER,
-        (false, true) => TOKEN_LEVEL,
-        (false, false) => OBJECTIVE,
+    let template = match (args.adapter, args.token_level, args.c) {
+        (true, ..) => ADAPTER,
+        (_, true, _) => TOKEN_LEVEL,
+        (.., true) => IN_C,
+        (false, false, false) => OBJECTIVE,
     };
     let name = args.name.as_str();
     let type_name = type_name(name, template.source)?;
-    let (core, source) = core(args.core.as_deref())?;
+    let (core, source) = match core(args.core.as_deref()) {
+        // An objective in C needs nothing of it.
+        Err(_) if args.c => (String::new(), None),
+        found => found?,
+    };
     let model = model(args.model.as_deref(), source.as_deref())?;
 
     let folder = args.dir.join(name);
@@ -83,23 +99,63 @@ pub fn run(args: &NewArgs) -> Result<()> {
             "{folder} is there already; choose another name or another --dir"
         )));
     }
-    let named = |text: &str| text.replace(NAME, name).replace(TYPE, &type_name);
-    let files = [
-        ("Cargo.toml", named(MANIFEST).replace(CORE, &core)),
-        (".gitignore", IGNORED.to_owned()),
-        ("src/lib.rs", named(template.source)),
-        ("run.toml", named(template.run).replace(MODEL, &model)),
-        ("example.jsonl", template.example.to_owned()),
-    ];
-    for (file, text) in files {
-        write(&folder.join(file), &text)?;
+    let template = Template {
+        source: &template.source.replace(NAME, name).replace(TYPE, &type_name),
+        run: &template.run.replace(NAME, name).replace(MODEL, &model),
+        ..template
+    };
+    let made = if args.c { in_c(name, &template) } else { in_rust(name, &template, &core) };
+    for (file, text) in &made.files {
+        write(&folder.join(file), text)?;
     }
+    write(&folder.join("example.jsonl"), template.example)?;
     print(&format!(
-        "{folder}: a plugin that works as it is; next\n\n  cd {folder}\n  cargo test\n  cargo build\n  \
-         uft plugin check {name} --plugin-dir target/debug\n  uft train run.toml\n\n\
-         then write your own into src/lib.rs (docs/plugins.md)\n",
-        folder = folder.display()
+        "{folder}: a plugin that works as it is; next\n\n  cd {folder}\n  {build}\n  \
+         uft plugin check {name} --plugin-dir {built}\n  uft train run.toml\n\n\
+         then write your own into {source} (docs/plugins.md)\n",
+        folder = folder.display(),
+        build = made.build.join("\n  "),
+        built = made.built,
+        source = made.source,
     ))
+}
+
+/// What is to be written, and what a reader has to know of it.
+struct Made {
+    files: Vec<(String, String)>,
+    /// The file that is to be changed.
+    source: String,
+    /// The commands that build it, and the folder in which the library is then.
+    build: Vec<String>,
+    built: &'static str,
+}
+
+fn in_rust(name: &str, template: &Template, core: &str) -> Made {
+    let source = "src/lib.rs".to_owned();
+    let files = vec![
+        (source.clone(), template.source.to_owned()),
+        ("Cargo.toml".to_owned(), MANIFEST.replace(NAME, name).replace(CORE, core)),
+        (".gitignore".to_owned(), IGNORED.to_owned()),
+        ("run.toml".to_owned(), template.run.to_owned()),
+    ];
+    let build = ["cargo test", "cargo build"].map(str::to_owned).into();
+    Made { files, source, build, built: BUILT }
+}
+
+fn in_c(name: &str, template: &Template) -> Made {
+    let (file, library) = (name.replace('-', "_"), file_name(name));
+    let text = template.source.replace(FILE, &file).replace(LIBRARY, &library);
+    // The source says how it is built.
+    let lines = text.lines().filter_map(|line| line.strip_prefix("//     "));
+    let build = lines.map(str::to_owned).collect();
+    let source = format!("{file}.c");
+    let files = vec![
+        (source.clone(), text),
+        ("uft_plugin.h".to_owned(), HEADER.to_owned()),
+        (".gitignore".to_owned(), format!("/{library}\n/out\n")),
+        ("run.toml".to_owned(), template.run.replace(BUILT, ".")),
+    ];
+    Made { files, source, build, built: "." }
 }
 
 fn write(path: &Path, text: &str) -> Result<()> {

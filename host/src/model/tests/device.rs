@@ -13,7 +13,7 @@ const FACTOR: f64 = 2.0;
 
 fn gpu() -> &'static Gpu {
     static GPU: OnceLock<Gpu> = OnceLock::new();
-    GPU.get_or_init(|| Gpu::emulated(1).unwrap_or_else(|error| panic!("{error}")))
+    GPU.get_or_init(|| Gpu::emulated_late(1).unwrap_or_else(|error| panic!("{error}")))
 }
 
 fn load(name: &str) -> cuda::Decoder {

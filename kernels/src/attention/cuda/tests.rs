@@ -6,6 +6,7 @@ use crate::testing::{
 };
 
 mod faults;
+mod full_size;
 
 /// One batch.
 struct Case {
@@ -59,26 +60,8 @@ impl Case {
     }
 
     fn run_on(&self, gpu: &Gpu) -> Result<Found> {
-        let schedule = Schedule::new(&self.layout, &self.heads, self.window)?;
-        let tables = gpu.uploaded(schedule.numbers())?;
         let [q, k, v, dout] = [&self.q, &self.k, &self.v, &self.dout].map(|x| gpu.uploaded(x));
-        let (q, k, v, dout) = (q?, k?, v?, dout?);
-        let (mut out, mut dq) = (gpu.alloc(q.len())?, gpu.alloc(q.len())?);
-        let (mut dk, mut dv) = (gpu.alloc(k.len())?, gpu.alloc(k.len())?);
-        let statistics = self.layout.rows() * self.heads.heads;
-        let (mut lse, mut delta) = (gpu.alloc(statistics)?, gpu.alloc(statistics)?);
-        forward(gpu, &q, &k, &v, &schedule, &tables, &mut out, &mut lse)?;
-        backward(
-            gpu, &dout, &q, &k, &v, &out, &lse, &schedule, &tables, &mut delta, &mut dq, &mut dk,
-            &mut dv,
-        )?;
-        Ok(Found {
-            out: gpu.downloaded(&out)?,
-            lse: gpu.downloaded(&lse)?,
-            dq: gpu.downloaded(&dq)?,
-            dk: gpu.downloaded(&dk)?,
-            dv: gpu.downloaded(&dv)?,
-        })
+        run_on(gpu, &self.layout, &self.heads, self.window, [&q?, &k?, &v?, &dout?])
     }
 
     fn reference<R: Real>(&self, round: fn(R) -> R) -> Reference<R> {
@@ -99,6 +82,33 @@ impl Case {
         assert_accurate_bf16(&name("dk"), &found.dk, &round(&plain.dk), &exact.dk);
         assert_accurate_bf16(&name("dv"), &found.dv, &round(&plain.dv), &exact.dv);
     }
+}
+
+/// Forward and backward of `[q, k, v, dout]`.
+fn run_on(
+    gpu: &Gpu,
+    layout: &Layout,
+    heads: &Heads,
+    window: Option<usize>,
+    [q, k, v, dout]: [&DeviceSlice<bf16>; 4],
+) -> Result<Found> {
+    let schedule = Schedule::new(layout, heads, window)?;
+    let tables = gpu.uploaded(schedule.numbers())?;
+    let (mut out, mut dq) = (gpu.alloc(q.len())?, gpu.alloc(q.len())?);
+    let (mut dk, mut dv) = (gpu.alloc(k.len())?, gpu.alloc(k.len())?);
+    let statistics = layout.rows() * heads.heads;
+    let (mut lse, mut delta) = (gpu.alloc(statistics)?, gpu.alloc(statistics)?);
+    forward(gpu, q, k, v, &schedule, &tables, &mut out, &mut lse)?;
+    backward(
+        gpu, dout, q, k, v, &out, &lse, &schedule, &tables, &mut delta, &mut dq, &mut dk, &mut dv,
+    )?;
+    Ok(Found {
+        out: gpu.downloaded(&out)?,
+        lse: gpu.downloaded(&lse)?,
+        dq: gpu.downloaded(&dq)?,
+        dk: gpu.downloaded(&dk)?,
+        dv: gpu.downloaded(&dv)?,
+    })
 }
 
 /// Every head_dim has its own tiles: 128 rows a block or 64, permuted in two, four or eight steps, padded or not.

@@ -1,0 +1,241 @@
+"""What a run on a GPU consists of: the parts in the order of their worth, and how each is done.
+
+A part gets a `Context` and yields records, dictionaries that report.py understands, as soon as it has them. It raises
+`Missing` with a sentence where something that it needs is not there, and ends early when `context.left()` says so."""
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import whole_steps
+
+HERE = Path(__file__).resolve().parent
+# Of compute-sanitizer; racecheck first, because nothing else here sees a race on the hardware.
+TOOLS = ["racecheck", "memcheck", "synccheck", "initcheck"]
+# Tests that are small enough to be executed a hundred times slower, a few of every kernel.
+SANITIZED = ["cuda::hardware::", "matmul::cuda::tests::nt_", "matmul::cuda::tests::nn_", "matmul::cuda::tests::few_",
+             "adapter::tests::gradients_agree", "attention::cuda::tests::agrees_with_f64_over_many_tiles",
+             "attention::cuda::tests::every_order", "logprob::cuda::tests::company", "rmsnorm::cuda::tests::forward",
+             "rmsnorm::cuda::tests::backward", "rope::cuda::", "swiglu::cuda::", "embedding::cuda::", "elementwise::cuda::", "adamw::cuda::"]
+# Peers that need no compilation, and the head's, which counts.
+AT_ONCE = ["mm", "copy", "sdpa", "gradient_of_b", "decode", "log_probs"]
+RESULT = re.compile(r"^test (\S+)(?: - should panic)? \.\.\. (ok|FAILED|ignored)", re.M)
+
+
+class Missing(Exception):
+    """What a part needs and does not have."""
+
+
+def end(process):
+    """Ends a process and those that it started, which compute-sanitizer's target is one of."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+class Context:
+    """What a part works with: options, the time that it has, and running programs within that."""
+
+    def __init__(self, options, deadline):
+        self.options, self.deadline = options, deadline
+        self.emulated = options.device == "emulated"
+        self.binaries = options.binaries
+        self.environment = dict(options.environment, UFT_TEST_DEVICE=options.device)
+        self.capability = None
+
+    def left(self):
+        """Seconds until the part's time is over."""
+        return self.deadline - time.monotonic()
+
+    def binary(self, name):
+        path = self.binaries / name
+        if not path.exists():
+            raise Missing(f"{path} is not there: pack.py builds it")
+        return str(path)
+
+    def run(self, command, least=1.0):
+        """Output, error output and exit status; -9 and what there was if the time was over."""
+        self.options.log(" ".join(map(str, command)))
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace",
+                                   env=self.environment, process_group=0)
+        try:
+            out, err = process.communicate(timeout=max(self.left(), least))
+            status = process.returncode
+        except subprocess.TimeoutExpired:
+            end(process)
+            (out, err), status = process.communicate(), -9
+        if status != 0:
+            self.options.log(f"exit status {status}\n{err[-4000:]}")
+        return out, err, status
+
+    def lines(self, command, stdin=""):
+        """JSON objects that a command prints, one a line, as they come; the last one may be {"error": …}."""
+        self.options.log(" ".join(map(str, command)))
+        with tempfile.TemporaryFile("w+") as given, tempfile.TemporaryFile("w+", errors="replace") as said:
+            given.write(stdin)
+            given.seek(0)
+            process = subprocess.Popen(command, stdin=given, stdout=subprocess.PIPE, stderr=said, text=True, errors="replace",
+                                       env=self.environment, process_group=0)
+            timer = threading.Timer(max(self.left(), 1.0), end, [process])
+            timer.start()
+            try:
+                for line in process.stdout:
+                    # Not what else is printed, nor half a line of a program that was ended.
+                    if line.startswith("{") and line.endswith("}\n"):
+                        yield json.loads(line)
+                status = process.wait()
+            finally:
+                timer.cancel()
+                end(process)
+            said.seek(0)
+            err = said.read()
+        if status != 0:
+            self.options.log(f"exit status {status}\n{err[-4000:]}")
+            last = (err.strip().splitlines() or [f"exit status {status}"])[-1]
+            yield {"error": "its time was over" if self.left() <= 0 else last, "command": Path(command[0]).name}
+
+
+# ---- tests ----
+
+
+def all_tests(context):
+    out, err, status = context.run([context.binary("kernels-tests"), "--list"])
+    names = [line.removesuffix(": test") for line in out.splitlines() if line.endswith(": test")]
+    if status != 0 or not names:
+        raise Missing(f"the kernels' tests cannot be listed: {(err.strip().splitlines() or ['no output'])[-1]}")
+    return names
+
+
+def why_not(name, context):
+    """Why a test is not for this device, or None. Faults and the emulation's own tests need no GPU."""
+    if "::cuda::" not in name and not name.startswith(("cuda::hardware", "cuda::full_size")):
+        return "of the processor or of the emulation"
+    if "fault" in name:
+        return "plants a fault, which is done in the emulation"
+    if "hopper" in name and not context.emulated and context.capability != "9.0":
+        return f"for compute capability 9.0, this is {context.capability}"
+    return None
+
+
+def run_tests(context, names, full=False):
+    """A record for every test, in processes of one group of modules each: a kernel that fails ends all of its process."""
+    groups = {}
+    for name in names:
+        why = why_not(name, context)
+        if why:
+            yield {"test": name, "state": "left out", "why": why}
+        else:
+            groups.setdefault(name.rsplit("::", 1)[0], []).append(name)
+    for group in sorted(groups, key=lambda g: ("full_size" in g, g)):
+        wanted = groups[group]
+        if context.left() <= 0:
+            yield from ({"test": name, "state": "not finished", "why": "its time was over"} for name in wanted)
+            continue
+        command = [context.binary("kernels-tests"), "--exact", *wanted] + (["--include-ignored"] if full else [])
+        start = time.monotonic()
+        out, err, status = context.run(command)
+        found = dict(RESULT.findall(out))
+        for name in wanted:
+            state = {"ok": "ok", "FAILED": "failed", "ignored": "left out"}.get(found.get(name), "not finished")
+            record = {"test": name, "state": state}
+            if state == "left out":
+                record["why"] = "needs a GPU"
+            elif state == "failed":
+                record["why"] = message(out, name)
+            elif state == "not finished":
+                record["why"] = "its time was over" if status == -9 else f"its process ended with status {status}: {err.strip()[-300:]}"
+            yield record
+        yield {"group": group, "tests": len(wanted), "seconds": round(time.monotonic() - start, 2)}
+
+
+def message(out, name):
+    """What a failed test said, in one line."""
+    _, found, rest = out.partition(f"---- {name} stdout ----")
+    if not found:
+        return "no message"
+    lines = rest.partition("\n---- ")[0].partition("\nfailures:")[0].strip().splitlines()
+    return " ".join(line.strip() for line in lines if "RUST_BACKTRACE" not in line)[:600]
+
+
+def hardware(context):
+    yield from run_tests(context, [name for name in all_tests(context) if name.startswith("cuda::hardware")])
+
+
+def tests(context):
+    names = [name for name in all_tests(context) if not name.startswith("cuda::hardware") and context.options.only in name]
+    yield from run_tests(context, names, full=not context.emulated)
+
+
+def sanitizer(context):
+    tool = shutil.which("compute-sanitizer", path=context.environment.get("PATH")) or "/usr/local/cuda/bin/compute-sanitizer"
+    if context.emulated:
+        raise Missing("the emulated device has checks of its own")
+    if not Path(tool).exists():
+        raise Missing("compute-sanitizer is not installed")
+    names = [name for name in all_tests(context) if any(part in name for part in SANITIZED) and not why_not(name, context)]
+    for which in TOOLS:
+        if context.left() < 5:
+            yield {"tool": which, "state": "not finished", "why": "its time was over"}
+            continue
+        command = [tool, "--tool", which, "--error-exitcode", "77", "--print-limit", "20", context.binary("kernels-tests"),
+                   "--exact", "--test-threads", "1", *names]
+        start = time.monotonic()
+        out, err, status = context.run(command)
+        yield sanitized(which, out + err, status, names, round(time.monotonic() - start, 2))
+
+
+def sanitized(tool, text, status, names, seconds):
+    """A record of what compute-sanitizer said."""
+    summary = re.findall(r"========= (?:ERROR SUMMARY|RACECHECK SUMMARY): (.*)", text)
+    done = len(RESULT.findall(text))
+    record = {"tool": tool, "tests": len(names), "finished": done, "seconds": seconds}
+    if status == -9:
+        return dict(record, state="not finished", why="its time was over")
+    if not summary:
+        return dict(record, state="failed", why=(text.strip().splitlines() or ["no output"])[-1][:300])
+    clean = status == 0 and all(re.match(r"0 (errors|hazards)", line) for line in summary)
+    first = next((line for line in text.splitlines() if line.startswith("========= ") and "SANITIZER" not in line), "")
+    return dict(record, state="ok" if clean else "failed", summary=summary[-1], **({} if clean else {"why": first[10:300]}))
+
+
+# ---- times ----
+
+
+def kernels(context):
+    """Every kernel, then what it is compared with."""
+    command = [context.binary("gpu-kernels"), "--device", context.options.device, "--only", context.options.only]
+    whole, cases = context.deadline, []
+    # Peers take about as long.
+    context.deadline = time.monotonic() + 0.55 * context.left()
+    for record in context.lines(command + ["--seconds", str(context.options.seconds)]):
+        cases.append(record)
+        yield record
+    context.deadline = whole
+    # What PyTorch has to compile takes it longest.
+    wanted = sorted((case for case in cases if case.get("peer")), key=lambda case: case["peer"]["op"] not in AT_ONCE)
+    if not whole_steps.installed("torch"):
+        yield {"missing": "peers", "why": "PyTorch is not installed, so no kernel has a peer and no product measures the ceiling"}
+        return
+    device = "cpu" if context.emulated else "cuda"
+    command = [sys.executable, str(HERE / "peers.py"), "--device", device, "--seconds", str(context.options.seconds)]
+    yield from context.lines(command, stdin="".join(json.dumps(case) + "\n" for case in wanted))
+
+
+def steps(context):
+    yield from whole_steps.measure(context, Missing)
+
+
+# Name, what it does, share of the time, function; in the order of their worth.
+PARTS = [
+    ("hardware", "what the emulation assumes of the hardware", 0.08, hardware),
+    ("tests", "all tests of kernels, at full size", 0.22, tests),
+    ("kernels", "every kernel's time, the ceilings and peers", 0.27, kernels),
+    ("steps", "whole training steps at Mistral-7B's shape beside PEFT", 0.33, steps),
+    ("sanitizer", "compute-sanitizer on small tests", 0.10, sanitizer),
+]

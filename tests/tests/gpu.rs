@@ -1,0 +1,380 @@
+//! The dry parts of tests/gpu: packing, command lines, the budget of time, what is left of a run that is cut off, the report, and
+//! every part on the emulated device. What needs PyTorch is run by hand; here the table says that it is not there.
+
+use serde_json::{Value, json};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+use uft_tests::mixed::temporary;
+use uft_tests::{json, root, succeed};
+
+const UFT: &str = env!("CARGO_BIN_EXE_uft-under-test");
+const GPU_KERNELS: &str = env!("CARGO_BIN_EXE_gpu-kernels");
+
+/// Python on a script of tests/gpu, which leaves nothing behind there.
+fn python(script: &Path) -> Command {
+    let mut command = Command::new("python3");
+    command.arg(script).env("PYTHONDONTWRITEBYTECODE", "1");
+    command
+}
+
+fn here(script: &str) -> PathBuf {
+    root().join("tests/gpu").join(script)
+}
+
+fn stdout(output: Output) -> String {
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{stderr}");
+    String::from_utf8(output.stdout).expect("stdout is text")
+}
+
+/// What a snippet prints that runs with tests/gpu to import from.
+fn snippet(text: &str) -> String {
+    let mut command = Command::new("python3");
+    command.args(["-c", text]).env("PYTHONPATH", here("")).env("PYTHONDONTWRITEBYTECODE", "1");
+    stdout(command.output().expect("python3 runs"))
+}
+
+/// A folder of what cargo builds beside this test.
+fn deps() -> PathBuf {
+    Path::new(UFT).parent().expect("a folder").join("deps")
+}
+
+/// The kernels' tests: the newest that were built, or built now, which takes a minute.
+fn kernels_tests() -> PathBuf {
+    static BUILT: OnceLock<PathBuf> = OnceLock::new();
+    let newest = || {
+        let files = std::fs::read_dir(deps()).expect("deps").map(|entry| entry.expect("an entry"));
+        let programs = files.filter(|file| {
+            let name = file.file_name().to_string_lossy().into_owned();
+            let mode = file.metadata().map_or(0, |metadata| metadata.permissions().mode());
+            name.starts_with("uft_kernels-") && !name.contains('.') && mode & 0o100 != 0
+        });
+        let time = |file: &std::fs::DirEntry| file.metadata().and_then(|m| m.modified()).ok();
+        programs.max_by_key(time).map(|file| file.path())
+    };
+    let build = || {
+        let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or(env!("CARGO").into()));
+        cargo.args(["test", "-p", "uft-kernels", "--lib", "--no-run"]).current_dir(root());
+        let status = cargo.status().expect("cargo runs");
+        assert!(status.success(), "the kernels' tests do not build");
+        newest().expect("the kernels' tests are built")
+    };
+    BUILT.get_or_init(|| newest().unwrap_or_else(build)).clone()
+}
+
+/// The file that pack.py takes for what cargo built.
+fn artifacts(dir: &Path) -> PathBuf {
+    let plugins = ["sft", "una_pairwise", "demonstrations", "preferences"];
+    let plugins = plugins.map(|name| deps().join(format!("lib{name}.so")));
+    let tests = kernels_tests();
+    let all =
+        json!({"uft": UFT, "gpu-kernels": GPU_KERNELS, "kernels-tests": tests, "plugins": plugins});
+    let path = dir.join("artifacts.json");
+    std::fs::write(&path, all.to_string()).expect("a file");
+    path
+}
+
+fn pack(artifacts: &Path, out: &Path) -> Output {
+    let mut command = python(&here("pack.py"));
+    command.arg(out).arg("--artifacts").arg(artifacts).output().expect("pack.py runs")
+}
+
+/// A packed folder with stand-ins for the programs: shell scripts, so that what a GPU's machine may say can be made up.
+fn stand_ins(dir: &Path, tests: &str) -> PathBuf {
+    let write = |name: &str, text: &str| {
+        let path = dir.join(name);
+        std::fs::write(&path, format!("#!/bin/sh\n{text}\n")).expect("a file");
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).expect("a mode");
+        path
+    };
+    let uft = "echo 'driver: CUDA 13.0'; echo 'GPU 0: Made up, compute capability 8.0, 80.0 GiB'";
+    let case = r#"{"case":"copy","flops":0,"bytes":8,"peer":null,"ms":2.0,"runs":9}"#;
+    let all = json!({
+        "uft": write("uft.sh", uft),
+        "gpu-kernels": write("gpu-kernels.sh", &format!("echo '{case}'; echo 'no memory' >&2; exit 3")),
+        "kernels-tests": write("kernels-tests.sh", tests),
+        "plugins": [write("libplugin.so", "")],
+    });
+    write(
+        "compute-sanitizer",
+        "[ \"$2\" = racecheck ] && { echo '========= Race reported between thread 1 and 2'; \
+         echo '========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)'; exit 77; }\n\
+         echo 'test adamw::cuda::tests::right ... ok'; echo '========= ERROR SUMMARY: 0 errors'",
+    );
+    let path = dir.join("artifacts.json");
+    std::fs::write(&path, all.to_string()).expect("a file");
+    let packed = dir.join("packed");
+    stdout(pack(&path, &packed));
+    packed
+}
+
+/// Tests as libtest prints them: one that fails, one that ends the process, the rest right.
+const TESTS: &str = r#"
+if [ "$1" = --list ]; then
+  for name in adamw::cuda::tests::right adamw::cuda::tests::planted_faults_are_caught matmul::cuda::tests::broken \
+      matmul::cuda::tests::hopper_tile matmul::tests::cpu rope::cuda::tests::crashes cuda::hardware::holds; do echo "$name: test"; done
+  exit 0
+fi
+shift
+for name in "$@"; do
+  case $name in
+    --*) ;;
+    *broken) echo "test $name ... FAILED"; echo "---- $name stdout ----"; echo "thread panicked: off by 3"; exit 101 ;;
+    *crashes) kill -6 $$ ;;
+    *) echo "test $name ... ok" ;;
+  esac
+done"#;
+
+fn run(packed: &Path, out: &Path, arguments: &[&str]) -> Output {
+    let mut command = python(&packed.join("run.py"));
+    let kernels = concat!(env!("CARGO_TARGET_TMPDIR"), "/device");
+    command.arg("--out").arg(out).args(arguments).env("UFT_CACHE_DIR", kernels);
+    // A PyTorch that is installed here would make the table another.
+    command.env("PYTHONPATH", packed.join("no-torch")).output().expect("run.py runs")
+}
+
+/// A Python that has no PyTorch, whatever is installed.
+fn without_torch(packed: &Path) {
+    let folder = packed.join("no-torch");
+    std::fs::create_dir(&folder).expect("a folder");
+    let hide = "import sys\nsys.modules['torch'] = None\n";
+    std::fs::write(folder.join("sitecustomize.py"), hide).expect("a file");
+}
+
+/// Records of a part, and how it ended.
+fn part<'a>(results: &'a Value, name: &str) -> (&'a str, &'a [Value]) {
+    let parts = results["parts"].as_array().expect("parts");
+    let part = parts.iter().find(|part| part["name"] == name).expect("the part is there");
+    let records = part["records"].as_array().expect("records");
+    (part["state"].as_str().expect("a state"), records)
+}
+
+#[test]
+fn every_script_that_is_needed_there_is_packed() {
+    let listed = stdout(python(&here("pack.py")).args(["out", "--list"]).output().expect("runs"));
+    assert!(listed.contains("cargo build --release --locked"), "{listed}");
+    for entry in std::fs::read_dir(here("")).expect("tests/gpu") {
+        let name = entry.expect("an entry").file_name().to_string_lossy().into_owned();
+        assert!(listed.lines().any(|line| line == name) != (name == "pack.py"), "{name}: {listed}");
+    }
+    // And imports nothing but each other, the standard library and, where they say so, PyTorch.
+    let allowed = "import sys, ast, pathlib\n\
+        own = {p.stem for p in pathlib.Path(sys.path[1]).glob('*.py')} | {'torch', 'transformers', 'peft'}\n\
+        for p in pathlib.Path(sys.path[1]).glob('*.py'):\n\
+        \x20   for node in ast.walk(ast.parse(p.read_text())):\n\
+        \x20       names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) else []\n\
+        \x20       for name in names:\n\
+        \x20           top = name.split('.')[0]\n\
+        \x20           if top not in own and top not in sys.stdlib_module_names: print(p.name, name)";
+    assert_eq!(snippet(allowed), "");
+}
+
+#[test]
+fn what_cargo_says_is_found_by_its_names() {
+    let artifact = |name: &str, kind: &str, test: bool, executable: Value, files: Value| {
+        json!({"reason": "compiler-artifact", "target": {"name": name, "kind": [kind]},
+               "profile": {"test": test}, "executable": executable, "filenames": files})
+        .to_string()
+    };
+    let messages = [
+        artifact("uft", "bin", false, json!("/t/uft"), json!(["/t/uft"])),
+        artifact("uft_kernels", "lib", false, json!(null), json!(["/t/libuft_kernels.rlib"])),
+        artifact("uft_kernels", "lib", true, json!("/t/deps/uft_kernels-1"), json!([])),
+        artifact("kto", "cdylib", false, json!(null), json!(["/t/libkto.so"])),
+        "   Compiling something".to_owned(),
+        json!({"reason": "build-finished", "success": true}).to_string(),
+    ];
+    let found = snippet(&format!("import pack, json; print(json.dumps(pack.built({messages:?})))"));
+    let found: Value = serde_json::from_str(&found).expect("JSON");
+    let expected = json!({"plugins": ["/t/libkto.so"], "uft": "/t/uft", "kernels-tests": "/t/deps/uft_kernels-1"});
+    assert_eq!(found, expected);
+
+    let (_guard, dir) = temporary();
+    let path = dir.join("artifacts.json");
+    std::fs::write(&path, json!({"uft": "/nowhere/uft"}).to_string()).expect("a file");
+    let refused = pack(&path, &dir.join("out"));
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert_eq!(said.trim(), "not built: kernels-tests, gpu-kernels, /nowhere/uft, plugins");
+    std::fs::write(dir.join("mine"), "").expect("a file");
+    let refused = pack(&artifacts(&dir), &dir);
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("is not empty"), "{refused:?}");
+}
+
+/// The whole of it, packed and elsewhere, with small sizes.
+#[test]
+fn every_part_runs_on_the_emulated_device() {
+    let (_guard, dir) = temporary();
+    let (packed, out) = (dir.join("packed"), dir.join("results"));
+    stdout(pack(&artifacts(&dir), &packed));
+    let manifest = json(&packed.join("manifest.json"));
+    assert!(manifest["files"]["bin/uft"]["bytes"].as_u64() > Some(1 << 20), "{manifest}");
+    without_torch(&packed);
+    let table = stdout(run(&packed, &out, &["--device", "emulated", "--only", "adamw"]));
+    assert_eq!(
+        table.trim(),
+        std::fs::read_to_string(out.join("table.md")).expect("a table").trim()
+    );
+    let results = json(&out.join("results.json"));
+    let (state, hardware) = part(&results, "hardware");
+    let right = hardware.iter().filter(|record| record["state"] == "ok").count();
+    assert!(state == "done" && right >= 17, "{hardware:?}");
+    assert!(part(&results, "tests").1.iter().any(|record| record["state"] == "ok"));
+    let cases = part(&results, "kernels").1;
+    assert!(cases[0]["case"] == "adamw step" && cases[0]["ms"].is_null(), "{cases:?}");
+    assert!(table.contains("PyTorch is not installed, so no kernel has a peer"), "{table}");
+    let steps = part(&results, "steps").1;
+    // Random weights know nothing: ln 320. A reward is 0 at first: ln 2.
+    for (record, expected) in steps.iter().zip([320f64.ln(), 2f64.ln()]) {
+        let loss = record["loss"].as_f64().expect("a loss");
+        assert!((loss - expected).abs() < 0.02 && record["who"] == "uft", "{record}");
+        assert!(record["tokens_per_second"].is_null(), "no time is told of an emulation: {record}");
+    }
+    assert!(table.contains("PyTorch is not installed, so whole steps have no peer"), "{table}");
+    assert_eq!(part(&results, "sanitizer").0, "missing");
+}
+
+#[test]
+fn all_kernels_have_a_case_that_the_emulated_device_runs() {
+    let printed =
+        stdout(Command::new(GPU_KERNELS).args(["--device", "emulated"]).output().expect("runs"));
+    let cases = uft_tests::lines(&printed);
+    assert!(cases.len() > 40, "{printed}");
+    for case in &cases {
+        assert!(case["error"].is_null() && case["bytes"].as_u64() > Some(0), "{case}");
+        // Every peer has a method of that name.
+        let Some(op) = case["peer"]["op"].as_str() else { continue };
+        let peers = std::fs::read_to_string(here("peers.py")).expect("peers.py");
+        assert!(peers.contains(&format!("    def {op}(self")), "peers.py has no {op}");
+    }
+    let refused = Command::new(GPU_KERNELS).args(["--device", "tpu"]).output().expect("runs");
+    assert_eq!(refused.status.code(), Some(2));
+}
+
+#[test]
+fn wrong_arguments_are_refused() {
+    let refused = |arguments: &[&str]| {
+        let output = python(&here("run.py")).args(arguments).output().expect("run.py runs");
+        assert_eq!(output.status.code(), Some(2), "{arguments:?}");
+        String::from_utf8_lossy(&output.stderr).into_owned()
+    };
+    assert!(
+        refused(&["--parts", "tests,speed"]).contains("there is no speed, but hardware, tests")
+    );
+    assert!(refused(&["--parts", ""]).contains("--parts: none are named"));
+    assert!(refused(&["--budget", "0"]).contains("it must be more than 0"));
+    assert!(refused(&["--device", "tpu"]).contains("invalid choice"));
+    let listed = stdout(python(&here("run.py")).arg("--list").output().expect("runs"));
+    assert!(listed.starts_with("hardware") && listed.lines().count() == 5, "{listed}");
+}
+
+#[test]
+fn a_part_gets_its_share_of_the_time() {
+    let shares = "import run; print(run.shares(['hardware', 'tests'], 60.0), round(sum(s for _, _, s, _ in run.parts.PARTS), 9))";
+    assert_eq!(snippet(shares).trim(), "{'hardware': 16.0, 'tests': 44.0} 1.0");
+}
+
+/// With stand-ins for the programs of a GPU's machine.
+#[test]
+fn what_goes_wrong_is_in_the_table_and_the_rest_goes_on() {
+    let (_guard, dir) = temporary();
+    let packed = stand_ins(&dir, TESTS);
+    without_torch(&packed);
+    let out = dir.join("results");
+    let path = format!("{}:{}", dir.display(), std::env::var("PATH").expect("a PATH"));
+    let mut command = python(&packed.join("run.py"));
+    command.arg("--out").arg(&out).args(["--parts", "hardware,tests,kernels,sanitizer"]);
+    command.env("PATH", path).env("PYTHONPATH", packed.join("no-torch"));
+    let output = command.output().expect("run.py runs");
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    let table = String::from_utf8(output.stdout).expect("text");
+    for expected in [
+        "| hardware | what the emulation assumes of the hardware | done | 1 ok",
+        "matmul::cuda::tests::broken: thread panicked: off by 3",
+        "rope::cuda::tests::crashes: its process ended with status -6",
+        "1 left out: for compute capability 9.0, this is 8.0",
+        "1 left out: of the processor or of the emulation",
+        "1 left out: plants a fault, which is done in the emulation",
+        "gpu-kernels: no memory",
+        "| copy | 2 |",
+        "racecheck: Race reported between thread 1 and 2",
+        "0 errors",
+        "| steps | whole training steps at Mistral-7B's shape beside PEFT | not asked for |",
+    ] {
+        assert!(table.contains(expected), "{expected}: {table}");
+    }
+    let results = json(&out.join("results.json"));
+    let ok = part(&results, "tests").1.iter().filter(|record| record["state"] == "ok").count();
+    assert_eq!(ok, 1, "what shares no process with a test that ends it");
+}
+
+#[test]
+fn without_time_nothing_is_done_and_the_table_says_so() {
+    let (_guard, dir) = temporary();
+    let packed = stand_ins(&dir, TESTS);
+    without_torch(&packed);
+    let arguments = ["--parts", "hardware,tests", "--budget", "0.001"];
+    let table = stdout(run(&packed, &dir.join("results"), &arguments));
+    assert_eq!(table.matches("its time was over before all was done").count(), 2, "{table}");
+    assert!(table.contains("- tests: 3 not finished: its time was over"), "{table}");
+}
+
+#[test]
+fn a_run_that_is_cut_off_leaves_a_table() {
+    let (_guard, dir) = temporary();
+    let slow = format!("[ \"$1\" = --list ] || case \"$*\" in *rope*) sleep 30 ;; esac\n{TESTS}");
+    let packed = stand_ins(&dir, &slow);
+    let out = dir.join("results");
+    let mut command = python(&packed.join("run.py"));
+    let mut child =
+        command.arg("--out").arg(&out).args(["--parts", "tests"]).spawn().expect("runs");
+    let (start, table) = (Instant::now(), out.join("table.md"));
+    let written = || std::fs::read_to_string(&table).unwrap_or_default();
+    while !written().contains("off by 3") {
+        assert!(start.elapsed() < Duration::from_secs(60), "{}", written());
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    child.kill().expect("it runs");
+    child.wait().expect("it ends");
+    assert!(written().contains("the run was cut off here"), "{}", written());
+    let results = json(&out.join("results.json"));
+    assert_eq!(part(&results, "tests").0, "cut off");
+}
+
+#[test]
+fn the_report_has_every_kind_of_line() {
+    let fixture = |name: &str| root().join("tests/fixtures/gpu").join(name);
+    let results = fixture("results.json");
+    assert!(json(&results)["made up"].is_string());
+    let table = stdout(python(&here("report.py")).arg(&results).output().expect("runs"));
+    if std::env::var_os("UFT_RECORD_TABLE").is_some() {
+        std::fs::write(fixture("table.md"), &table).expect("a table");
+    }
+    assert_eq!(table, std::fs::read_to_string(fixture("table.md")).expect("a table"));
+}
+
+/// The configuration of the whole steps is one that uft takes, the data has the tokens that it says, and a plan exists for a
+/// GPU of 80 GiB; no weights are needed for that.
+#[test]
+fn the_steps_of_mistral_7b_fit_on_a_gpu() {
+    let (_guard, dir) = temporary();
+    let write = format!(
+        "import json, pathlib, model, whole_steps as w\n\
+         folder = pathlib.Path({dir:?}); (folder / 'model').mkdir()\n\
+         model.write_tokenizer(folder / 'model', 32000)\n\
+         (folder / 'model/config.json').write_text(json.dumps(model.config('mistral-7b')))\n\
+         model.write_data(folder, 'mistral-7b', w.GROUPS)\n\
+         for task in w.GROUPS: (folder / f'{{task}}.toml').write_text(w.configuration(task, 'mistral-7b', 'cuda', 1, folder))\n\
+         print(*(w.tokens(task, 'mistral-7b') for task in w.GROUPS))",
+    );
+    assert_eq!(snippet(&write).trim(), "16384 16384");
+    // A text's last token and a response's are not fed; a prompt is computed once.
+    for (task, rows) in [("texts", 4 * 4095), ("pairs", 2 * (2048 + 2 * 2047))] {
+        let config = dir.join(format!("{task}.toml")).display().to_string();
+        let planned = succeed(UFT, &["check", &config, "--gpu", "80"]);
+        assert!(planned.contains("of 81920.0 MiB available on such a GPU"), "{planned}");
+        assert!(planned.contains(&rows.to_string()), "{rows} rows: {planned}");
+    }
+}
