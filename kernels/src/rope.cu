@@ -12,6 +12,7 @@
 // for the sine of position 30,000. The table is shared by all heads and layers and stays in the cache.
 // A kernel cannot refuse a position; one beyond the table makes its row NaN, which no loss overlooks.
 // Traffic: x once there and once back.
+#include "rope.cuh"
 #include "tile.cuh"
 
 #ifndef HEAD_DIM
@@ -21,12 +22,6 @@
 constexpr int HALF = HEAD_DIM / 2;
 constexpr int PIECE = HALF % 8 == 0 ? 8 : 1;
 constexpr int PIECES = HALF / PIECE;
-
-DEVICE void turn(float& first, float& second, float cosine, float sine) {
-    float turned = first * cosine - second * sine;
-    second = second * cosine + first * sine;
-    first = turned;
-}
 
 // A thread for each of `items` = rows · heads · PIECES.
 KERNEL(256) rope_rotate(bf16* x, const uint32_t* positions, const float* table, uint32_t table_rows, uint32_t heads,

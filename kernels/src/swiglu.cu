@@ -9,27 +9,8 @@
 // All arrays are [n] bf16, computed in f32 and rounded once, and begin at multiples of 16 bytes; results are
 // overwritten. Eight elements a thread in one access; where n is no multiple of 8, the last thread takes what is left
 // singly. Traffic: 3 · 2 bytes an element forward, 5 · 2 backward.
+#include "swiglu.cuh"
 #include "tile.cuh"
-
-constexpr float LOG2_E = 1.4426950408889634f;
-
-struct Activation {
-    float sigma, silu;
-};
-
-// e^-gate may be infinite; σ is then 0, as it should be.
-DEVICE Activation activate(float gate) {
-    float sigma = 1.0f / (1.0f + exp2_fast(-LOG2_E * gate));
-    return {sigma, gate * sigma};
-}
-
-DEVICE float activated(float gate, float up) { return activate(gate).silu * up; }
-
-// (dgate, dup)
-DEVICE float2 slopes(float dout, float gate, float up) {
-    Activation it = activate(gate);
-    return make_float2(dout * up * (it.sigma + it.silu * (1.0f - it.sigma)), dout * it.silu);
-}
 
 KERNEL(256) swiglu_forward(const bf16* gate, const bf16* up, bf16* out, size_t n) {
     size_t i = (size_t(blockIdx.x) * 256 + threadIdx.x) * 8;

@@ -141,6 +141,16 @@ pub(crate) fn gpu(seed: u64) -> Gpu {
     gpu.unwrap_or_else(|error| panic!("{error}"))
 }
 
+/// [`gpu`] with what only Hopper has: where the GPU is another one, the emulated device.
+#[track_caller]
+pub(crate) fn hopper_gpu(seed: u64) -> Gpu {
+    let gpu = gpu(seed);
+    match gpu.properties().compute_capability {
+        (9, 0) => gpu,
+        _ => Gpu::emulated_hopper(seed).unwrap_or_else(|error| panic!("{error}")),
+    }
+}
+
 /// The emulated device with a fault in one of its sources.
 #[track_caller]
 pub(crate) fn faulty_gpu(

@@ -1,5 +1,5 @@
 // -log pi(y|x), the mean over responses, in C, with bad manners. With -DAT_LOAD it has those of arithmetic
-// already when it is loaded. tests/plugins/nuisance is the same in Rust.
+// already when it is loaded, and with -DEXIT_AT_LOAD it ends the process then. tests/plugins/nuisance is the same in Rust.
 
 #define _GNU_SOURCE
 #include "uft_plugin.h"
@@ -14,8 +14,8 @@
 #include <xmmintrin.h>
 #endif
 
-#define HABITS "none|prints|allocates|allocates too much|sleeps|starts threads|locale|rounding|denormals|traps|errno"
-enum habit { NONE, PRINTS, ALLOCATES, TOO_MUCH, SLEEPS, THREADS, LOCALE, ROUNDING, DENORMALS, TRAPS, ERRNO };
+#define HABITS "none|prints|allocates|allocates too much|sleeps|starts threads|locale|rounding|denormals|traps|errno|exits"
+enum habit { NONE, PRINTS, ALLOCATES, TOO_MUCH, SLEEPS, THREADS, LOCALE, ROUNDING, DENORMALS, TRAPS, ERRNO, EXITS };
 
 static void flush_denormals(void) {
 #if defined(__x86_64__)
@@ -76,6 +76,7 @@ static int indulge(enum habit habit) {
     case TRAPS: feenableexcept(FE_DIVBYZERO | FE_INVALID | FE_OVERFLOW); break;
 #endif
     case ERRNO: errno = ENOSPC; break;
+    case EXITS: exit(EXIT_SUCCESS);
     default: break;
   }
   return 0;
@@ -88,6 +89,10 @@ __attribute__((constructor)) static void at_load(void) {
 }
 #endif
 
+#ifdef EXIT_AT_LOAD
+__attribute__((constructor)) static void exit_at_load(void) { exit(EXIT_SUCCESS); }
+#endif
+
 static const UftParam PARAMS[] = {
   {.name = "habit", .about = "what it does beside its work", .kind = UFT_CHOICE, .text = "none", .words = HABITS},
 };
@@ -96,7 +101,7 @@ static void *create(const UftValue *values, UftFault *fault) {
   enum habit *habit = malloc(sizeof *habit);
   (void)fault;
   if (habit) *habit = (enum habit)values[0].number;
-  if (habit && *habit != TOO_MUCH) indulge(*habit);
+  if (habit && *habit != TOO_MUCH && *habit != EXITS) indulge(*habit);
   return habit;
 }
 
@@ -108,7 +113,7 @@ static void destroy(void *objective) {
 static int32_t begin_step(void *objective, const UftStep *step, UftFault *fault) {
   (void)step, (void)fault;
   const enum habit *habit = objective;
-  return *habit == TOO_MUCH ? 0 : indulge(*habit);
+  return *habit == TOO_MUCH || *habit == EXITS ? 0 : indulge(*habit);
 }
 
 static int32_t evaluate(const void *objective, const UftBatch *batch, UftEvaluation *out, UftFault *fault) {

@@ -260,7 +260,7 @@ fn faults_and_panics_of_archived_libraries_are_told() {
 fn the_door_of_archived_libraries_opens() {
     for path in working().map(Path::to_owned).chain([todays()]) {
         let library = Library::open(&path).expect("a plugin");
-        let ask = |name: &str| -> Option<Extension> { library.module.query(name, 1) };
+        let ask = |name: &str| -> Option<Extension> { library.query(name, 1) };
         let door = ask("archived").expect("it has one");
         let Tuple2(words, number) = door.open::<Tuple2<RStr<'static>, u64>>().expect("its type");
         assert_eq!((words.as_str(), *number), ("archived", 1));

@@ -11,7 +11,7 @@ fn open(name: &str) -> Library {
 
 /// What a library has behind a name.
 fn ask(library: &Library, name: &str, revision: u32) -> Option<Extension> {
-    library.module.query(name, revision)
+    library.query(name, revision)
 }
 
 #[test]

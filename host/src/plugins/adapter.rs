@@ -32,7 +32,7 @@ impl Adapter {
     /// # Errors
     /// If the record cannot be understood, or the plugin panicked or gave a sample that cannot be.
     pub fn adapt(&self, record: &str) -> Result<Vec<Sample>> {
-        let samples = kept(|| self.object.adapt(record.into())).into_result();
+        let samples = kept(&self.name, || self.object.adapt(record.into())).into_result();
         let samples = samples.map_err(|f| fault(&self.name, &f))?;
         for sample in &samples {
             sample.check(self.offers()).map_err(|what| {

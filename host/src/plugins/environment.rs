@@ -1,17 +1,59 @@
-//! What a plugin may change of the thread that calls it, and the host puts back.
+//! What a plugin may change of the thread that calls it and the host puts back, and that it may end the
+//! process.
 //!
 //! The rounding mode and the handling of denormals belong to the thread, not to the code that runs on
 //! it: a library that is linked with `-ffast-math` flushes denormals to zero from the moment it is
 //! loaded, for everyone. So every call into a plugin, its loading included, is made through [`kept`].
 
-/// Calls a plugin and puts the floating-point environment back as it was.
+use super::BUG;
+use crate::ErrorKind;
+use signal_hook::low_level;
+use std::cell::Cell;
+use std::ptr::NonNull;
+use std::sync::Once;
+
+thread_local! {
+    /// Which plugin this thread is in a call of.
+    static INSIDE: Cell<Option<NonNull<str>>> = const { Cell::new(None) };
+}
+
+/// Calls a plugin, which is told by `name` if it does not come back, and puts the floating-point
+/// environment back as it was.
 // Not inlined, so that none of the caller's arithmetic is moved in here.
 #[inline(never)]
-pub fn kept<T>(call: impl FnOnce() -> T) -> T {
-    let before = Floats::now();
-    let result = call();
-    before.restore();
-    result
+pub fn kept<T>(name: &str, call: impl FnOnce() -> T) -> T {
+    static WATCHED: Once = Once::new();
+    WATCHED.call_once(|| {
+        // SAFETY: the handler is a function of this program, which stays. Where there is no room for
+        // it, such an end goes unnoticed, and nothing else changes.
+        let _ = unsafe { libc::atexit(ended) };
+    });
+    let _state = State { outer: INSIDE.replace(Some(name.into())), floats: Floats::now() };
+    call()
+}
+
+/// What is put back after a call.
+struct State {
+    outer: Option<NonNull<str>>,
+    floats: Floats,
+}
+
+impl Drop for State {
+    fn drop(&mut self) {
+        self.floats.restore();
+        INSIDE.set(self.outer);
+    }
+}
+
+/// Runs when the process ends by `exit`. A plugin that calls it would make half a run look like a whole
+/// one, with the exit code of its choice.
+extern "C" fn ended() {
+    if let Some(name) = INSIDE.get() {
+        // SAFETY: the call that has the name has not returned.
+        let name = unsafe { name.as_ref() };
+        eprintln!("error: plugin `{name}` ended the process; {BUG}");
+        low_level::exit(ErrorKind::Plugin.exit_code());
+    }
 }
 
 /// The control registers of floating-point arithmetic.
@@ -92,10 +134,10 @@ mod tests {
         let tiny = || black_box(f32::MIN_POSITIVE) / black_box(4.0f32);
         let (usual_third, usual_tiny) = (third(), tiny());
         assert!(usual_tiny > 0.0);
-        let (other_third, other_tiny) = kept(|| {
+        let (other_third, other_tiny) = kept("mine", || {
             let (mxcsr, x87) = before.0;
-            // Upwards, and denormals to zero.
-            imp::write((mxcsr | 0x4000 | 0x8040, x87 | 0x0800));
+            // Downwards, and denormals to zero.
+            imp::write((mxcsr | 0x2000 | 0x8040, x87 | 0x0400));
             (third(), tiny())
         });
         assert_ne!(other_third.to_bits(), usual_third.to_bits());

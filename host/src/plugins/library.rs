@@ -74,6 +74,17 @@ impl Library {
         file.strip_prefix(std::env::consts::DLL_PREFIX).unwrap_or(&file).replace('_', "-")
     }
 
+    /// What it has behind the generic door; in C there is none.
+    pub fn query(&self, name: &str, revision: u32) -> Option<Extension> {
+        match self.module {
+            Module::Rust(module) => {
+                let file = self.path.to_string_lossy();
+                kept(&file, || module.query()(name.into(), revision)).into()
+            }
+            Module::C(_) => None,
+        }
+    }
+
     /// Loads a library. It is never unloaded: its code stands behind every object it made.
     ///
     /// # Errors
@@ -81,12 +92,13 @@ impl Library {
     /// that names the file and what to do.
     pub fn open(path: &Path) -> Result<Self> {
         let fail = |why: String| Error::plugin(format!("plugin {}: {why}", path.display()));
+        let file = path.to_string_lossy();
         let bytes = std::fs::read(path).map_err(|e| fail(format!("cannot be read: {e}")))?;
         elf::check(&bytes).map_err(fail)?;
         drop(bytes);
 
         // SAFETY: loading runs the library's initialisers; a plugin is code that the user named.
-        let library = kept(|| unsafe { libloading::Library::new(path) }).map_err(|e| {
+        let library = kept(&file, || unsafe { libloading::Library::new(path) }).map_err(|e| {
             fail(format!("the loader refuses it ({}); build it on this machine", cause(&e)))
         })?;
         let library: &'static libloading::Library = Box::leak(Box::new(library));
@@ -97,18 +109,18 @@ impl Library {
         // nothing else.
         if let Ok(table) = unsafe { library.get::<c::Entry>(c::SYMBOL) } {
             // SAFETY: the library stays; for the rest its author stands.
-            let read = kept(|| unsafe { c::Library::open(*table) });
+            let read = kept(&file, || unsafe { c::Library::open(*table) });
             let module = Module::C(Box::leak(Box::new(read.map_err(|why| {
                 fail(format!(
                     "{why}; build it with this host's uft_plugin.h, or report it to its author"
                 ))
             })?)));
-            return Ok(Self { path: path.to_owned(), module, entries: module.entries() });
+            return Ok(Self { path: path.to_owned(), module, entries: module.entries(&file) });
         }
         // SAFETY: as above, in every library that `plugin!` exported.
         let revision = unsafe { library.get::<extern "C" fn() -> u32>(abi::REVISION_SYMBOL) }
             .map_err(not_ours)?;
-        let revision = kept(|| revision());
+        let revision = kept(&file, || revision());
         if revision != abi::ABI_REVISION {
             return Err(fail(format!(
                 "it speaks ABI revision {revision}, this host speaks {}; rebuild it against this uft-core",
@@ -118,19 +130,19 @@ impl Library {
         // SAFETY: as above; the header is checked by `open` before anything behind it is used.
         let header =
             unsafe { library.get::<abi::Header>(abi::ROOT_SYMBOL.as_bytes()) }.map_err(not_ours)?;
-        let module = kept(|| abi::open(*header)).map_err(|(line, full)| {
+        let module = kept(&file, || abi::open(*header)).map_err(|(line, full)| {
             log::debug!("{}: {full}", path.display());
             fail(format!("{line}; rebuild it against this uft-core"))
         })?;
         let module = Module::Rust(module);
-        Ok(Self { path: path.to_owned(), module, entries: module.entries() })
+        Ok(Self { path: path.to_owned(), module, entries: module.entries(&file) })
     }
 }
 
 impl Module {
-    fn entries(self) -> Vec<Entry> {
+    fn entries(self, file: &str) -> Vec<Entry> {
         match self {
-            Module::Rust(module) => kept(|| (module.entries())().into_iter().collect()),
+            Module::Rust(module) => kept(file, || (module.entries())().into_iter().collect()),
             Module::C(library) => library.entries(),
         }
     }
@@ -140,7 +152,7 @@ impl Module {
     /// # Errors
     /// If there is none of that name, or the parameters are refused.
     pub fn objective(self, name: &str, params: &str) -> Result<ObjectiveObject> {
-        let made = kept(|| match self {
+        let made = kept(name, || match self {
             Module::Rust(module) => (module.objective())(name.into(), params.into()).into_result(),
             Module::C(library) => library.objective(name, params),
         });
@@ -152,19 +164,11 @@ impl Module {
     /// # Errors
     /// As [`Module::objective`].
     pub fn adapter(self, name: &str, params: &str) -> Result<AdapterObject> {
-        let made = kept(|| match self {
+        let made = kept(name, || match self {
             Module::Rust(module) => (module.adapter())(name.into(), params.into()).into_result(),
             Module::C(_) => Err(no_such_entry(name.into())),
         });
         made.map_err(|f| fault(name, &f))
-    }
-
-    /// What the library has behind the generic door; in C there is none.
-    pub fn query(self, name: &str, revision: u32) -> Option<Extension> {
-        match self {
-            Module::Rust(module) => kept(|| module.query()(name.into(), revision)).into(),
-            Module::C(_) => None,
-        }
     }
 }
 

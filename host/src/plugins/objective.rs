@@ -81,7 +81,7 @@ impl Objective {
             )));
         }
         let before = std::mem::replace(&mut self.object, object);
-        kept(|| drop(before));
+        kept(&self.name, || drop(before));
         match state {
             Some(state) => self.load_state(&state),
             None => Ok(()),
@@ -109,7 +109,9 @@ impl Objective {
     /// # Errors
     /// If the plugin fails.
     pub fn begin_step(&mut self, step: &Step<'_>) -> Result<()> {
-        kept(|| self.object.begin_step(step)).into_result().map_err(|f| fault(&self.name, &f))
+        kept(&self.name, || self.object.begin_step(step))
+            .into_result()
+            .map_err(|f| fault(&self.name, &f))
     }
 
     /// Loss, metrics and the gradient `dlogp[t]`, which has the length of `batch.logps`.
@@ -119,7 +121,7 @@ impl Objective {
     pub fn evaluate(&self, batch: &Batch<'_>, dlogp: &mut [f32]) -> Result<Outcome> {
         // What the plugin does not write stays NaN and is found.
         dlogp.fill(f32::NAN);
-        let outcome = kept(|| self.object.evaluate(batch, (&mut *dlogp).into()));
+        let outcome = kept(&self.name, || self.object.evaluate(batch, (&mut *dlogp).into()));
         let outcome = outcome.into_result().map_err(|f| fault(&self.name, &f))?;
         let bad = dlogp.iter().filter(|g| !g.is_finite()).count();
         if bad > 0 {
@@ -151,7 +153,7 @@ impl Objective {
     /// # Errors
     /// If the plugin fails.
     pub fn save_state(&self) -> Result<Vec<u8>> {
-        let state = kept(|| self.object.save_state()).into_result();
+        let state = kept(&self.name, || self.object.save_state()).into_result();
         Ok(state.map_err(|f| fault(&self.name, &f))?.into_iter().collect())
     }
 
@@ -160,7 +162,7 @@ impl Objective {
     /// # Errors
     /// If the plugin fails.
     pub fn load_state(&mut self, state: &[u8]) -> Result<()> {
-        kept(|| self.object.load_state(state.into()))
+        kept(&self.name, || self.object.load_state(state.into()))
             .into_result()
             .map_err(|f| fault(&self.name, &f))
     }

@@ -74,6 +74,10 @@ pub const KERNELS: &[&[Kernel]] = &[
     crate::swiglu::cuda::KERNELS,
 ];
 
+/// Those that only Hopper has the instructions for.
+pub const HOPPER_KERNELS: &[&[Kernel]] =
+    &[&crate::matmul::cuda::hopper::KERNELS, &crate::matmul::cuda::fused::KERNELS];
+
 /// A device. A clone is the same one.
 #[derive(Clone)]
 pub struct Gpu(Arc<Device>);

@@ -13,13 +13,16 @@
 //! a time; for [`few`], n is arbitrary too.
 //!
 //! A row has the same bits whatever other rows there are: each of [`nt`], [`nn`] and [`few`] sums every
-//! element in one order, whichever tile a shape gets.
+//! element in one order, whichever tile a shape gets. On compute capability 9.0 most weights get kernels of their own
+//! ([`hopper`]); which, the weight's shape alone decides.
 
 pub mod adapter;
 #[cfg(test)]
 mod faults;
 #[cfg(test)]
 mod full_size;
+pub mod fused;
+pub(crate) mod hopper;
 #[cfg(test)]
 mod tests;
 
@@ -100,6 +103,22 @@ impl Tile {
     }
 }
 
+/// Which kernels make a product.
+#[derive(Clone, Copy, Debug)]
+enum Way {
+    Portable(Tile),
+    Hopper(hopper::Tile),
+}
+
+impl Way {
+    fn of(gpu: &Gpu, rows: usize, depth: usize, columns: usize) -> Self {
+        match hopper::Tile::of(gpu, depth, columns) {
+            Some(tile) => Self::Hopper(tile),
+            None => Self::Portable(Tile::of(short(rows), short(columns))),
+        }
+    }
+}
+
 const fn few_kernel(most_rows: i64) -> Kernel {
     Kernel::new(&FEW, "few", 128).define("MOST_ROWS", most_rows)
 }
@@ -139,12 +158,13 @@ pub fn nt(
     bias: Option<&DeviceSlice<bf16>>,
     adapter: Option<Adapter>,
 ) -> Result<()> {
-    nt_by(gpu, Tile::of(short(m), short(n)), x, w, y, m, k, n, beta, bias, adapter)
+    let way = Way::of(gpu, m, k, n);
+    nt_by(gpu, way, x, w, y, m, k, n, beta, bias, adapter)
 }
 
 fn nt_by(
     gpu: &Gpu,
-    tile: Tile,
+    way: Way,
     x: &DeviceSlice<bf16>,
     w: &DeviceSlice<bf16>,
     y: &mut DeviceSlice<bf16>,
@@ -162,8 +182,13 @@ fn nt_by(
     if m * n == 0 {
         return Ok(());
     }
+    let add = adds("nt", beta);
+    let tile = match way {
+        Way::Portable(tile) => tile,
+        Way::Hopper(tile) => return hopper::nt(gpu, tile, x, w, y, m, k, n, add, bias, adapter),
+    };
     let (u, b, rank) = Adapter::parts(adapter);
-    let (rows, columns, add) = (m as i32, n as i32, i32::from(adds("nt", beta)));
+    let (rows, columns, add) = (m as i32, n as i32, i32::from(add));
     gpu.launch(
         &tile.kernel("nt"),
         [tile.count(short(m), short(n)), 1, 1],
@@ -190,12 +215,12 @@ pub fn nn(
     beta: f32,
     adapter: Option<Adapter>,
 ) -> Result<()> {
-    nn_by(gpu, Tile::of(short(m), short(k)), dy, w, dx, m, n, k, beta, adapter)
+    nn_by(gpu, Way::of(gpu, m, n, k), dy, w, dx, m, n, k, beta, adapter)
 }
 
 fn nn_by(
     gpu: &Gpu,
-    tile: Tile,
+    way: Way,
     dy: &DeviceSlice<bf16>,
     w: &DeviceSlice<bf16>,
     dx: &mut DeviceSlice<bf16>,
@@ -211,8 +236,13 @@ fn nn_by(
     if m * k == 0 {
         return Ok(());
     }
+    let add = adds("nn", beta);
+    let tile = match way {
+        Way::Portable(tile) => tile,
+        Way::Hopper(tile) => return hopper::nn(gpu, tile, dy, w, dx, m, n, k, add, adapter),
+    };
     let (du, a, rank) = Adapter::parts(adapter);
-    let (rows, columns, add) = (m as i32, k as i32, i32::from(adds("nn", beta)));
+    let (rows, columns, add) = (m as i32, k as i32, i32::from(add));
     gpu.launch(
         &tile.kernel("nn"),
         [tile.count(short(m), short(k)), 1, 1],

@@ -7,8 +7,9 @@ use crate::cuda::{
 };
 use half::bf16;
 
+pub(crate) const HEADER: (&str, &str) = ("rope.cuh", include_str!("../rope.cuh"));
 static SOURCE: Source =
-    Source { name: "rope.cu", text: include_str!("../rope.cu"), headers: &[TILE] };
+    Source { name: "rope.cu", text: include_str!("../rope.cu"), headers: &[TILE, HEADER] };
 
 const fn rotate(head_dim: usize) -> Kernel {
     Kernel::new(&SOURCE, "rope_rotate", 256).define("HEAD_DIM", head_dim as i64)
@@ -36,6 +37,16 @@ impl Table {
         let pairs = tables.cos.iter().zip(&tables.sin).take(positions * rope.inv_freq.len());
         let angles: Vec<f32> = pairs.flat_map(|(cos, sin)| [*cos, *sin]).collect();
         Ok(Self { angles: gpu.uploaded(&angles)?, positions, head_dim: rope.head_dim() })
+    }
+
+    /// D.
+    pub fn head_dim(&self) -> usize {
+        self.head_dim
+    }
+
+    /// `[positions, D/2, 2]`: cosines and sines.
+    pub(crate) fn angles(&self) -> &DeviceSlice<f32> {
+        &self.angles
     }
 
     /// Positions below this one have angles.

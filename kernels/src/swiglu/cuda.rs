@@ -4,8 +4,9 @@ use crate::args;
 use crate::cuda::{DeviceSlice, Gpu, Kernel, Result, Source, TILE, assert_aligned, blocks};
 use half::bf16;
 
+pub(crate) const HEADER: (&str, &str) = ("swiglu.cuh", include_str!("../swiglu.cuh"));
 static SOURCE: Source =
-    Source { name: "swiglu.cu", text: include_str!("../swiglu.cu"), headers: &[TILE] };
+    Source { name: "swiglu.cu", text: include_str!("../swiglu.cu"), headers: &[TILE, HEADER] };
 const FORWARD: Kernel = Kernel::new(&SOURCE, "swiglu_forward", 256);
 const BACKWARD: Kernel = Kernel::new(&SOURCE, "swiglu_backward", 256);
 

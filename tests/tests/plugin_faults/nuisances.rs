@@ -121,3 +121,29 @@ fn memory_that_is_not_there_is_one_line() {
     let line = refused(PLUGIN, &["train", text(&path)]);
     assert!(line.ends_with("plugin `c-nuisance`: there is not that much memory"), "{line}");
 }
+
+#[test]
+fn a_plugin_that_ends_the_process_does_not_make_half_a_run_look_whole() {
+    let dir = temporary();
+    let library = c::build_as("c_nuisance", "tests/c/nuisance.c", dir.path(), &[]);
+    let says = |name: &str| {
+        format!(
+            "plugin `{name}` ended the process; this is a bug of the plugin, report it to its author"
+        )
+    };
+    for name in ["c-nuisance", "nuisance"] {
+        let objective = format!("{{ plugin = \"{name}\", habit = \"exits\" }}");
+        let data = golden("data/demos.jsonl");
+        let run = Source { data: &data, adapter: "\"demonstrations\"", objective: &objective };
+        let more = format!("steps = 2\n[plugins]\ndirs = [\"{}\"]", dir.path().display());
+        let path = run.write(dir.path(), &more);
+        assert_eq!(refused(PLUGIN, &["train", text(&path)]), says(name));
+        assert!(!dir.path().join("out/adapter_model.safetensors").exists());
+    }
+    // While it is loaded it has no name but its file's.
+    let at_load = temporary();
+    let library = library.file_name().expect("a file");
+    c::build_as("c_nuisance", "tests/c/nuisance.c", at_load.path(), &["-DEXIT_AT_LOAD"]);
+    let library = at_load.path().canonicalize().expect("there").join(library);
+    assert_eq!(refused(PLUGIN, &["plugin", "list", text(&library)]), says(text(&library)));
+}

@@ -244,6 +244,34 @@ fn named_barriers_give_turns() {
     }
 }
 
+/// What the emulation assumes of Hopper, an assumption a test: the right uses above, also on a GPU.
+mod hardware {
+    use super::*;
+    use crate::testing::hopper_gpu as gpu;
+
+    #[test]
+    fn boxes_come_swizzled_and_go_with_what_is_outside_left_out() {
+        assert!(always(|seed| copies_are_right(&gpu(seed))));
+    }
+
+    #[test]
+    fn wgmma_reads_matrices_as_its_descriptors_say() {
+        for (seed, n) in [64, 128, 256].into_iter().enumerate() {
+            assert!(operands_are_right(&gpu(seed as u64), n), "{n} columns");
+        }
+    }
+
+    #[test]
+    fn barriers_count_bytes_and_phases_across_a_cluster() {
+        assert!(always(|seed| pipeline_is_right(&gpu(seed))));
+    }
+
+    #[test]
+    fn named_barriers_meet_by_number() {
+        assert!(always(|seed| turns_are_right(&gpu(seed))));
+    }
+}
+
 #[test]
 fn mistakes_are_said() {
     let expected = [

@@ -92,8 +92,15 @@ impl Case {
         self
     }
 
+    /// With a fresh adapter: b is 0, and so is du = dy b.
+    pub(super) fn without_effect(mut self) -> Self {
+        let (_, left, right) = self.adapter.as_mut().unwrap();
+        if self.op == "nn" { left } else { right }.fill(bf16::ZERO);
+        self
+    }
+
     /// The first rows alone.
-    fn rows(mut self, m: usize) -> Self {
+    pub(super) fn rows(mut self, m: usize) -> Self {
         self.left.truncate(m * self.depth);
         self.before.truncate(m * self.columns);
         if let Some((rank, left, _)) = &mut self.adapter {
@@ -103,6 +110,11 @@ impl Case {
     }
 
     pub(super) fn run(&self, gpu: &Gpu, tile: Option<Tile>) -> Result<Vec<bf16>> {
+        let chosen = || Way::of(gpu, self.m, self.depth, self.columns);
+        self.run_by(gpu, tile.map_or_else(chosen, Way::Portable))
+    }
+
+    pub(super) fn run_by(&self, gpu: &Gpu, way: Way) -> Result<Vec<bf16>> {
         let (left, right) = (gpu.uploaded(&self.left)?, gpu.uploaded(&self.right)?);
         let bias = self.bias.as_ref().map(|bias| gpu.uploaded(bias)).transpose()?;
         let adapter = match &self.adapter {
@@ -121,12 +133,11 @@ impl Case {
             _ => gpu.uploaded(&self.before)?,
         };
         let (m, depth, columns, beta) = (self.m, self.depth, self.columns, self.beta);
-        let tile = tile.unwrap_or(Tile::of(m as u32, columns as u32));
         match self.op {
             "nt" => {
-                nt_by(gpu, tile, &left, &right, &mut out, m, depth, columns, beta, bias, adapter)?
+                nt_by(gpu, way, &left, &right, &mut out, m, depth, columns, beta, bias, adapter)?
             }
-            "nn" => nn_by(gpu, tile, &left, &right, &mut out, m, depth, columns, beta, adapter)?,
+            "nn" => nn_by(gpu, way, &left, &right, &mut out, m, depth, columns, beta, adapter)?,
             _ => few(gpu, &left, &right, &mut out, m, depth, columns, beta, bias, adapter)?,
         }
         gpu.downloaded(&out)
@@ -157,7 +168,7 @@ impl Case {
         out
     }
 
-    pub(super) fn assert_accurate(&self, out: &[bf16], tile: Option<Tile>) {
+    pub(super) fn assert_accurate(&self, out: &[bf16], tile: impl std::fmt::Debug) {
         let Self { op, m, depth, columns, beta, .. } = self;
         let rank = self.adapter.as_ref().map(|adapter| adapter.0);
         let bias = self.bias.is_some();
@@ -236,7 +247,7 @@ fn nothing_to_do_is_done() {
 }
 
 /// The bits, by which NaN or -0 would be told apart.
-fn bits(numbers: &[bf16]) -> Vec<u16> {
+pub(super) fn bits(numbers: &[bf16]) -> Vec<u16> {
     numbers.iter().map(|x| x.to_bits()).collect()
 }
 
@@ -268,10 +279,7 @@ fn a_fresh_adapter_and_none_give_the_same_bits() {
         for rank in [1, 16, 40] {
             let m = if op == "few" { 5 } else { 70 };
             let plain = Case::new(op, (m, 136, 72)).adding();
-            let mut fresh = plain.clone().adapted(rank);
-            // b on the way forward; du = dy b on the way back.
-            let (_, left, right) = fresh.adapter.as_mut().unwrap();
-            if op == "nn" { left } else { right }.fill(bf16::ZERO);
+            let fresh = plain.clone().adapted(rank).without_effect();
             let (plain, fresh) = (plain.run(&gpu(0), None), fresh.run(&gpu(1), None));
             assert_eq!(bits(&plain.unwrap()), bits(&fresh.unwrap()), "{op} rank {rank}");
         }

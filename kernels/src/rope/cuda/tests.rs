@@ -90,9 +90,9 @@ fn planted_faults_are_caught() {
         ("rope.cu", "positions[head / heads]", "positions[head % heads]"),
         ("rope.cu", "store16(at + HALF, pack8(b));", ""),
         (
-            "rope.cu",
-            "second = second * cosine + first * sine;",
-            "second += second * cosine + first * sine;",
+            "rope.cuh",
+            "second = fmaf(second, cosine, __fmul_rn(first, sine));",
+            "second += fmaf(second, cosine, __fmul_rn(first, sine));",
         ),
     ];
     assert_faults_are_caught(

@@ -62,7 +62,11 @@ fn planted_faults_are_caught() {
         ("swiglu.cu", "for (; i < n; i++) out[i]", "for (; i + 1 < n; i++) out[i]"),
         ("swiglu.cu", "for (; i < n; i++) out[i]", "for (; i <= n; i++) out[i]"),
         ("swiglu.cu", "store16(dup + i, pack8(u));", ""),
-        ("swiglu.cu", "it.silu * (1.0f - it.sigma)", "it.silu * (1.0f + it.sigma)"),
+        (
+            "swiglu.cuh",
+            "fmaf(it.silu, 1.0f - it.sigma, it.sigma)",
+            "fmaf(it.silu, 1.0f + it.sigma, it.sigma)",
+        ),
         ("swiglu.cu", "o[j] = activated", "o[j] += activated"),
     ];
     assert_faults_are_caught(all, &faults);

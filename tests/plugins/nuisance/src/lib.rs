@@ -5,8 +5,8 @@ use std::thread;
 use std::time::Duration;
 use uft_core::prelude::*;
 
-const HABITS: [&str; 6] =
-    ["none", "prints", "allocates", "sleeps", "starts threads", "panics in a thread"];
+const HABITS: [&str; 7] =
+    ["none", "prints", "allocates", "sleeps", "starts threads", "panics in a thread", "exits"];
 
 fn habit(params: &mut Params) -> &'static str {
     params.choice("habit", "none", &HABITS, "what it does beside its work")
@@ -33,6 +33,7 @@ fn indulge(habit: &str) {
             let sum = thread::spawn(|| (0..1000u64).sum::<u64>()).join();
             assert!(sum.is_ok_and(|sum| sum == 499_500));
         }
+        "exits" => std::process::exit(0),
         "panics in a thread" => {
             let panicked = thread::spawn(|| panic!("in a thread of its own")).join();
             assert!(panicked.is_err());

@@ -1,0 +1,238 @@
+//! What is made in one kernel has the bits of what several make, which are tested against f64.
+
+use super::super::tests::{bits, random_padded};
+use super::super::{Way, adapter, nn_by, nt_by};
+use super::*;
+use crate::cuda::Fault;
+use crate::rope::Rope;
+use crate::testing::{hopper_gpu as gpu, random_bf16};
+
+const SEEDS: u64 = 4;
+
+/// On a device: u and b of a rank, or nothing for rank 0.
+struct Factors(Option<[crate::cuda::DeviceBuffer<bf16>; 2]>, usize);
+
+impl Factors {
+    /// `across`: b is `[R, columns]`, otherwise `[columns, R]`.
+    fn new(gpu: &Gpu, m: usize, columns: usize, rank: usize, seed: u64, across: bool) -> Self {
+        if rank == 0 {
+            return Self(None, 0);
+        }
+        let u = random_padded(m, rank, seed);
+        let b = match across {
+            true => random_bf16(adapter::padded(rank) * columns, seed + 1),
+            false => random_padded(columns, rank, seed + 1),
+        };
+        Self(Some([gpu.uploaded(&u).unwrap(), gpu.uploaded(&b).unwrap()]), rank)
+    }
+
+    fn adapter(&self) -> Option<Adapter<'_>> {
+        self.0.as_ref().map(|[left, right]| Adapter { left, right, rank: self.1 })
+    }
+}
+
+/// Whether one kernel's bits, if the device lets it pass, are those of several: (found, expected).
+fn same(found: Result<Vec<Vec<bf16>>>, expected: Vec<Vec<bf16>>) -> bool {
+    match found {
+        Ok(found) => found.iter().map(|x| bits(x)).eq(expected.iter().map(|x| bits(x))),
+        Err(error) => {
+            assert!(error.to_string().starts_with("kernel "), "{error}");
+            false
+        }
+    }
+}
+
+fn rotation_is_right(
+    gpu: &Gpu,
+    tile: Tile,
+    head_dim: usize,
+    [m, k, heads, rank]: [usize; 4],
+    biased: bool,
+) -> bool {
+    let n = heads * head_dim;
+    let rope = Rope::new((0..head_dim / 2).map(|i| 0.9f64.powi(i as i32)).collect(), 1.0);
+    let table = rope::Table::new(gpu, &rope, 40).unwrap();
+    // One position is unknown.
+    let positions: Vec<u32> = (0..m as u32).map(|t| if t == 5 { 40 } else { t * 7 % 40 }).collect();
+    let positions = gpu.uploaded(&positions).unwrap();
+    let x = gpu.uploaded(&random_bf16(m * k, 1)).unwrap();
+    let w = gpu.uploaded(&random_bf16(n * k, 2)).unwrap();
+    let bias = gpu.uploaded(&random_bf16(n, 3)).unwrap();
+    let bias = biased.then_some(&*bias);
+    let factors = Factors::new(gpu, m, n, rank, 4, false);
+    let adapter = factors.adapter();
+    let (mut one, mut two) = (gpu.alloc(m * n).unwrap(), gpu.alloc(m * n).unwrap());
+    let weight = Weight { w: &w, bias, adapter };
+    let found = rotate(gpu, tile, &x, weight, &mut one, m, k, n, &table, &positions);
+    let found = found.map(|()| vec![gpu.downloaded(&one).unwrap()]);
+    nt_by(gpu, Way::Hopper(tile), &x, &w, &mut two, m, k, n, 0.0, bias, adapter).unwrap();
+    rope::forward(gpu, &table, &mut two, heads, &positions).unwrap();
+    same(found, vec![gpu.downloaded(&two).unwrap()])
+}
+
+fn rotations_are_right(gpu: &Gpu) -> bool {
+    rotation_is_right(gpu, WIDE, 128, [300, 200, 5, 16], true)
+        && rotation_is_right(gpu, NARROW, 64, [300, 72, 5, 0], false)
+}
+
+#[test]
+fn a_rotated_product_has_the_bits_of_product_and_rotation() {
+    for seed in 0..SEEDS {
+        assert!(rotations_are_right(&gpu(seed)), "seed {seed}");
+    }
+    assert!(rotation_is_right(&gpu(1), WIDE, 64, [70, 136, 3, 80], true));
+    assert!(rotation_is_right(&gpu(2), NARROW, 128, [130, 136, 3, 0], true));
+}
+
+fn activation_is_right(gpu: &Gpu, [m, k, n]: [usize; 3], ranks: [usize; 2]) -> bool {
+    let x = gpu.uploaded(&random_bf16(m * k, 1)).unwrap();
+    let w = [2, 3].map(|seed| gpu.uploaded(&random_bf16(n * k, seed)).unwrap());
+    let factors = [0, 1].map(|i| Factors::new(gpu, m, n, ranks[i], 4 + 2 * i as u64, false));
+    let weights = [0, 1].map(|i| Weight { w: &w[i], bias: None, adapter: factors[i].adapter() });
+    let mut one = [(); 3].map(|()| gpu.alloc(m * n).unwrap());
+    let mut two = [(); 3].map(|()| gpu.alloc(m * n).unwrap());
+    let [gate, up, out] = &mut one;
+    let found = activate(gpu, &x, weights, gate, up, out, m, k, n);
+    let found = found.map(|()| one.iter().map(|y| gpu.downloaded(y).unwrap()).collect());
+    let [gate, up, out] = &mut two;
+    for (i, y) in [&mut *gate, &mut *up].into_iter().enumerate() {
+        let adapter = weights[i].adapter;
+        nt_by(gpu, Way::Hopper(WIDE), &x, &w[i], y, m, k, n, 0.0, None, adapter).unwrap();
+    }
+    swiglu::forward(gpu, gate, up, out).unwrap();
+    same(found, two.iter().map(|y| gpu.downloaded(y).unwrap()).collect())
+}
+
+fn activations_are_right(gpu: &Gpu) -> bool {
+    // Three pieces and one of the second tile, so that the staged ones do not alternate from tile to tile.
+    activation_is_right(gpu, [300, 328, 200], [16, 80])
+        && activation_is_right(gpu, [600, 72, 136], [0, 8])
+}
+
+#[test]
+fn an_activated_product_has_the_bits_of_products_and_activation() {
+    for seed in 0..SEEDS {
+        assert!(activations_are_right(&gpu(seed)), "seed {seed}");
+    }
+    assert!(activation_is_right(&gpu(1), [1, 8, 8], [1, 0]));
+}
+
+fn backward_is_right(gpu: &Gpu, [m, n, i]: [usize; 3], rank: usize) -> bool {
+    let dy = gpu.uploaded(&random_bf16(m * n, 1)).unwrap();
+    let w = gpu.uploaded(&random_bf16(n * i, 2)).unwrap();
+    let [gate, up] = [3, 4].map(|seed| gpu.uploaded(&random_bf16(m * i, seed)).unwrap());
+    let factors = Factors::new(gpu, m, i, rank, 5, true);
+    let adapter = factors.adapter();
+    let mut one = [(); 2].map(|()| gpu.alloc(m * i).unwrap());
+    let mut two = [(); 2].map(|()| gpu.alloc(m * i).unwrap());
+    let [dgate, dup] = &mut one;
+    let found = activate_backward(gpu, &dy, &w, adapter, &gate, &up, dgate, dup, m, n, i);
+    let found = found.map(|()| one.iter().map(|y| gpu.downloaded(y).unwrap()).collect());
+    let mut dout = gpu.alloc(m * i).unwrap();
+    nn_by(gpu, Way::Hopper(WIDE), &dy, &w, &mut dout, m, n, i, 0.0, adapter).unwrap();
+    let [dgate, dup] = &mut two;
+    swiglu::backward(gpu, &dout, &gate, &up, dgate, dup).unwrap();
+    same(found, two.iter().map(|y| gpu.downloaded(y).unwrap()).collect())
+}
+
+fn backwards_are_right(gpu: &Gpu) -> bool {
+    backward_is_right(gpu, [300, 264, 328], 16) && backward_is_right(gpu, [600, 72, 520], 0)
+}
+
+#[test]
+fn an_activations_gradient_has_the_bits_of_product_and_slopes() {
+    for seed in 0..SEEDS {
+        assert!(backwards_are_right(&gpu(seed)), "seed {seed}");
+    }
+    assert!(backward_is_right(&gpu(1), [1, 8, 8], 80));
+}
+
+#[test]
+fn shapes_and_devices_choose_between_one_kernel_and_several() {
+    let (m, k, n) = (3, 8, 1024);
+    for (gpu, one) in [(Gpu::emulated_hopper(0).unwrap(), true), (Gpu::emulated(0).unwrap(), false)]
+    {
+        assert_eq!(Tile::of(&gpu, k, n) == Some(WIDE), one);
+        let arena = Arena::new(&gpu, if one { 16 } else { 1 << 20 }).unwrap();
+        let [x, w, v] = [(m * k, 1), (n * k, 2), (n * k, 3)]
+            .map(|(len, seed)| gpu.uploaded(&random_bf16(len, seed)).unwrap());
+        let weights = [&w, &v].map(|w| Weight { w, bias: None, adapter: None });
+        let mut made = [(); 5].map(|()| gpu.alloc(m * n).unwrap());
+        let [gate, up, out, dgate, dup] = &mut made;
+        nt_swiglu(&gpu, &x, weights, gate, up, out, m, k, n).unwrap();
+        // w as [k, n].
+        nn_swiglu_backward(&gpu, &arena, &x, &w, None, gate, up, dgate, dup, m, k, n).unwrap();
+        let rope = Rope::new(vec![1.0; 32], 1.0);
+        let table = rope::Table::new(&gpu, &rope, 4).unwrap();
+        let positions = gpu.uploaded(&[0u32, 1, 2]).unwrap();
+        nt_rope(&gpu, &x, weights[0], dup, m, k, n, &table, &positions).unwrap();
+        assert!(made.iter().all(|y| gpu.downloaded(y).unwrap().iter().all(|y| y.is_finite())));
+    }
+}
+
+fn assert_caught(
+    right: impl Fn(&Gpu) -> bool,
+    file: &'static str,
+    faults: &[(&'static str, &'static str)],
+) {
+    for &(from, to) in faults {
+        let faulty =
+            |seed| Gpu::emulated_hopper_with_fault(seed, Fault { file, from, to }).unwrap();
+        let caught = (0..SEEDS).any(|seed| !right(&faulty(seed)));
+        assert!(caught, "{file}: nothing is wrong with {to:?} for {from:?}");
+    }
+}
+
+#[test]
+fn faults_in_rotations_are_caught() {
+    let faults = [
+        ("PIECES == 2 || head == 0", "false"),
+        ("bool known = position < table_rows;", "bool known = position <= table_rows;"),
+        ("part.thread % 4 * 4;", "part.thread % 4 * 2;"),
+        ("sum + HALF / 2, bias_at + HALF", "sum + HALF / 2, bias_at"),
+        ("start / 64 + piece) % 2, out", "piece) % 2, out"),
+        ("at % 64 / 8)", "at % 32 / 8)"),
+        ("sign[half] * two.w", "two.w"),
+    ];
+    assert_caught(rotations_are_right, "hopper_rope.cu", &faults);
+}
+
+#[test]
+fn faults_in_activations_are_caught() {
+    let faults = [
+        ("up ? columns : corner.y", "corner.y"),
+        ("up ? corner.y : columns", "corner.y"),
+        ("up ? w_up : w_gate", "w_gate"),
+        ("k -= (of_weight + of_gate) * TILE_K;", "k -= of_weight * TILE_K;"),
+        ("await_place(part, piece == 0);", "await_place(part, false);"),
+        (
+            "float2 g = rounded(gates[i], gates[i + 1])",
+            "float2 g = make_float2(gates[i], gates[i + 1])",
+        ),
+        (
+            "send(shared, part, 1 - at, up, row, first);\n            await_place(part, false);",
+            "send(shared, part, 1 - at, up, row, first);",
+        ),
+    ];
+    assert_caught(activations_are_right, "hopper_swiglu.cu", &faults);
+}
+
+#[test]
+fn faults_in_activations_gradients_are_caught() {
+    let faults = [
+        ("tma_store_wait<0>(); // of the tile before", ""),
+        ("tma_store_wait<0>(); // or what is asked for would land on it", ""),
+        ("await_piece(shared, part, at + 1, parities);", ""),
+        (
+            "ask(shared, part, piece + 2, row, column);",
+            "ask(shared, part, piece + 1, row, column);",
+        ),
+        (
+            "float2 dout = rounded(sums[sum], sums[sum + 1])",
+            "float2 dout = make_float2(sums[sum], sums[sum + 1])",
+        ),
+        ("u[i] = pack_bf16(low.y, high.y);", "u[i] = pack_bf16(low.x, high.y);"),
+        ("if (column + 64 * piece < columns) ask", "ask"),
+    ];
+    assert_caught(backwards_are_right, "hopper_swiglu.cu", &faults);
+}

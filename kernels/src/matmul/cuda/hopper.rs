@@ -1,0 +1,153 @@
+//! The products on Hopper (hopper.cu): what [`super::nt`] and [`super::nn`] are on a device of compute capability 9.0.
+
+#[cfg(test)]
+mod tests;
+
+use super::{Adapter, short};
+use crate::args;
+use crate::cuda::{DeviceSlice, Gpu, HOPPER, Kernel, Result, Source, TILE, TensorMap};
+use half::bf16;
+
+pub(crate) const PRODUCT_HEADER: (&str, &str) =
+    ("hopper_product.cuh", include_str!("../hopper_product.cuh"));
+static PRODUCT: Source = Source {
+    name: "hopper.cu",
+    text: include_str!("../hopper.cu"),
+    headers: &[HOPPER[0], HOPPER[1], TILE, PRODUCT_HEADER],
+};
+
+/// Blocks of a cluster, rows of a block's tile and of the piece that one warpgroup stores; as hopper_product.cuh.
+pub(super) const CLUSTER: u32 = 2;
+const TILE_M: u32 = 128;
+pub(super) const PIECE: u32 = 64;
+const ROW_BYTES: u32 = 128;
+const THREADS: u32 = 384;
+
+/// How a product is cut up: columns of a tile, slices and pieces in shared memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Tile {
+    pub n: u32,
+    pub stages: u32,
+    /// Pieces on their way to or from global memory, for each of the two warpgroups that multiply.
+    pub staged: u32,
+}
+
+/// For wide weights: a slice of 256 columns for 128 rows is what the tensor cores need to be kept busy.
+pub(crate) const WIDE: Tile = Tile { n: 256, stages: 4, staged: 2 };
+/// For narrow ones, of which wide tiles would leave multiprocessors idle.
+pub(crate) const NARROW: Tile = Tile { n: 128, stages: 6, staged: 2 };
+
+/// Every kernel of this file, with all constants that it is compiled with.
+pub const KERNELS: [Kernel; 4] = [
+    WIDE.kernel("hopper_nt"),
+    WIDE.kernel("hopper_nn"),
+    NARROW.kernel("hopper_nt"),
+    NARROW.kernel("hopper_nn"),
+];
+
+impl Tile {
+    const fn kernel(self, name: &'static str) -> Kernel {
+        self.kernel_of(&PRODUCT, name)
+    }
+
+    pub(super) const fn kernel_of(self, source: &'static Source, name: &'static str) -> Kernel {
+        Kernel::new(source, name, THREADS)
+            .define("TILE_N", self.n as i64)
+            .define("STAGES", self.stages as i64)
+            .define("STAGED", self.staged as i64)
+    }
+
+    pub(super) const fn shared_bytes(self) -> u32 {
+        let staged = self.staged * (TILE_M / PIECE);
+        let barriers = (2 * self.stages + staged) * size_of::<u64>() as u32;
+        (self.stages * (TILE_M + self.n) + staged * PIECE) * ROW_BYTES + barriers
+    }
+
+    /// By the weight alone, of which rows' bits may depend; none for an adapter's short side, which has no use for such tiles, and
+    /// without a depth.
+    pub(super) fn of(gpu: &Gpu, depth: usize, columns: usize) -> Option<Self> {
+        let hopper = gpu.properties().compute_capability == (9, 0);
+        match columns {
+            _ if !hopper || depth == 0 => None,
+            ..=64 => None,
+            65..1024 => Some(NARROW),
+            _ => Some(WIDE),
+        }
+    }
+
+    /// As many clusters as run at once, none without a tile.
+    pub(super) fn grid(self, gpu: &Gpu, rows: usize, columns: usize) -> [u32; 3] {
+        let pairs = short(rows).div_ceil(CLUSTER * TILE_M);
+        let tiles = pairs * short(columns).div_ceil(self.n);
+        let clusters = (gpu.properties().multiprocessors / CLUSTER).max(1).min(tiles);
+        [clusters * CLUSTER, 1, 1]
+    }
+}
+
+/// Tensor maps of both factors and of the adapter's; without an adapter its own are the weight's, and not read. `box_rows`: of
+/// `right` `[columns, depth]`, which is `[depth, columns]` where there is none.
+pub(super) fn maps<'a>(
+    gpu: &Gpu,
+    (left, right): (&'a DeviceSlice<bf16>, &'a DeviceSlice<bf16>),
+    adapter: Option<Adapter<'a>>,
+    (rows, depth, columns): (usize, usize, usize),
+    box_rows: Option<u32>,
+) -> Result<[TensorMap<'a>; 4]> {
+    let of = |left, right, depth| -> Result<[TensorMap<'a>; 2]> {
+        let left = gpu.tensor_map(left, [rows, depth], TILE_M)?;
+        let right = match box_rows {
+            Some(box_rows) => gpu.tensor_map(right, [columns, depth], box_rows)?,
+            None => gpu.tensor_map(right, [depth, columns], PIECE)?,
+        };
+        Ok([left, right])
+    };
+    let weight = of(left, right, depth)?;
+    let more = match adapter {
+        Some(Adapter { left, right, .. }) if left.len() > 0 => of(left, right, left.len() / rows)?,
+        _ => weight,
+    };
+    Ok([weight[0], weight[1], more[0], more[1]])
+}
+
+/// As [`super::nt`], whose checks are made.
+pub(super) fn nt(
+    gpu: &Gpu,
+    tile: Tile,
+    x: &DeviceSlice<bf16>,
+    w: &DeviceSlice<bf16>,
+    y: &mut DeviceSlice<bf16>,
+    m: usize,
+    k: usize,
+    n: usize,
+    add: bool,
+    bias: Option<&DeviceSlice<bf16>>,
+    adapter: Option<Adapter>,
+) -> Result<()> {
+    let (grid, (_, _, rank)) = (tile.grid(gpu, m, n), Adapter::parts(adapter));
+    let [x, w, u, b] = maps(gpu, (x, w), adapter, (m, k, n), Some(tile.n / CLUSTER))?;
+    let y = gpu.tensor_map_mut(y, [m, n], PIECE)?;
+    let (rows, columns, depth, add) = (m as i32, n as i32, k as i32, i32::from(add));
+    let args = args![x, w, u, b, bias, y, rows, columns, depth, rank, add];
+    gpu.launch(&tile.kernel("hopper_nt"), grid, tile.shared_bytes(), args)
+}
+
+/// As [`super::nn`], whose checks are made.
+pub(super) fn nn(
+    gpu: &Gpu,
+    tile: Tile,
+    dy: &DeviceSlice<bf16>,
+    w: &DeviceSlice<bf16>,
+    dx: &mut DeviceSlice<bf16>,
+    m: usize,
+    n: usize,
+    k: usize,
+    add: bool,
+    adapter: Option<Adapter>,
+) -> Result<()> {
+    let (grid, (_, _, rank)) = (tile.grid(gpu, m, k), Adapter::parts(adapter));
+    let [dy, w, du, a] = maps(gpu, (dy, w), adapter, (m, n, k), None)?;
+    let dx = gpu.tensor_map_mut(dx, [m, k], PIECE)?;
+    let (rows, columns, depth, add) = (m as i32, k as i32, n as i32, i32::from(add));
+    let args = args![dy, w, du, a, dx, rows, columns, depth, rank, add];
+    gpu.launch(&tile.kernel("hopper_nn"), grid, tile.shared_bytes(), args)
+}

@@ -1,0 +1,281 @@
+// A product on Hopper but for what becomes of its sums: what hopper*.cu are made of.
+//
+//     out [rows, columns] = left [rows, depth] right        right: [columns, depth] ("along") or [depth, columns] ("across")
+//
+// A block makes tiles [128, TILE_N] of the output, a cluster of two blocks one below the other. One warpgroup copies, two
+// multiply 64 rows each, all three for as many tiles as come: while a tile is written the next is being loaded. Shared memory:
+//
+//     ring     STAGES times a slice of 64 of the depth: left [128, 64], right [TILE_N, 64] or TILE_N / 64 panels [64, 64]
+//     staged   STAGED pieces [64, 64] for each multiplying warpgroup, on their way to global memory or from it
+//     barriers full and empty of each stage, one for each staged piece
+//
+// The factor `right` is the same for both blocks: each loads half of it for both, so the level 2 cache is asked for 128 + TILE_N / 2
+// rows a block instead of 128 + TILE_N. A stage is loaded again when both warpgroups of both blocks have read it.
+//
+// Every element is summed in one order, whatever rows are beside it: a row has the same bits in any company. (Whether tiles of
+// different width agree in the last bit is the tensor cores' secret: the weight alone decides the width.) An adapter whose products
+// are zeros changes no bit.
+//
+// After Pranjal Shankhdhar's "Outperforming cuBLAS on H100" (fast.cu) and DeepGEMM.
+//
+// Constants from outside: TILE_N, STAGES, STAGED.
+#pragma once
+#include "hopper.cuh"
+#include "tile.cuh"
+
+constexpr int CLUSTER = 2;
+constexpr int MULTIPLIERS = 2;
+constexpr int THREADS = (1 + MULTIPLIERS) * WARPGROUP_THREADS;
+constexpr int TILE_M = 64 * MULTIPLIERS;
+constexpr int TILE_K = 64;
+constexpr int PANELS = TILE_N / 64;
+// Registers of a thread that copies, and of one that multiplies: three warpgroups have 504 to share.
+constexpr int FEW = 40, MANY = 232;
+
+constexpr int ROW_BYTES = 128;
+constexpr int PIECE_BYTES = 64 * ROW_BYTES;
+constexpr int LEFT_BYTES = TILE_M * ROW_BYTES;
+constexpr int STAGE_BYTES = LEFT_BYTES + TILE_N * ROW_BYTES;
+
+// Pairs of tiles below each other that run together before the next columns do, so that factors meet in the level 2 cache.
+constexpr int GROUP = 8;
+
+struct Shared {
+    unsigned char* ring;
+    unsigned char* staged;
+    Barrier *full, *empty, *arrived;
+};
+
+DEVICE Shared shared_memory() {
+    unsigned char* ring = dynamic_shared();
+    unsigned char* staged = ring + STAGES * STAGE_BYTES;
+    auto barriers = reinterpret_cast<Barrier*>(staged + MULTIPLIERS * STAGED * PIECE_BYTES);
+    return {ring, staged, barriers, barriers + STAGES, barriers + 2 * STAGES};
+}
+
+// By all threads of the cluster, before anything else.
+DEVICE void prepare(const Shared& shared) {
+    if (threadIdx.x == 0) {
+        for (int stage = 0; stage < STAGES; stage++) {
+            barrier_init(shared.full + stage, 1);
+            barrier_init(shared.empty + stage, MULTIPLIERS * CLUSTER);
+        }
+        for (int piece = 0; piece < MULTIPLIERS * STAGED; piece++) barrier_init(shared.arrived + piece, 1);
+        fence_barrier_init();
+    }
+    cluster_sync();
+}
+
+// A stage, and in which of its rounds: every turn goes on where the last tile left it.
+struct Turn {
+    int stage;
+    uint32_t parity;
+
+    DEVICE void next() {
+        if (++stage == STAGES) stage = 0, parity ^= 1;
+    }
+};
+
+// The tiles of an output, as a cluster meets them.
+struct Tiles {
+    int down, across, width, at;
+
+    // `width`: of the output that a tile makes.
+    DEVICE static Tiles of(int rows, int columns, int width) {
+        return {divide_up(rows, CLUSTER * TILE_M), divide_up(columns, width), width, int(blockIdx.x) / CLUSTER};
+    }
+    DEVICE bool more() const { return at < down * across; }
+    DEVICE void next() { at += int(gridDim.x) / CLUSTER; }
+    // The first row and column of this block's.
+    DEVICE int2 corner() const {
+        int first = at / (GROUP * across) * GROUP;
+        int height = min(down - first, GROUP);
+        int inside = at % (GROUP * across);
+        int pair = first + inside % height;
+        return make_int2((pair * CLUSTER + int(cluster_rank())) * TILE_M, inside / height * width);
+    }
+};
+
+// A block's half of `right`, rows `row` on of a map in boxes of TILE_N / 2, for both blocks.
+DEVICE void load_half(unsigned char* right, Barrier* full, const TensorMap& map, int row, int k) {
+    tma_load_multicast(right + int(cluster_rank()) * (TILE_N / CLUSTER) * ROW_BYTES, map, full, k, row, 3);
+}
+
+// Two factors' tensor maps: left in boxes of 128 rows, right of TILE_N / 2 ("along") or 64 ("across").
+struct Factors {
+    const TensorMap& left;
+    const TensorMap& right;
+
+    template <bool ALONG>
+    DEVICE void load(unsigned char* stage, Barrier* full, int2 corner, int k) const {
+        const int rank = int(cluster_rank());
+        tma_load(stage, left, full, k, corner.x);
+        if (ALONG) {
+            load_half(stage + LEFT_BYTES, full, right, corner.y + rank * (TILE_N / CLUSTER), k);
+        } else {
+            constexpr int HALF = PANELS / CLUSTER;
+#pragma unroll
+            for (int panel = 0; panel < HALF; panel++) {
+                int at = rank * HALF + panel;
+                tma_load_multicast(stage + LEFT_BYTES + at * PIECE_BYTES, right, full, corner.y + 64 * at, k, 3);
+            }
+        }
+    }
+};
+
+// What a tile is the sum of: the weight's slices and then the adapter's.
+template <bool ALONG_>
+struct Linear {
+    static constexpr bool ALONG = ALONG_;
+    Factors weight, adapter;
+    int of_weight, of_adapter;
+
+    DEVICE static Linear of(Factors weight, int depth, Factors adapter, int rank) {
+        return {weight, adapter, divide_up(depth, TILE_K), divide_up(rank, TILE_K)};
+    }
+    DEVICE int slices() const { return of_weight + of_adapter; }
+    DEVICE void load(unsigned char* stage, Barrier* full, int2 corner, int slice) const {
+        if (slice < of_weight) weight.template load<ALONG>(stage, full, corner, slice * TILE_K);
+        else adapter.template load<ALONG>(stage, full, corner, (slice - of_weight) * TILE_K);
+    }
+};
+
+// By one thread: the slices of all tiles, each when its stage is free.
+template <class Terms>
+DEVICE void copy_slices(const Shared& shared, const Terms& terms, Tiles tiles) {
+    Turn turn = {0, 0};
+    for (; tiles.more(); tiles.next()) {
+        int2 corner = tiles.corner();
+        for (int slice = 0; slice < terms.slices(); slice++, turn.next()) {
+            barrier_wait(shared.empty + turn.stage, turn.parity ^ 1);
+            Barrier* full = shared.full + turn.stage;
+            barrier_arrive_expecting(full, STAGE_BYTES);
+            terms.load(shared.ring + turn.stage * STAGE_BYTES, full, corner, slice);
+        }
+    }
+}
+
+// Tells both blocks that the calling warpgroup has read a stage.
+DEVICE void release(const Shared& shared, int stage, int thread) {
+    if (thread < CLUSTER) barrier_arrive_at(shared.empty + stage, uint32_t(thread));
+}
+
+// A multiplying warpgroup: which one, and the calling thread in it.
+struct Part {
+    int index, thread;
+
+    DEVICE void sync() const { named_barrier_sync(1 + index, WARPGROUP_THREADS); }
+};
+
+// The sums of the part's 64 rows of a tile, as `wgmma` holds them; there is at least one slice.
+template <bool ALONG>
+DEVICE void sum_slices(const Shared& shared, Turn& turn, int slices, Part part, float (&sums)[TILE_N / 2]) {
+    int before = turn.stage;
+    for (int slice = 0; slice < slices; slice++, turn.next()) {
+        unsigned char* stage = shared.ring + turn.stage * STAGE_BYTES;
+        uint64_t left = descriptor_along(stage + part.index * PIECE_BYTES);
+        uint64_t right = ALONG ? descriptor_along(stage + LEFT_BYTES) : descriptor_across(stage + LEFT_BYTES, PIECE_BYTES);
+        barrier_wait(shared.full + turn.stage, turn.parity);
+        wgmma_fence();
+#pragma unroll
+        for (int k = 0; k < TILE_K / 16; k++)
+            wgmma<false, !ALONG>(sums, advanced(left, 32 * k), advanced(right, ALONG ? 32 * k : 2048 * k),
+                                 slice > 0 || k > 0);
+        wgmma_commit();
+        // The slice before has been read.
+        wgmma_wait<1>();
+        if (slice > 0) release(shared, before, part.thread);
+        before = turn.stage;
+    }
+    wgmma_wait<0>();
+    hold(sums);
+    release(shared, before, part.thread);
+}
+
+// ---- pieces ----
+
+// Staged piece `at` of the part, with the barrier at which what is loaded to it arrives.
+DEVICE unsigned char* staged_piece(const Shared& shared, Part part, int at) {
+    return shared.staged + (part.index * STAGED + at) * PIECE_BYTES;
+}
+
+// By one thread: asks for a piece of a matrix, which must be on its way nowhere.
+DEVICE void ask_for(const Shared& shared, Part part, int at, const TensorMap& map, int row, int column) {
+    Barrier* arrived = shared.arrived + part.index * STAGED + at;
+    barrier_arrive_expecting(arrived, PIECE_BYTES);
+    tma_load(staged_piece(shared, part, at), map, arrived, column, row);
+}
+
+// Waits for it; `parities` has a bit for each piece.
+DEVICE void await_piece(const Shared& shared, Part part, int at, uint32_t& parities) {
+    barrier_wait(shared.arrived + part.index * STAGED + at, parities >> at & 1);
+    parities ^= 1u << at;
+}
+
+// Where in a piece [64, 64] the calling thread's 16 bytes of `stmatrix_x4` and `ldmatrix_x4` lie that go with the sums of
+// columns 8 group to 8 group + 15.
+DEVICE unsigned char* place_of(unsigned char* piece, int thread, int group) {
+    return piece + swizzled<8>(thread / 32 * 16 + thread % 16, group + thread % 32 / 16);
+}
+
+// Sends a staged piece that all threads of the part have written to.
+DEVICE void send(const Shared& shared, Part part, int at, const TensorMap& map, int row, int column) {
+    unsigned char* piece = staged_piece(shared, part, at);
+    fence_async(piece, PIECE_BYTES);
+    part.sync();
+    if (part.thread != 0) return;
+    tma_store(map, piece, column, row);
+    tma_store_commit();
+}
+
+// Waits until a staged piece may be written to. Within a tile two are taken in turns, so that the store before the last must have been
+// read; the `first` comes after any of the last tile.
+DEVICE void await_place(Part part, bool first) {
+    if (part.thread == 0) {
+        if (first) tma_store_wait<0>();
+        else tma_store_wait<1>();
+    }
+    part.sync();
+}
+
+// Fills a staged piece: `pair(i)` is what becomes of the i-th and the next of the 32 sums that a thread has of 64 columns. (Sums stay
+// as they are: where they are changed in place, the compiler moves them about in the loop that makes them.)
+template <class Pair>
+DEVICE void fill_piece(unsigned char* staged, Part part, Pair pair) {
+#pragma unroll
+    for (int group = 0; group < 8; group += 2) {
+        uint32_t packed[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) packed[i] = pair(4 * group + 2 * i);
+        stmatrix_x4(place_of(staged, part.thread, group), packed);
+    }
+}
+
+// ---- the whole ----
+
+// The sums of all tiles of `terms`, each handed to `epilogue`: of a tile whose rows begin at `row` and columns at `column`,
+// `before(shared, part, row, column)` is called before the sums are made and `write(shared, part, sums, row, column)` after.
+template <class Terms, class Epilogue>
+DEVICE void product(const Terms& terms, Tiles tiles, Epilogue epilogue) {
+    Shared shared = shared_memory();
+    prepare(shared);
+    if (warpgroup_index() == 0) {
+        fewer_registers<FEW>();
+        if (threadIdx.x == 0) copy_slices(shared, terms, tiles);
+    } else {
+        more_registers<MANY>();
+        Part part = {warpgroup_index() - 1, int(threadIdx.x) % WARPGROUP_THREADS};
+        Turn turn = {0, 0};
+        for (; tiles.more(); tiles.next()) {
+            int2 corner = tiles.corner();
+            int row = corner.x + 64 * part.index;
+            epilogue.before(shared, part, row, corner.y);
+            float sums[TILE_N / 2];
+            sum_slices<Terms::ALONG>(shared, turn, terms.slices(), part, sums);
+            epilogue.write(shared, part, sums, row, corner.y);
+        }
+        if (part.thread == 0) tma_store_wait<0>(); // shared memory ends with the block
+    }
+    // Others may still arrive at this block's barriers.
+    cluster_sync();
+}

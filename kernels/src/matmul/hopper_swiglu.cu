@@ -1,0 +1,145 @@
+// The products next to the gated activation, and the activation with them: swiglu.cu between products of matmul.cu.
+//
+//     hopper_nt_swiglu             gate [m, i] = x [m, k] w_gate [i, k]ᵀ + u_gate [m, r] b_gate [i, r]ᵀ
+//                                  up   [m, i] = x [m, k] w_up   [i, k]ᵀ + u_up   [m, r] b_up   [i, r]ᵀ
+//                                  out  [m, i] = silu(gate) up
+//     hopper_nn_swiglu_backward    dout [m, i] = dy [m, n] w [n, i] + du [m, r] a [r, i], not written
+//                                  dgate, dup [m, i] = dout times the slopes of silu(gate) up
+//
+// A tile of the first has 128 columns of gate and the same 128 of up beside them, so a thread holds both; in memory they are two
+// matrices. An adapter of one is a slice in which the other's half is zeros. The second reads gate and up while the sums are made.
+// Whatever single kernels write to memory for the next one is rounded to bf16 here as well: the bits are the same.
+//
+// Constants from outside: those of hopper_product.cuh, with TILE_N 256.
+#include "hopper_product.cuh"
+#include "swiglu.cuh"
+
+constexpr int WIDTH = TILE_N / 2;
+
+DEVICE float2 rounded(float a, float b) { return unpack_bf16(pack_bf16(a, b)); }
+
+// The terms of gate and up: the weights' slices, then those of gate's adapter, then those of up's.
+struct GateAndUp {
+    static constexpr bool ALONG = true;
+    const TensorMap &x, &w_gate, &w_up, &u_gate, &b_gate, &u_up, &b_up;
+    int of_weight, of_gate, of_up, columns;
+
+    DEVICE int slices() const { return of_weight + of_gate + of_up; }
+    DEVICE void load(unsigned char* stage, Barrier* full, int2 corner, int slice) const {
+        const bool up = cluster_rank() == 1;
+        unsigned char* right = stage + LEFT_BYTES;
+        int k = slice * TILE_K;
+        if (slice < of_weight) {
+            tma_load(stage, x, full, k, corner.x);
+            load_half(right, full, up ? w_up : w_gate, corner.y, k);
+        } else if (slice < of_weight + of_gate) {
+            k -= of_weight * TILE_K;
+            tma_load(stage, u_gate, full, k, corner.x);
+            // Past the last row there are zeros.
+            load_half(right, full, b_gate, up ? columns : corner.y, k);
+        } else {
+            k -= (of_weight + of_gate) * TILE_K;
+            tma_load(stage, u_up, full, k, corner.x);
+            load_half(right, full, b_up, up ? corner.y : columns, k);
+        }
+    }
+};
+
+struct Activate {
+    const TensorMap &gate, &up, &out;
+    int columns;
+
+    DEVICE void before(const Shared&, Part, int, int) {}
+
+    DEVICE void write(const Shared& shared, Part part, const float (&sums)[TILE_N / 2], int row, int column) const {
+#pragma unroll
+        for (int piece = 0; piece < WIDTH / 64; piece++) {
+            int first = column + 64 * piece;
+            if (first >= columns) break;
+            const float *gates = sums + 32 * piece, *ups = gates + WIDTH / 2;
+            // Three pieces in two places.
+            int at = piece % 2;
+            await_place(part, piece == 0);
+            fill_piece(staged_piece(shared, part, at), part, [&](int i) { return pack_bf16(gates[i], gates[i + 1]); });
+            send(shared, part, at, gate, row, first);
+            await_place(part, false);
+            fill_piece(staged_piece(shared, part, 1 - at), part, [&](int i) { return pack_bf16(ups[i], ups[i + 1]); });
+            send(shared, part, 1 - at, up, row, first);
+            await_place(part, false);
+            fill_piece(staged_piece(shared, part, at), part, [&](int i) {
+                float2 g = rounded(gates[i], gates[i + 1]), u = rounded(ups[i], ups[i + 1]);
+                return pack_bf16(activated(g.x, u.x), activated(g.y, u.y));
+            });
+            send(shared, part, at, out, row, first);
+        }
+    }
+};
+
+HOPPER_KERNEL(THREADS, CLUSTER) hopper_nt_swiglu(TENSOR_MAP x, TENSOR_MAP w_gate, TENSOR_MAP w_up, TENSOR_MAP u_gate,
+                                                 TENSOR_MAP b_gate, TENSOR_MAP u_up, TENSOR_MAP b_up, TENSOR_MAP gate,
+                                                 TENSOR_MAP up, TENSOR_MAP out, int rows, int columns, int depth,
+                                                 int gate_rank, int up_rank) {
+    GateAndUp terms = {x, w_gate, w_up, u_gate, b_gate, u_up, b_up, divide_up(depth, TILE_K), divide_up(gate_rank, TILE_K),
+                       divide_up(up_rank, TILE_K), columns};
+    product(terms, Tiles::of(rows, columns, WIDTH), Activate{gate, up, out, columns});
+}
+
+// gate and up come to the pieces in which their gradients replace them; two pairs of pieces are under way.
+struct ActivateBackward {
+    const TensorMap &gate, &up, &dgate, &dup;
+    int columns;
+    uint32_t parities;
+
+    DEVICE void ask(const Shared& shared, Part part, int piece, int row, int column) const {
+        ask_for(shared, part, piece % 2 * 2, gate, row, column + 64 * piece);
+        ask_for(shared, part, piece % 2 * 2 + 1, up, row, column + 64 * piece);
+    }
+
+    DEVICE void before(const Shared& shared, Part part, int row, int column) {
+        if (part.thread != 0) return;
+        tma_store_wait<0>(); // of the tile before
+        for (int piece = 0; piece < 2; piece++)
+            if (column + 64 * piece < columns) ask(shared, part, piece, row, column);
+    }
+
+    DEVICE void write(const Shared& shared, Part part, const float (&sums)[TILE_N / 2], int row, int column) {
+#pragma unroll
+        for (int piece = 0; piece < PANELS; piece++) {
+            int first = column + 64 * piece, at = piece % 2 * 2;
+            if (first >= columns) break;
+            await_piece(shared, part, at, parities);
+            await_piece(shared, part, at + 1, parities);
+#pragma unroll
+            for (int group = 0; group < 8; group += 2) {
+                unsigned char* of_gate = place_of(staged_piece(shared, part, at), part.thread, group);
+                unsigned char* of_up = place_of(staged_piece(shared, part, at + 1), part.thread, group);
+                uint32_t g[4], u[4];
+                ldmatrix_x4(g, of_gate);
+                ldmatrix_x4(u, of_up);
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    int sum = 32 * piece + 4 * group + 2 * i;
+                    float2 dout = rounded(sums[sum], sums[sum + 1]), gates = unpack_bf16(g[i]), ups = unpack_bf16(u[i]);
+                    float2 low = slopes(dout.x, gates.x, ups.x), high = slopes(dout.y, gates.y, ups.y);
+                    g[i] = pack_bf16(low.x, high.x);
+                    u[i] = pack_bf16(low.y, high.y);
+                }
+                stmatrix_x4(of_gate, g);
+                stmatrix_x4(of_up, u);
+            }
+            send(shared, part, at, dgate, row, first);
+            send(shared, part, at + 1, dup, row, first);
+            if (column + 64 * (piece + 2) < columns && piece + 2 < PANELS && part.thread == 0) {
+                tma_store_wait<0>(); // or what is asked for would land on it
+                ask(shared, part, piece + 2, row, column);
+            }
+        }
+    }
+};
+
+HOPPER_KERNEL(THREADS, CLUSTER) hopper_nn_swiglu_backward(TENSOR_MAP dy, TENSOR_MAP w, TENSOR_MAP du, TENSOR_MAP a,
+                                                          TENSOR_MAP gate, TENSOR_MAP up, TENSOR_MAP dgate, TENSOR_MAP dup,
+                                                          int rows, int columns, int depth, int rank) {
+    product(Linear<false>::of({dy, w}, depth, {du, a}, rank), Tiles::of(rows, columns, TILE_N),
+            ActivateBackward{gate, up, dgate, dup, columns, 0});
+}

@@ -1,0 +1,80 @@
+"""What a step of LoRA training is expected to take on an H100, kernel by kernel, before any of it has run: Mistral-7B's shapes,
+rank 16 on every projection, 16,384 tokens in texts of 4096, nothing computed again. docs/kernels.md has the table that this prints.
+
+Products on Hopper go tile by tile: as many rounds as the fullest multiprocessor has tiles, each its slices of 64 of the depth and then
+its pieces on their way out, which nothing overlaps but the next tile's loads. What moves bytes takes a share of a copy's speed."""
+from math import ceil
+
+TOKENS, HIDDEN, KEYS, FEED, LAYERS = 16384, 4096, 1024, 14336, 32
+# Of an H100: operations and bytes a second that others have measured, multiprocessors.
+CEILING, COPY, PROCESSORS = 798e12, 3.0e12, 132
+# Guesses, to be replaced by what the first run says: the loop's operations a second, seconds to write a piece of 64 x 64 for each
+# warpgroup, to wait for one that is added to or read, and until the first tile's loads are there.
+LOOP, WRITE, READ, START = 840e12, 0.35e-6, 0.25e-6, 6e-6
+# Shares of a copy's speed, for kernels that stream and for an adapter's gradients.
+STREAM, GRADIENT = 0.85, 0.80
+
+
+def product(columns, depth, width=256, written=4, read=0, adapters=1):
+    """A tile of 256 columns of the weight makes `width` of the output; `written` and `read` are its pieces."""
+    tiles = ceil(TOKENS / 256) * ceil(columns / width)
+    slices = ceil(depth / 64) + adapters
+    tile = slices * (2 * 128 * 256 * 64) * PROCESSORS / LOOP + written * WRITE + read * READ
+    return START + ceil(tiles / (PROCESSORS // 2)) * tile
+
+
+def operations(columns, depth):
+    return 2 * TOKENS * columns * depth / CEILING
+
+
+def moved(width, share=STREAM):
+    """Two bytes for each of so many numbers a token."""
+    return 2 * TOKENS * width / COPY / share
+
+
+# Name, calls a layer, seconds of a call, and seconds at the ceiling; None where docs/kernels.md has it already.
+HOPPER = [
+    ("`hopper_nt_rope`: q", 1, product(HIDDEN, HIDDEN), operations(HIDDEN, HIDDEN)),
+    ("`hopper_nt_rope`: k", 1, product(KEYS, HIDDEN), operations(KEYS, HIDDEN)),
+    ("`hopper_nt`: v", 1, product(KEYS, HIDDEN), operations(KEYS, HIDDEN)),
+    ("`hopper_nt`: o, added", 1, product(HIDDEN, HIDDEN, read=4), operations(HIDDEN, HIDDEN)),
+    ("`hopper_nt_swiglu`: gate and up", 1, product(FEED, HIDDEN, width=128, written=6, adapters=2), operations(2 * FEED, HIDDEN)),
+    ("`hopper_nt`: down, added", 1, product(HIDDEN, FEED, read=4), operations(HIDDEN, FEED)),
+    ("`hopper_nn_swiglu_backward`: down", 1, product(FEED, HIDDEN, written=8, read=8), operations(FEED, HIDDEN)),
+    ("`hopper_nn`: gate", 1, product(HIDDEN, FEED), operations(HIDDEN, FEED)),
+    ("`hopper_nn`: up, added", 1, product(HIDDEN, FEED, read=4), operations(HIDDEN, FEED)),
+    ("`hopper_nn`: o", 1, product(HIDDEN, HIDDEN), operations(HIDDEN, HIDDEN)),
+    ("`hopper_nn`: q", 1, product(HIDDEN, HIDDEN), operations(HIDDEN, HIDDEN)),
+    ("`hopper_nn`: k, v, added", 2, product(HIDDEN, KEYS, read=4), operations(HIDDEN, KEYS)),
+]
+# Of a layer: attention as docs/kernels.md expects it, norms, what is normed and activated again for the adapters, copies, the rotation's
+# way back, and the adapters' short sides and gradients.
+PORTABLE = [
+    ("attention", 1.7e-3 + 5.6e-3),
+    ("norms, forward, back and again", 4 * moved(2 * HIDDEN) + 2 * moved(4 * HIDDEN)),
+    ("activation again", moved(3 * FEED)),
+    ("copies", 2 * moved(2 * HIDDEN)),
+    ("rotation, back", moved(2 * (HIDDEN + KEYS))),
+    ("u", moved(6 * HIDDEN + FEED, GRADIENT)),
+    ("dA", moved(6 * HIDDEN + FEED, GRADIENT)),
+    ("dB and du", moved(3 * HIDDEN + 2 * KEYS + 2 * FEED, GRADIENT)),
+]
+# Once a step: the head's logits and gradients, AdamW.
+ONCE = 12e-3 + 12e-3 + 0.6e-3
+
+
+def main():
+    total = sum(calls * seconds for _, calls, seconds, _ in HOPPER) * LAYERS
+    floor = sum(calls * seconds for _, calls, _, seconds in HOPPER) * LAYERS
+    print("| on Hopper | ms, at the ceiling | expected | measured | ms of a step |\n| --- | --- | --- | --- | --- |")
+    for name, calls, seconds, least in HOPPER:
+        print(f"| {name} | {least * 1e3:.3f} | {seconds * 1e3:.3f} | — | {calls * seconds * LAYERS * 1e3:.1f} |")
+    print(f"products: {total * 1e3:.0f} ms of a step, {floor / total:.1%} of the ceiling")
+    for name, seconds in PORTABLE:
+        print(f"{name}: {seconds * LAYERS * 1e3:.1f} ms of a step")
+    step = total + sum(seconds for _, seconds in PORTABLE) * LAYERS + ONCE
+    print(f"a step: {step * 1e3:.0f} ms, {TOKENS / step:.0f} tokens a second")
+
+
+if __name__ == "__main__":
+    main()
