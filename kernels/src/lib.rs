@@ -26,6 +26,6 @@ pub mod rope;
 pub mod swiglu;
 
 mod math;
-mod parallel;
+pub mod parallel;
 #[cfg(test)]
 mod testing;

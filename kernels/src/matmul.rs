@@ -21,11 +21,13 @@
 //! * an adapter's gradient is collected over few rows at a time, no more than the processor can hold
 //!   page addresses for, with the long side split over the threads.
 
+mod adapter;
 pub mod cuda;
 mod few;
 mod view;
 mod weight;
 
+pub use adapter::adapter_backward;
 pub use few::nt_few;
 pub use weight::Weight;
 

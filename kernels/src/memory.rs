@@ -5,10 +5,14 @@ use crate::attention::Heads;
 
 /// Elements over which the `gemm` crate packs both sides of a product at a time, at most.
 const PACKED_DEPTH: usize = 1024;
+/// Columns of a product that a thread of the crate packs at a time, at most. All are packed at once where there
+/// are no more than twice as many.
+const PACKED_COLUMNS: usize = 512;
 
 /// The largest packing buffers of a product of `[m, k]` and `[k, n]`.
 pub fn product(m: usize, k: usize, n: usize) -> usize {
-    size_of::<f32>() * k.min(PACKED_DEPTH) * (m + n)
+    let columns = n.min(PACKED_COLUMNS * rayon::current_num_threads().max(2));
+    size_of::<f32>() * k.min(PACKED_DEPTH) * (m + columns)
 }
 
 /// The sums over keys on attention's way back, where the longest group has `rows` rows.

@@ -9,6 +9,7 @@ use super::packed::{Packed, WithOthers};
 use super::trained::{Adapters, Gradients};
 use crate::Result;
 use std::path::Path;
+use uft_kernels::parallel::awake;
 
 /// A decoder with its frozen weights where it computes.
 pub enum Model {
@@ -94,7 +95,10 @@ impl Model {
     /// and in the rest.
     pub fn logps(&self, packed: &Packed, lora: Option<&Adapters>) -> Result<Vec<f32>> {
         match self {
-            Self::Cpu(model) => model.logps(packed, lora.map(Adapters::cpu)),
+            Self::Cpu(model) => {
+                let lora = lora.map(Adapters::cpu);
+                awake(|| model.logps(packed, lora))
+            }
             Self::Cuda(model) => model.logps(packed, lora.map(Adapters::cuda)),
         }
     }
@@ -105,7 +109,10 @@ impl Model {
     /// As [`Self::logps`].
     pub fn forward(&self, packed: Packed, lora: &Adapters) -> Result<Tape> {
         Ok(match self {
-            Self::Cpu(model) => Tape::Cpu(Box::new(model.forward(packed, lora.cpu())?)),
+            Self::Cpu(model) => {
+                let lora = lora.cpu();
+                Tape::Cpu(Box::new(awake(|| model.forward(packed, lora))?))
+            }
             Self::Cuda(model) => Tape::Cuda(Box::new(model.forward(&packed, lora.cuda())?)),
         })
     }
@@ -122,7 +129,8 @@ impl Model {
     ) -> Result<(Tape, Vec<f32>)> {
         Ok(match self {
             Self::Cpu(model) => {
-                let (tape, logps) = model.forward_with_others(batch, lora.cpu())?;
+                let lora = lora.cpu();
+                let (tape, logps) = awake(|| model.forward_with_others(batch, lora))?;
                 (Tape::Cpu(Box::new(tape)), logps)
             }
             Self::Cuda(model) => {
@@ -149,7 +157,8 @@ impl Model {
     ) -> Result<()> {
         match (self, tape) {
             (Self::Cpu(model), Tape::Cpu(tape)) => {
-                model.backward(*tape, dlogp, lora.cpu(), grads.cpu())
+                let (lora, grads) = (lora.cpu(), grads.cpu());
+                awake(|| model.backward(*tape, dlogp, lora, grads))
             }
             (Self::Cuda(model), Tape::Cuda(tape)) => {
                 model.backward(*tape, dlogp, lora.cuda(), grads.cuda())

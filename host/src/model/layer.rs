@@ -16,7 +16,7 @@
 
 use super::buffers::{Buffer, Pool};
 use super::config::ModelConfig;
-use super::linear::{Linear, Product, Trained};
+use super::linear::{self, Linear, Output, Product, project};
 use super::lora::{Adapter, Lora, LoraGrads};
 use super::targets::{Projection, Site};
 use uft_kernels::layout::{Beside, Layout};
@@ -150,11 +150,12 @@ impl Layer {
         with: Context,
     ) -> LayerTape {
         let mut tape = self.before_down(x, layout, needed, Some(lora), with);
-        if let Some(adapter) = self.adapter(Down, Some(lora)) {
+        let adapters = self.adapters([Down], Some(lora));
+        if adapters[0].is_some() {
             let Outputs { gate, up, u, .. } = &mut tape.outputs;
             let mut act = with.pool.take(gate.len());
             swiglu::forward(gate, up, &mut act);
-            u[3] = Some(self.down.project(&act, adapter, with));
+            [u[3]] = project(&act, adapters, with);
         }
         tape
     }
@@ -212,11 +213,12 @@ impl Layer {
         let mut q = pool.take(rows * query_width);
         let mut k = pool.take(rows * key_width);
         let mut v = pool.take(rows * key_width);
-        let u = [
-            self.q.forward(&h, self.adapter(Q, lora), &mut q, 0.0, with),
-            self.k.forward(&h, self.adapter(K, lora), &mut k, 0.0, with),
-            self.v.forward(&h, self.adapter(V, lora), &mut v, 0.0, with),
-        ];
+        let adapters = self.adapters([Q, K, V], lora);
+        let u = project(&h, adapters, with);
+        let [of_q, of_k, of_v] = [0, 1, 2].map(|i| adapters[i].zip(u[i].as_ref()));
+        self.q.forward(&h, of_q, &mut q, 0.0, with.product);
+        self.k.forward(&h, of_k, &mut k, 0.0, with.product);
+        self.v.forward(&h, of_v, &mut v, 0.0, with.product);
         let head_norms = self.head_norms.as_ref().map(|[q_norm, k_norm]| {
             [(&mut q, q_norm), (&mut k, k_norm)].map(|(x, weight)| {
                 let mut normed = pool.take(x.len());
@@ -235,13 +237,17 @@ impl Layer {
         let (config, pool) = (with.config, with.pool);
         let rows = x.len() / config.hidden;
         let mut mid = pool.copy(x);
-        let u_o = self.o.forward(attended, self.adapter(O, lora), &mut mid, 1.0, with);
+        let [of_o] = self.adapters([O], lora);
+        let [u_o] = project(attended, [of_o], with);
+        self.o.forward(attended, of_o.zip(u_o.as_ref()), &mut mid, 1.0, with.product);
         let (mut h, mut inv_rms) = (pool.take(x.len()), pool.take(rows));
         rmsnorm::forward(&mid, &self.mlp_norm, config.norm_eps, &mut h, &mut inv_rms);
         let mut gate = pool.take(rows * config.intermediate);
         let mut up = pool.take(rows * config.intermediate);
-        let u_gate = self.gate.forward(&h, self.adapter(Gate, lora), &mut gate, 0.0, with);
-        let u_up = self.up.forward(&h, self.adapter(Up, lora), &mut up, 0.0, with);
+        let [of_gate, of_up] = self.adapters([Gate, Up], lora);
+        let [u_gate, u_up] = project(&h, [of_gate, of_up], with);
+        self.gate.forward(&h, of_gate.zip(u_gate.as_ref()), &mut gate, 0.0, with.product);
+        self.up.forward(&h, of_up.zip(u_up.as_ref()), &mut up, 0.0, with.product);
         Outputs { mid, inv_rms, gate, up, u: [u_o, u_gate, u_up, None] }
     }
 
@@ -251,7 +257,9 @@ impl Layer {
         let mut act = with.pool.take(gate.len());
         swiglu::forward(gate, up, &mut act);
         let mut y = with.pool.copy(mid);
-        u[3] = self.down.forward(&act, self.adapter(Down, lora), &mut y, 1.0, with);
+        let [of_down] = self.adapters([Down], lora);
+        [u[3]] = project(&act, [of_down], with);
+        self.down.forward(&act, of_down.zip(u[3].as_ref()), &mut y, 1.0, with.product);
         y
     }
 
@@ -300,8 +308,8 @@ impl Layer {
         let gathered = needed.map(|rows| gather(&tape.attended, rows, config.query_width(), pool));
         let attended = gathered.as_ref().unwrap_or(&tape.attended);
         let mut dattended = below_o.then(|| pool.take(attended.len()));
-        let u = &tape.outputs.u[0];
-        back.linear(&self.o, O, &d, attended, u, dattended.as_deref_mut().map(|dx| (dx, 0.0)));
+        let o = (&self.o, O, &d, &tape.outputs.u[0]);
+        back.linears(attended, [o], dattended.as_deref_mut());
         let mut dattended = dattended?;
         if let Some(rows) = needed {
             d = scatter(&d, rows, layout.rows(), pool);
@@ -345,10 +353,7 @@ impl Layer {
         );
         let mut dh = input_needed.then(|| pool.take(h.len()));
         let each = [(&self.q, Q, &dq, &u[0]), (&self.k, K, &dk, &u[1]), (&self.v, V, &dv, &u[2])];
-        for (i, (linear, projection, dy, u)) in each.into_iter().enumerate() {
-            let beta = if i == 0 { 0.0 } else { 1.0 };
-            back.linear(linear, projection, dy, &h, u, dh.as_deref_mut().map(|dx| (dx, beta)));
-        }
+        back.linears(&h, each, dh.as_deref_mut());
         let dh = dh?;
         rmsnorm::backward(&dh, &tape.x, &self.input_norm, inv_rms, &mut d);
         Some(d)
@@ -372,7 +377,7 @@ impl Layer {
             swiglu::forward(gate, up, &mut act);
         }
         let mut dact = below_act.then(|| pool.take(gate.len()));
-        back.linear(&self.down, Down, d, &act, &u[3], dact.as_deref_mut().map(|dx| (dx, 0.0)));
+        back.linears(&act, [(&self.down, Down, &*d, &u[3])], dact.as_deref_mut());
         drop(act);
         let Some(dact) = dact else { return false };
         let (mut dgate, mut dup) = (pool.take(gate.len()), pool.take(up.len()));
@@ -388,8 +393,8 @@ impl Layer {
             &mut pool.take(inv_rms.len()),
         );
         let mut dh = below_needed.then(|| pool.take(h.len()));
-        back.linear(&self.gate, Gate, &dgate, &h, &u[1], dh.as_deref_mut().map(|dx| (dx, 0.0)));
-        back.linear(&self.up, Up, &dup, &h, &u[2], dh.as_deref_mut().map(|dx| (dx, 1.0)));
+        let each = [(&self.gate, Gate, &dgate, &u[1]), (&self.up, Up, &dup, &u[2])];
+        back.linears(&h, each, dh.as_deref_mut());
         let Some(dh) = dh else { return false };
         rmsnorm::backward(&dh, mid, &self.mlp_norm, inv_rms, d);
         true
@@ -399,8 +404,12 @@ impl Layer {
         with.config.windows[self.index]
     }
 
-    fn adapter<'a>(&self, projection: Projection, lora: Option<&'a Lora>) -> Option<&'a Adapter> {
-        lora.and_then(|lora| lora.get(Site::Layer(self.index, projection)))
+    fn adapters<'a, const N: usize>(
+        &self,
+        projections: [Projection; N],
+        lora: Option<&'a Lora>,
+    ) -> [Option<&'a Adapter>; N] {
+        projections.map(|projection| lora?.get(Site::Layer(self.index, projection)))
     }
 }
 
@@ -418,23 +427,20 @@ impl Back<'_> {
         projections.iter().any(|p| self.lora.index(Site::Layer(self.layer, *p)).is_some())
     }
 
-    /// [`Linear::backward`] with the projection's adapter, if there is one.
-    fn linear(
+    /// [`linear::backward`] of layers with the same x: each with the gradient to its output, and with u where
+    /// its projection has an adapter.
+    fn linears<const N: usize>(
         &mut self,
-        linear: &Linear,
-        projection: Projection,
-        dy: &[f32],
         x: &[f32],
-        u: &Option<Buffer>,
-        dx: Option<(&mut [f32], f32)>,
+        outputs: [(&Linear, Projection, &Buffer, &Option<Buffer>); N],
+        dx: Option<&mut [f32]>,
     ) {
-        let place = self.lora.index(Site::Layer(self.layer, projection));
-        let trained = place.zip(u.as_deref()).map(|(at, u)| Trained {
-            adapter: &self.lora.adapters[at],
-            grad: &mut self.grads.adapters[at],
-            u,
+        let Self { layer, lora, pool, .. } = *self;
+        let outputs = outputs.map(|(linear, projection, dy, u)| {
+            let adapter = lora.index(Site::Layer(layer, projection)).zip(u.as_ref());
+            Output { linear, dy, adapter }
         });
-        linear.backward(dy, x, trained, dx, self.pool);
+        linear::backward(x, &outputs, dx, lora, self.grads, pool);
     }
 }
 

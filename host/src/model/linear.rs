@@ -8,12 +8,17 @@
 //!
 //! m rows, `in` and `out` widths, r rank. With B = 0 the adapter adds an exact zero to every element
 //! of y, so a fresh adapter and no adapter give the same bits.
+//!
+//! A product with a rank in it computes little for what it reads. So layers with the same x, such as q, k and v,
+//! read it once for all of their adapters, whose A stand below each other, R ranks together.
 
 use super::buffers::{Buffer, Pool};
 use super::frozen::Frozen;
 use super::layer::Context;
-use super::lora::{Adapter, AdapterGrad};
-use uft_kernels::matmul::{Weight, nn, nt, nt_few, tn};
+use super::lora::{Adapter, Lora, LoraGrads};
+use std::ops::Deref;
+use uft_kernels::elementwise;
+use uft_kernels::matmul::{Weight, adapter_backward, nn, nt, nt_few, tn};
 
 /// Which product a forward pass takes.
 #[derive(Clone, Copy, Debug)]
@@ -56,17 +61,16 @@ pub struct Linear {
 }
 
 impl Linear {
-    /// `y = beta y + x Wᵀ + b + s u Bᵀ` with `x`: `[m, in]`, `y`: `[m, out]`, `beta` 0 or 1. Returns u: `[m, r]` where there is an adapter; the way back
-    /// needs it.
+    /// `y = beta y + x Wᵀ + b + s u Bᵀ` with `x`: `[m, in]`, `y`: `[m, out]`, `beta` 0 or 1, and u as
+    /// [`project`] gives it.
     pub fn forward(
         &self,
         x: &[f32],
-        adapter: Option<&Adapter>,
+        adapter: Option<(&Adapter, &Buffer)>,
         y: &mut [f32],
         beta: f32,
-        with: Context,
-    ) -> Option<Buffer> {
-        let product = with.product;
+        product: Product,
+    ) {
         let (m, k, n) = (x.len() / self.inputs, self.inputs, self.outputs);
         match &self.bias {
             None => product.nt(x, &self.weight, y, m, k, n, 1.0, beta),
@@ -79,55 +83,128 @@ impl Linear {
                 product.nt(x, &self.weight, y, m, k, n, 1.0, 1.0);
             }
         }
-        adapter.map(|adapter| {
-            let u = self.project(x, adapter, with);
-            product.nt(&u, &adapter.b, y, m, adapter.rank, n, adapter.scale, 1.0);
-            u
-        })
-    }
-
-    /// u alone, as [`Self::forward`] returns it.
-    pub fn project(&self, x: &[f32], adapter: &Adapter, with: Context) -> Buffer {
-        let m = x.len() / self.inputs;
-        let mut u = with.pool.take(m * adapter.rank);
-        with.product.nt(x, &adapter.a, &mut u, m, self.inputs, adapter.rank, 1.0, 0.0);
-        u
-    }
-
-    /// Adds the adapter's gradients to its `grad` and, where `dx` is given with a beta of 0 or 1,
-    /// turns it into `beta dx + dy W + du A`.
-    ///
-    /// `dy`: `[m, out]`, `x`, `dx`: `[m, in]`, `u` as returned by [`Self::forward`]. `x` is only
-    /// read where there is an adapter.
-    pub fn backward(
-        &self,
-        dy: &[f32],
-        x: &[f32],
-        adapter: Option<Trained>,
-        dx: Option<(&mut [f32], f32)>,
-        pool: &Pool,
-    ) {
-        let (m, k, n) = (dy.len() / self.outputs, self.inputs, self.outputs);
-        let du = adapter.map(|Trained { adapter, grad, u }| {
-            let r = adapter.rank;
-            let mut du = pool.take(m * r);
-            nn(dy, &adapter.b, &mut du, m, n, r, adapter.scale, 0.0);
-            tn(dy, u, &mut grad.b, m, n, r, adapter.scale, 1.0);
-            tn(&du, x, &mut grad.a, m, r, k, 1.0, 1.0);
-            (adapter, du)
-        });
-        let Some((dx, beta)) = dx else { return };
-        nn(dy, &self.weight, dx, m, n, k, 1.0, beta);
-        if let Some((adapter, du)) = du {
-            nn(&du, &adapter.a, dx, m, adapter.rank, k, 1.0, 1.0);
+        if let Some((adapter, u)) = adapter {
+            product.nt(u, &adapter.b, y, m, adapter.rank, n, adapter.scale, 1.0);
         }
     }
 }
 
-/// An adapter on the way back.
-pub struct Trained<'a> {
-    pub adapter: &'a Adapter,
-    pub grad: &'a mut AdapterGrad,
-    /// `[m, r]`: x Aᵀ.
-    pub u: &'a [f32],
+/// u: `[m, r]` of the adapters of layers with the same `x`: `[m, in]`.
+pub fn project<const N: usize>(
+    x: &[f32],
+    adapters: [Option<&Adapter>; N],
+    with: Context,
+) -> [Option<Buffer>; N] {
+    let present: Vec<&Adapter> = adapters.iter().flatten().copied().collect();
+    let Some(first) = present.first() else { return [(); N].map(|()| None) };
+    let (m, k) = (x.len() / first.inputs, first.inputs);
+    let a = Stacked::of(&present, with.pool);
+    let ranks = a.len() / k;
+    let mut joint = with.pool.take(m * ranks);
+    with.product.nt(x, &a[..], &mut joint, m, k, ranks, 1.0, 0.0);
+    drop(a);
+    if present.len() == 1 {
+        let mut joint = Some(joint);
+        return adapters.map(|adapter| adapter.and_then(|_| joint.take()));
+    }
+    let mut start = 0;
+    adapters.map(|adapter| {
+        let r = adapter?.rank;
+        let mut u = with.pool.take(m * r);
+        for (u, joint) in u.chunks_exact_mut(r).zip(joint.chunks_exact(ranks)) {
+            u.copy_from_slice(&joint[start..start + r]);
+        }
+        start += r;
+        Some(u)
+    })
+}
+
+/// On the way back, one of the layers with the same x.
+pub struct Output<'a> {
+    pub linear: &'a Linear,
+    /// `[m, out]`: the gradient to y.
+    pub dy: &'a [f32],
+    /// Its adapter's place in [`Lora::adapters`], and u.
+    pub adapter: Option<(usize, &'a Buffer)>,
+}
+
+/// Adds the gradients of the adapters of layers with the same `x` to `grads`, and turns `dx` into
+/// the sum of all `dy W + du A`, where it is given; `x`, `dx`: `[m, in]`. `x` is only read where there is an adapter.
+pub fn backward(
+    x: &[f32],
+    outputs: &[Output],
+    mut dx: Option<&mut [f32]>,
+    lora: &Lora,
+    grads: &mut LoraGrads,
+    pool: &Pool,
+) {
+    if let Some(dx) = dx.as_deref_mut() {
+        for (index, Output { linear, dy, .. }) in outputs.iter().enumerate() {
+            let (k, n) = (linear.inputs, linear.outputs);
+            let beta = if index == 0 { 0.0 } else { 1.0 };
+            nn(dy, &linear.weight, dx, dy.len() / n, n, k, 1.0, beta);
+        }
+    }
+    let adapted =
+        || outputs.iter().filter_map(|Output { dy, adapter, .. }| Some((dy, (*adapter)?)));
+    let present: Vec<&Adapter> = adapted().map(|(_, (at, _))| &lora.adapters[at]).collect();
+    let Some(first) = present.first() else { return };
+    let (m, k) = (x.len() / first.inputs, first.inputs);
+    let ranks = present.iter().map(|adapter| adapter.rank).sum();
+    let mut du = pool.take(m * ranks);
+    let mut start = 0;
+    for (dy, (at, u)) in adapted() {
+        let Adapter { b, outputs: n, rank: r, scale, .. } = &lora.adapters[at];
+        let db = &mut grads.adapters[at].b;
+        adapter_backward(dy, u, b, &mut du[start..], ranks, db, m, *n, *r, *scale);
+        start += r;
+    }
+    if let [(_, (at, _))] = adapted().collect::<Vec<_>>()[..] {
+        tn(&du, x, &mut grads.adapters[at].a, m, ranks, k, 1.0, 1.0);
+    } else {
+        let mut da = pool.take(ranks * k);
+        tn(&du, x, &mut da, m, ranks, k, 1.0, 0.0);
+        let mut rest = &da[..];
+        for (_, (at, _)) in adapted() {
+            let own = &mut grads.adapters[at].a;
+            let (da, after) = rest.split_at(own.len());
+            elementwise::add(own, da);
+            rest = after;
+        }
+    }
+    if let Some(dx) = dx {
+        nn(&du, &Stacked::of(&present, pool)[..], dx, m, ranks, k, 1.0, 1.0);
+    }
+}
+
+/// A: `[R, in]` of adapters of layers with the same x.
+enum Stacked<'a> {
+    One(&'a [f32]),
+    Copy(Buffer),
+}
+
+impl<'a> Stacked<'a> {
+    fn of(adapters: &[&'a Adapter], pool: &Pool) -> Self {
+        if let [adapter] = adapters {
+            return Self::One(&adapter.a);
+        }
+        let mut copy = pool.take(adapters.iter().map(|adapter| adapter.a.len()).sum());
+        let mut start = 0;
+        for Adapter { a, .. } in adapters {
+            copy[start..start + a.len()].copy_from_slice(a);
+            start += a.len();
+        }
+        Self::Copy(copy)
+    }
+}
+
+impl Deref for Stacked<'_> {
+    type Target = [f32];
+
+    fn deref(&self) -> &[f32] {
+        match self {
+            Self::One(a) => a,
+            Self::Copy(copy) => copy,
+        }
+    }
 }

@@ -283,9 +283,36 @@ impl<'a> Block<'a> {
         projections.iter().any(|projection| self.rank(*projection).is_some())
     }
 
-    /// u of a projection with an adapter.
-    fn project(&self, projection: Projection, rows: usize) -> Option<Buffer> {
-        self.rank(projection).map(|rank| self.pool.take(rows * rank))
+    /// u of projections with the same x, `width` wide, where they have adapters.
+    fn project(&self, projections: &[Projection], rows: usize, width: usize) -> Tape {
+        let ranks: Vec<usize> = projections.iter().filter_map(|p| self.rank(*p)).collect();
+        let all: usize = ranks.iter().sum();
+        match ranks.len() {
+            0 => Tape::new(),
+            1 => vec![self.pool.take(rows * all)],
+            _ => {
+                let stacked = self.pool.take(all * width);
+                let _joint = self.pool.take(rows * all);
+                drop(stacked);
+                ranks.iter().map(|rank| self.pool.take(rows * rank)).collect()
+            }
+        }
+    }
+
+    /// What the gradients of such adapters take on the way back.
+    fn linears(&self, projections: &[Projection], rows: usize, width: usize, below: bool) {
+        let ranks: Vec<usize> = projections.iter().filter_map(|p| self.rank(*p)).collect();
+        let all: usize = ranks.iter().sum();
+        if all == 0 {
+            return;
+        }
+        let _du = self.pool.take(rows * all);
+        if ranks.len() > 1 {
+            drop(self.pool.take(all * width));
+            if below {
+                drop(self.pool.take(all * width));
+            }
+        }
     }
 
     fn forward(&self, x: Buffer) -> (Buffer, Tape) {
@@ -293,7 +320,7 @@ impl<'a> Block<'a> {
         let after = self.pruned.unwrap_or(self.rows);
         let _act = self.pool.take(after * self.config.intermediate);
         let y = self.pool.take(after * self.config.hidden);
-        tape.extend(self.project(Down, after));
+        tape.extend(self.project(&[Down], after, self.config.intermediate));
         (y, tape)
     }
 
@@ -305,7 +332,7 @@ impl<'a> Block<'a> {
         let after = self.pruned.unwrap_or(self.rows);
         let _act = self.pool.take(after * self.config.intermediate);
         let y = self.pool.take(after * self.config.hidden);
-        let _u = self.project(Down, after);
+        drop(self.project(&[Down], after, self.config.intermediate));
         y
     }
 
@@ -314,7 +341,7 @@ impl<'a> Block<'a> {
         let after = self.pruned.unwrap_or(self.rows);
         if self.any(&[Down]) {
             let _act = self.pool.take(after * self.config.intermediate);
-            tape.extend(self.project(Down, after));
+            tape.extend(self.project(&[Down], after, self.config.intermediate));
         }
         tape
     }
@@ -335,7 +362,7 @@ impl<'a> Block<'a> {
         let _h = pool.take(rows * config.hidden);
         let mut tape = vec![pool.take(rows)];
         tape.extend([query, key, key].map(|width| pool.take(rows * width)));
-        tape.extend([Q, K, V].into_iter().flat_map(|p| self.project(p, rows)));
+        tape.extend(self.project(&[Q, K, V], rows, config.hidden));
         if config.qk_norm {
             // q and k stand after the norm of x.
             for (at, width) in [(1, query), (2, key)] {
@@ -354,11 +381,11 @@ impl<'a> Block<'a> {
         let rows = self.pruned.unwrap_or(self.rows);
         let _gathered = self.pruned.map(|n| [query, config.hidden].map(|w| pool.take(n * w)));
         tape.push(pool.take(rows * config.hidden));
-        tape.extend(self.project(O, rows));
+        tape.extend(self.project(&[O], rows, query));
         let _h = pool.take(rows * config.hidden);
         tape.push(pool.take(rows));
         tape.extend([(); 2].map(|()| pool.take(rows * config.intermediate)));
-        tape.extend([Gate, Up].into_iter().flat_map(|p| self.project(p, rows)));
+        tape.extend(self.project(&[Gate, Up], rows, config.hidden));
     }
 
     /// From the gradient to y to that to x, where that is needed.
@@ -374,7 +401,7 @@ impl<'a> Block<'a> {
         let mut d = d;
         let _gathered = self.pruned.map(|n| pool.take(n * query));
         let dattended = below_o.then(|| pool.take(after * query));
-        drop(self.project(O, after));
+        self.linears(&[O], after, query, below_o);
         let mut dattended = dattended?;
         if self.pruned.is_some() {
             d = pool.take(rows * config.hidden);
@@ -388,9 +415,7 @@ impl<'a> Block<'a> {
         let _h = pool.take(rows * config.hidden);
         drop(pool.take(rows));
         let dh = input_needed.then(|| pool.take(rows * config.hidden));
-        for projection in [Q, K, V] {
-            drop(self.project(projection, rows));
-        }
+        self.linears(&[Q, K, V], rows, config.hidden, input_needed);
         drop((dq, dk, dattended));
         dh.map(|_| d)
     }
@@ -401,7 +426,7 @@ impl<'a> Block<'a> {
         let below_act = below_needed || self.any(&[Gate, Up]);
         let act = wide();
         let dact = below_act.then(wide);
-        drop(self.project(Down, rows));
+        self.linears(&[Down], rows, config.intermediate, below_act);
         drop(act);
         let Some(dact) = dact else { return false };
         let (_dgate, _dup) = (wide(), wide());
@@ -409,8 +434,7 @@ impl<'a> Block<'a> {
         let _h = pool.take(rows * config.hidden);
         drop(pool.take(rows));
         let _dh = below_needed.then(|| pool.take(rows * config.hidden));
-        drop(self.project(Gate, rows));
-        drop(self.project(Up, rows));
+        self.linears(&[Gate, Up], rows, config.hidden, below_needed);
         below_needed
     }
 }
