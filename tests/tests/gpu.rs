@@ -158,7 +158,8 @@ fn every_script_that_is_needed_there_is_packed() {
     assert!(listed.contains("cargo build --release --locked"), "{listed}");
     for entry in std::fs::read_dir(here("")).expect("tests/gpu") {
         let name = entry.expect("an entry").file_name().to_string_lossy().into_owned();
-        assert!(listed.lines().any(|line| line == name) != (name == "pack.py"), "{name}: {listed}");
+        let needed = !["pack.py", "predict.py"].contains(&name.as_str());
+        assert!(listed.lines().any(|line| line == name) == needed, "{name}: {listed}");
     }
     // And imports nothing but each other, the standard library and, where they say so, PyTorch.
     let allowed = "import sys, ast, pathlib\n\
@@ -353,6 +354,19 @@ fn the_report_has_every_kind_of_line() {
         std::fs::write(fixture("table.md"), &table).expect("a table");
     }
     assert_eq!(table, std::fs::read_to_string(fixture("table.md")).expect("a table"));
+}
+
+#[test]
+fn what_is_predicted_is_what_the_documentation_says() {
+    let documented = std::fs::read_to_string(root().join("docs/kernels.md")).expect("the docs");
+    let predicted = stdout(python(&here("predict.py")).output().expect("runs"));
+    for line in predicted.lines().filter(|line| line.starts_with("| `")) {
+        // Measurements take the place of the dash.
+        let (name, rest) = line.split_once(" | — |").expect("not measured");
+        let found = documented.lines().find(|line| line.starts_with(name));
+        let found = found.unwrap_or_else(|| panic!("docs/kernels.md has no line {name}"));
+        assert!(found.ends_with(rest), "{found}: predicted is {line}");
+    }
 }
 
 /// The configuration of the whole steps is one that uft takes, the data has the tokens that it says, and a plan exists for a
