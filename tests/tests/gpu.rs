@@ -356,6 +356,23 @@ fn the_report_has_every_kind_of_line() {
     assert_eq!(table, std::fs::read_to_string(fixture("table.md")).expect("a table"));
 }
 
+/// The first two steps warm up; of the others the median counts, over the tokens of all sequences.
+#[test]
+fn a_rate_is_that_of_the_steps_after_the_first_two() {
+    let record = |seconds: &str| {
+        let made = format!("w.record('texts', 'uft', '', {seconds}, 11.0, 'mistral-7b', 70.5)");
+        let printed = snippet(&format!("import json, whole_steps as w; print(json.dumps({made}))"));
+        serde_json::from_str::<Value>(&printed).expect("JSON")
+    };
+    let found = record("[9.0, 8.0, 2.0, 4.0, 1.0]");
+    assert_eq!(found["task"], "texts, 16,384 tokens a step");
+    let rate = [&found["steps"], &found["seconds_per_step"], &found["tokens_per_second"]];
+    assert_eq!(rate, [&json!(5), &json!(2.0), &json!(8192.0)]);
+    // Cut off before anything counts.
+    let found = record("[9.0, 8.0]");
+    assert!(found["tokens_per_second"].is_null() && found["steps"] == 2, "{found}");
+}
+
 #[test]
 fn what_is_predicted_is_what_the_documentation_says() {
     let documented = std::fs::read_to_string(root().join("docs/kernels.md")).expect("the docs");
