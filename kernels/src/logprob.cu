@@ -24,22 +24,10 @@
 // Sums are cut at the same entries whatever the number of tokens and wherever in a tile a token lies: its log-prob
 // has the same bits in any company. Without `weights` nothing else changes, so the reference pass and the policy's
 // give the same bits, and B = 0 adds exact zeros.
+#include "logprob.cuh"
 #include "product.cuh"
 
-constexpr float LOG2_E = 1.4426950408889634f;
-constexpr int STRIP = 64;
 static_assert(WARP_N == STRIP, "a warp holds a strip");
-
-// A quad of lanes holds a row of a fragment.
-DEVICE float quad_max(float x) {
-    x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 1));
-    return fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 2));
-}
-
-DEVICE float quad_sum(float x) {
-    x += __shfl_xor_sync(ALL_LANES, x, 1);
-    return x + __shfl_xor_sync(ALL_LANES, x, 2);
-}
 
 // h [tokens, hidden], w [vocab, hidden], s [tokens, rank], b [vocab, rank]; `rank` 0: no adapter.
 // strips [tokens, ⌈vocab / 64⌉, 2], target_logits [tokens]; weights [tokens, pitch] with zeros from `vocab` on, or
@@ -73,8 +61,7 @@ KERNEL(THREADS) logprob_logits(const bf16* h, const bf16* w, int hidden, const b
                     largest = fmaxf(largest, logit);
                 }
             largest = quad_max(largest);
-            // A strip past the end has nothing but -inf, of which no difference may be taken.
-            float shift = largest == NEG_INFINITY ? 0.0f : largest, sum = 0.0f;
+            float shift = shift_of(largest), sum = 0.0f;
 #pragma unroll
             for (int j = 0; j < ACROSS; j++) {
                 float low = exp2_fast((sums[i][j][2 * half] - shift) * LOG2_E);

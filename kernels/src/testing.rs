@@ -179,9 +179,29 @@ pub(crate) fn assert_faults_are_caught(
     faults: &[(&'static str, &'static str, &'static str)],
 ) {
     check(&gpu(0));
-    for &(file, right, wrong) in faults {
+    assert_caught(check, faults, Gpu::emulated_with_fault);
+}
+
+/// The same with what only Hopper has.
+#[track_caller]
+pub(crate) fn assert_faults_are_caught_on_hopper(
+    check: impl Fn(&Gpu),
+    faults: &[(&'static str, &'static str, &'static str)],
+) {
+    check(&hopper_gpu(0));
+    assert_caught(check, faults, Gpu::emulated_hopper_with_fault);
+}
+
+#[track_caller]
+fn assert_caught(
+    check: impl Fn(&Gpu),
+    faults: &[(&'static str, &'static str, &'static str)],
+    device: fn(u64, Fault) -> Result<Gpu>,
+) {
+    for &(file, from, to) in faults {
         let caught = SEEDS.into_iter().any(|seed| {
-            let gpu = faulty_gpu(seed, file, right, wrong);
+            let gpu = device(seed, Fault { file, from, to });
+            let gpu = gpu.unwrap_or_else(|error| panic!("{error}"));
             let Err(panic) = catch_unwind(AssertUnwindSafe(|| check(&gpu))) else { return false };
             let message = panic.downcast_ref::<String>().map_or("", String::as_str);
             // What is not there, or does not compile, would prove nothing.
@@ -190,7 +210,7 @@ pub(crate) fn assert_faults_are_caught(
             assert!(!proves_nothing, "{message}");
             true
         });
-        assert!(caught, "{file}: {wrong:?} for {right:?} is not caught");
+        assert!(caught, "{file}: {to:?} for {from:?} is not caught");
     }
 }
 

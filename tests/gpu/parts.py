@@ -20,7 +20,7 @@ HERE = Path(__file__).resolve().parent
 # Of compute-sanitizer; racecheck first, because nothing else here sees a race on the hardware.
 TOOLS = ["racecheck", "memcheck", "synccheck", "initcheck"]
 # Tests that are small enough to be executed a hundred times slower, a few of every kernel.
-SANITIZED = ["cuda::hardware::", "matmul::cuda::tests::nt_", "matmul::cuda::tests::nn_", "matmul::cuda::tests::few_",
+SANITIZED = ["cuda::hardware::", "hopper::hardware::", "matmul::cuda::tests::nt_", "matmul::cuda::tests::nn_", "matmul::cuda::tests::few_",
              "adapter::tests::gradients_agree", "attention::cuda::tests::agrees_with_f64_over_many_tiles",
              "attention::cuda::tests::every_order", "logprob::cuda::tests::company", "rmsnorm::cuda::tests::forward",
              "rmsnorm::cuda::tests::backward", "rope::cuda::", "swiglu::cuda::", "embedding::cuda::", "elementwise::cuda::", "adamw::cuda::"]
@@ -112,13 +112,18 @@ def all_tests(context):
     return names
 
 
+def assumption(name):
+    """Whether a test is of what the emulation assumes of the hardware."""
+    return name.startswith(("cuda::hardware::", "cuda::tests::hopper::hardware::"))
+
+
 def why_not(name, context):
     """Why a test is not for this device, or None. Faults and the emulation's own tests need no GPU."""
-    if "::cuda::" not in name and not name.startswith(("cuda::hardware", "cuda::full_size")):
+    if "::cuda::" not in name and not name.startswith("cuda::full_size") and not assumption(name):
         return "of the processor or of the emulation"
     if "fault" in name:
         return "plants a fault, which is done in the emulation"
-    if "hopper" in name and not context.emulated and context.capability != "9.0":
+    if ("hopper" in name or "::fused::" in name) and not context.emulated and context.capability != "9.0":
         return f"for compute capability 9.0, this is {context.capability}"
     return None
 
@@ -164,11 +169,11 @@ def message(out, name):
 
 
 def hardware(context):
-    yield from run_tests(context, [name for name in all_tests(context) if name.startswith("cuda::hardware")])
+    yield from run_tests(context, [name for name in all_tests(context) if assumption(name)])
 
 
 def tests(context):
-    names = [name for name in all_tests(context) if not name.startswith("cuda::hardware") and context.options.only in name]
+    names = [name for name in all_tests(context) if not assumption(name) and context.options.only in name]
     yield from run_tests(context, names, full=not context.emulated)
 
 
@@ -186,6 +191,8 @@ def sanitizer(context):
         command = [tool, "--tool", which, "--error-exitcode", "77", "--print-limit", "20", context.binary("kernels-tests"),
                    "--exact", "--test-threads", "1", *names]
         start = time.monotonic()
+        # Memory that a test has filled with NaN counts as initialised.
+        context.environment["UFT_TEST_POISON"] = "0" if which == "initcheck" else "1"
         out, err, status = context.run(command)
         yield sanitized(which, out + err, status, names, round(time.monotonic() - start, 2))
 

@@ -6,6 +6,8 @@ its pieces on their way out, which nothing overlaps but the next tile's loads. W
 from math import ceil
 
 TOKENS, HIDDEN, KEYS, FEED, LAYERS = 16384, 4096, 1024, 14336, 32
+# The head takes so many tokens at a time.
+VOCABULARY, AT_A_TIME = 32000, 1024
 # Of an H100: operations and bytes a second that others have measured, multiprocessors.
 CEILING, COPY, PROCESSORS = 798e12, 3.0e12, 132
 # Guesses, to be replaced by what the first run says: the loop's operations a second, seconds to write a piece of 64 x 64 for each
@@ -15,16 +17,16 @@ LOOP, WRITE, READ, START = 840e12, 0.35e-6, 0.25e-6, 6e-6
 STREAM, GRADIENT = 0.85, 0.80
 
 
-def product(columns, depth, width=256, written=4, read=0, adapters=1):
+def product(columns, depth, width=256, written=4, read=0, adapters=1, tokens=TOKENS):
     """A tile of 256 columns of the weight makes `width` of the output; `written` and `read` are its pieces."""
-    tiles = ceil(TOKENS / 256) * ceil(columns / width)
+    tiles = ceil(tokens / 256) * ceil(columns / width)
     slices = ceil(depth / 64) + adapters
     tile = slices * (2 * 128 * 256 * 64) * PROCESSORS / LOOP + written * WRITE + read * READ
     return START + ceil(tiles / (PROCESSORS // 2)) * tile
 
 
-def operations(columns, depth):
-    return 2 * TOKENS * columns * depth / CEILING
+def operations(columns, depth, tokens=TOKENS):
+    return 2 * tokens * columns * depth / CEILING
 
 
 def moved(width, share=STREAM):
@@ -46,6 +48,11 @@ HOPPER = [
     ("`hopper_nn`: o", 1, product(HIDDEN, HIDDEN), operations(HIDDEN, HIDDEN)),
     ("`hopper_nn`: q", 1, product(HIDDEN, HIDDEN), operations(HIDDEN, HIDDEN)),
     ("`hopper_nn`: k, v, added", 2, product(HIDDEN, KEYS, read=4), operations(HIDDEN, KEYS)),
+    # Exponentials take about as long as a piece that is read.
+    ("`hopper_logprob_logits`, 1024 tokens", TOKENS / AT_A_TIME / LAYERS,
+     product(VOCABULARY, HIDDEN, read=4, adapters=0, tokens=AT_A_TIME), operations(VOCABULARY, HIDDEN, AT_A_TIME)),
+    ("`hopper_nn`: the head, 1024 tokens", TOKENS / AT_A_TIME / LAYERS,
+     product(HIDDEN, VOCABULARY, adapters=0, tokens=AT_A_TIME), operations(HIDDEN, VOCABULARY, AT_A_TIME)),
 ]
 # Of a layer: attention as docs/kernels.md expects it, norms, what is normed and activated again for the adapters, copies, the rotation's
 # way back, and the adapters' short sides and gradients.
@@ -59,8 +66,8 @@ PORTABLE = [
     ("dA", moved(6 * HIDDEN + FEED, GRADIENT)),
     ("dB and du", moved(3 * HIDDEN + 2 * KEYS + 2 * FEED, GRADIENT)),
 ]
-# Once a step: the head's logits and gradients, AdamW.
-ONCE = 12e-3 + 12e-3 + 0.6e-3
+# Once a step: the weights of the head's softmax become slopes, AdamW.
+ONCE = 2 * 2 * TOKENS * VOCABULARY / COPY / STREAM + 0.6e-3
 
 
 def main():

@@ -1,5 +1,6 @@
 //! What the tests of this package share: running the command line, and the golden references.
 
+pub mod beside;
 pub mod c;
 pub mod fuzz;
 pub mod mixed;

@@ -1,5 +1,6 @@
 //! The bundled plugins: their list and their table are those of the libraries, every objective passes the
-//! check with its defaults, and its numbers are TRL's or its authors' (tests/golden/README.md).
+//! check with its defaults, its numbers are TRL's or its authors' (tests/golden/README.md), and every adapter reads
+//! records of real schema. What a plugin is held against lies beside it.
 
 use serde_json::Value;
 use std::collections::BTreeSet;
@@ -8,7 +9,7 @@ use uft::plugins::{Registry, table};
 use uft_core::abi::{ObjectiveObject, Role};
 use uft_core::check::{self, Case};
 use uft_core::{Feedback, Kinds};
-use uft_tests::{golden, json, lines, numbers, root, succeed};
+use uft_tests::{beside, golden, lines, numbers, root, succeed};
 
 const UFT: &str = env!("CARGO_BIN_EXE_uft-under-test");
 
@@ -47,14 +48,18 @@ fn the_list_is_what_the_libraries_export_and_what_is_in_the_folder() {
         let exported: Vec<_> = registry.entries().map(|(_, e)| e.name.as_str()).collect();
         assert_eq!(exported, library.entries, "plugins/bundled/src/lib.rs: {}", library.name);
     }
-    let folders = std::fs::read_dir(root().join("plugins")).expect("a folder");
-    let folders = folders.map(|e| e.expect("an entry").path());
-    let crates: BTreeSet<String> = folders
-        .filter(|folder| folder.join("Cargo.toml").is_file() && !folder.ends_with("bundled"))
-        .map(|folder| folder.file_name().unwrap_or_default().to_string_lossy().into_owned())
-        .collect();
+    let folders: Vec<String> = beside::folders().iter().map(|f| beside::name(f)).collect();
     let listed = bundled::LIBRARIES.map(|library| library.name.to_owned());
-    assert_eq!(crates, BTreeSet::from(listed), "plugins/bundled/src/lib.rs");
+    for folder in &folders {
+        assert!(listed.contains(folder), "plugins/bundled/src/lib.rs has no library `{folder}`");
+    }
+    assert_eq!(folders.len(), listed.len(), "plugins/bundled/src/lib.rs: {listed:?}");
+    let manifest = std::fs::read_to_string(root().join("plugins/bundled/Cargo.toml"));
+    let manifest = manifest.expect("the manifest of `bundled`");
+    for library in bundled::LIBRARIES {
+        let line = format!("\n{} = {{ path = \"../{0}\" }}\n", library.name);
+        assert!(manifest.contains(&line), "plugins/bundled/Cargo.toml lacks:{line}");
+    }
 }
 
 #[test]
@@ -87,7 +92,19 @@ fn every_objective_passes_the_check() {
     }
 }
 
-/// A step of objectives.json.
+#[test]
+fn every_adapter_passes_the_check_on_its_fixtures() {
+    let mut registry = registry();
+    for fixture in beside::fixtures() {
+        let records = std::fs::read_to_string(&fixture.file).expect("records");
+        let plugin: PluginRef = fixture.adapter.try_into().expect("a plugin");
+        let mut make = || Ok(registry.adapter(&plugin).expect("a bundled adapter").into_object());
+        let records: Vec<&str> = records.lines().collect();
+        check::check_adapter(&plugin.plugin, &mut make, &records).expect_passed();
+    }
+}
+
+/// A step of a golden.json.
 fn step(described: &Value) -> Case {
     let mut case = Case::new();
     for prompt in described.as_array().expect("prompts") {
@@ -112,34 +129,44 @@ fn step(described: &Value) -> Case {
 
 #[test]
 fn numbers_are_those_of_trl_and_of_the_papers_authors() {
-    let golden = json(&golden("objectives.json"));
     let (mut compared, mut by_name) = (BTreeSet::new(), Registry::new([]));
-    for expected in golden["expected"].as_array().expect("expectations") {
-        let name = expected["objective"].as_str().expect("a name");
-        let mut objective = objective(&mut by_name, name, &expected["params"]);
-        for before in expected["before"].as_array().expect("steps") {
-            let before = step(&golden["steps"][before.as_str().expect("a name")]);
-            before.run(&mut objective).expect("a step");
+    for (plugin, golden) in beside::golden() {
+        for expected in golden["expected"].as_array().expect("expectations") {
+            let name = expected["objective"].as_str().expect("a name");
+            assert_eq!(bundled::library_of(name), Some(plugin.as_str()), "{name} is another's");
+            compare(
+                &mut objective(&mut by_name, name, &expected["params"]),
+                expected,
+                &golden["steps"],
+            );
+            compared.insert(name.to_owned());
         }
-        let case = step(&golden["steps"][expected["step"].as_str().expect("a name")]);
-        let seen = case.run(&mut objective).expect("a step");
-        let (loss, dlogp) =
-            (expected["loss"].as_f64().expect("a loss"), numbers(&expected["dlogp"]));
-        let scale = dlogp.iter().fold(0.0, |max: f64, g| max.max(g.abs()));
-        let place = format!("{name} {} against {}", expected["params"], expected["source"]);
-        assert!((seen.loss - loss).abs() <= 1e-6 * loss.abs(), "{place}: {} {loss}", seen.loss);
-        assert_eq!(seen.dlogp.len(), dlogp.len(), "{place}");
-        for (t, (ours, theirs)) in seen.dlogp.iter().zip(&dlogp).enumerate() {
-            let apart = (f64::from(*ours) - theirs).abs();
-            assert!(apart <= 1e-6 * scale, "{place}: token {t}: {ours} {theirs}");
-        }
-        compared.insert(name.to_owned());
     }
-    // The others' are in tests/golden/expected, at the end of a model.
+    // Theirs are in tests/golden/expected, at the end of a model.
     let elsewhere = ["sft", "uft-sft", "una-score", "una-binary", "kto"];
     for name in objectives(&registry()) {
         let is = elsewhere.contains(&name.as_str()) || compared.contains(&name);
-        assert!(is, "{name} is compared with nothing");
+        assert!(is, "{name} is compared with nothing: its plugin's golden.json lacks it");
+    }
+}
+
+/// Holds an objective against an expectation of a golden.json with these steps.
+fn compare(objective: &mut ObjectiveObject, expected: &Value, steps: &Value) {
+    for before in expected["before"].as_array().expect("steps") {
+        let before = step(&steps[before.as_str().expect("a name")]);
+        before.run(objective).expect("a step");
+    }
+    let case = step(&steps[expected["step"].as_str().expect("a name")]);
+    let seen = case.run(objective).expect("a step");
+    let (loss, dlogp) = (expected["loss"].as_f64().expect("a loss"), numbers(&expected["dlogp"]));
+    let scale = dlogp.iter().fold(0.0, |max: f64, g| max.max(g.abs()));
+    let [name, params, source] = ["objective", "params", "source"].map(|key| &expected[key]);
+    let place = format!("{name} {params} against {source}");
+    assert!((seen.loss - loss).abs() <= 1e-6 * loss.abs(), "{place}: {} {loss}", seen.loss);
+    assert_eq!(seen.dlogp.len(), dlogp.len(), "{place}");
+    for (t, (ours, theirs)) in seen.dlogp.iter().zip(&dlogp).enumerate() {
+        let apart = (f64::from(*ours) - theirs).abs();
+        assert!(apart <= 1e-6 * scale, "{place}: token {t}: {ours} {theirs}");
     }
 }
 
@@ -214,20 +241,26 @@ fn objectives_that_see_the_whole_step_see_it_in_a_sum_too() {
 #[test]
 fn records_of_published_data_sets_reach_the_model() {
     let model = golden("models/qwen3").display().to_string();
-    for (file, format, responses) in [
-        ("ultrafeedback", "ultrafeedback", 8),
-        ("ultrafeedback", "{ plugin = \"ultrafeedback\", as = \"pair\" }", 4),
-        ("nectar", "rankings", 4),
-        ("rankings", "rankings", 5),
-        ("oasst", "oasst", 5),
-        ("oasst", "{ plugin = \"oasst\", as = \"demonstration\" }", 1),
-        ("hh-rlhf", "hh-rlhf", 4),
-        ("tool-calls", "tool-calls", 3),
-        ("xlam", "tool-calls", 1),
-    ] {
-        let data = root().join(format!("plugins/datasets/fixtures/{file}.jsonl"));
-        let data = data.display().to_string();
-        let arguments = ["score", "--model", &model, "--data", &data, "--format", format];
-        assert_eq!(lines(&succeed(UFT, &arguments)).len(), responses, "{file} as {format}");
+    let mut read = BTreeSet::new();
+    for fixture in beside::fixtures() {
+        let (data, adapter) = (fixture.file.display().to_string(), &fixture.adapter);
+        let format = adapter.as_str().map_or_else(|| adapter.to_string(), str::to_owned);
+        let arguments = ["score", "--model", &model, "--data", &data, "--format", &format];
+        let seen = lines(&succeed(UFT, &arguments)).len();
+        assert_eq!(seen, fixture.responses, "{data} as {format}");
+        let plugin: PluginRef = fixture.adapter.try_into().expect("a plugin");
+        let name = plugin.plugin;
+        assert_eq!(
+            bundled::library_of(&name),
+            Some(fixture.plugin.as_str()),
+            "{name} is another's"
+        );
+        read.insert(name);
+    }
+    let registry = registry();
+    let adapters = registry.entries().filter(|(_, entry)| entry.role == Role::Adapter);
+    for (library, entry) in adapters {
+        let of = format!("plugins/{}/fixtures/index.toml", library.name());
+        assert!(read.contains(entry.name.as_str()), "{of} has no records for {}", entry.name);
     }
 }

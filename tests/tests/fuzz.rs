@@ -112,7 +112,7 @@ fn config() {
 
 #[test]
 fn records() {
-    drive("records", 8000, MOST_BYTES);
+    drive("records", 16_000, MOST_BYTES);
 }
 
 #[test]

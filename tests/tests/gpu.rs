@@ -158,7 +158,8 @@ fn every_script_that_is_needed_there_is_packed() {
     assert!(listed.contains("cargo build --release --locked"), "{listed}");
     for entry in std::fs::read_dir(here("")).expect("tests/gpu") {
         let name = entry.expect("an entry").file_name().to_string_lossy().into_owned();
-        assert!(listed.lines().any(|line| line == name) != (name == "pack.py"), "{name}: {listed}");
+        let needed = !["pack.py", "predict.py"].contains(&name.as_str());
+        assert!(listed.lines().any(|line| line == name) == needed, "{name}: {listed}");
     }
     // And imports nothing but each other, the standard library and, where they say so, PyTorch.
     let allowed = "import sys, ast, pathlib\n\
@@ -353,6 +354,36 @@ fn the_report_has_every_kind_of_line() {
         std::fs::write(fixture("table.md"), &table).expect("a table");
     }
     assert_eq!(table, std::fs::read_to_string(fixture("table.md")).expect("a table"));
+}
+
+/// The first two steps warm up; of the others the median counts, over the tokens of all sequences.
+#[test]
+fn a_rate_is_that_of_the_steps_after_the_first_two() {
+    let record = |seconds: &str| {
+        let made = format!("w.record('texts', 'uft', '', {seconds}, 11.0, 'mistral-7b', 70.5)");
+        let printed = snippet(&format!("import json, whole_steps as w; print(json.dumps({made}))"));
+        serde_json::from_str::<Value>(&printed).expect("JSON")
+    };
+    let found = record("[9.0, 8.0, 2.0, 4.0, 1.0]");
+    assert_eq!(found["task"], "texts, 16,384 tokens a step");
+    let rate = [&found["steps"], &found["seconds_per_step"], &found["tokens_per_second"]];
+    assert_eq!(rate, [&json!(5), &json!(2.0), &json!(8192.0)]);
+    // Cut off before anything counts.
+    let found = record("[9.0, 8.0]");
+    assert!(found["tokens_per_second"].is_null() && found["steps"] == 2, "{found}");
+}
+
+#[test]
+fn what_is_predicted_is_what_the_documentation_says() {
+    let documented = std::fs::read_to_string(root().join("docs/kernels.md")).expect("the docs");
+    let predicted = stdout(python(&here("predict.py")).output().expect("runs"));
+    for line in predicted.lines().filter(|line| line.starts_with("| `")) {
+        // Measurements take the place of the dash.
+        let (name, rest) = line.split_once(" | — |").expect("not measured");
+        let found = documented.lines().find(|line| line.starts_with(name));
+        let found = found.unwrap_or_else(|| panic!("docs/kernels.md has no line {name}"));
+        assert!(found.ends_with(rest), "{found}: predicted is {line}");
+    }
 }
 
 /// The configuration of the whole steps is one that uft takes, the data has the tokens that it says, and a plan exists for a

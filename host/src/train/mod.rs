@@ -228,6 +228,8 @@ impl Running<'_> {
             position.steps += 1;
             position.tokens += outcome.tokens;
             position.seconds += seconds;
+            let milliseconds = outcome.objectives.as_secs_f64() * 1e3;
+            log::debug!("{milliseconds:.3} of {:.0} ms in the objectives", seconds * 1e3);
             logs.step(self.line(run, position, &outcome, lr, seconds))?;
             progress.step(&outcome);
             let now = run.model.made();

@@ -13,6 +13,7 @@ use crate::group::Group;
 use crate::model::{Adapters, Gradients, Model, Packed};
 use crate::{Error, Result};
 use std::ops::Range;
+use std::time::{Duration, Instant};
 use uft_core::batch::{Batch, Segment};
 
 /// What a pass computes with.
@@ -47,6 +48,8 @@ pub struct Outcome {
     pub tokens: u64,
     /// Trained tokens.
     pub trained: u64,
+    /// Time for the objectives: building what they see, their calls, checking what comes back.
+    pub objectives: Duration,
 }
 
 impl Pass<'_> {
@@ -69,6 +72,7 @@ impl Pass<'_> {
         self.reference_logps(sources, rows, &mut plan, &mut mismatched, known)?;
         let (statistics, mut early) =
             self.statistics(sources, rows, &plan, &mismatched, grads.is_some())?;
+        let begun = Instant::now();
         for source in plan.sources() {
             let step = statistics.step(&plan, source, self.at);
             let Source { objective, name, .. } = &mut sources[source];
@@ -80,6 +84,7 @@ impl Pass<'_> {
         let mut outcome = Outcome {
             tokens: plan.rows(),
             trained: plan.totals.iter().map(|t| t.tokens).sum(),
+            objectives: begun.elapsed(),
             ..Outcome::default()
         };
         // The one whose tape is held goes first.
@@ -97,8 +102,10 @@ impl Pass<'_> {
                 (Some(tape), _) => tape.logps(),
                 (None, logps) => logps.as_deref().unwrap_or_default(),
             };
+            let begun = Instant::now();
             let dlogps =
                 self.objectives(sources, rows, &plan, batch, logps, &statistics, &mut outcome)?;
+            outcome.objectives += begun.elapsed();
             if let (Some(tape), Some(grads)) = (tape, grads.as_deref_mut()) {
                 self.model.backward(tape, &dlogps, self.policy, grads)?;
                 grads.take_norm(index as u32 + 1)?;

@@ -51,10 +51,11 @@ DEVICE uint32_t cluster_rank() {
 #endif
 }
 
-// All threads of all blocks of the cluster; what was written before the arrival is seen after the wait.
+// All threads of all blocks of the cluster, those of a warp not necessarily together; what was written before the arrival is seen after
+// the wait.
 DEVICE void cluster_arrive() {
 #ifdef __CUDACC_RTC__
-    asm volatile("barrier.cluster.arrive.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.arrive;" ::: "memory");
 #else
     emulation::cluster_arrive();
 #endif
@@ -62,7 +63,7 @@ DEVICE void cluster_arrive() {
 
 DEVICE void cluster_wait() {
 #ifdef __CUDACC_RTC__
-    asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.wait;" ::: "memory");
 #else
     emulation::cluster_wait();
 #endif

@@ -75,8 +75,11 @@ pub const KERNELS: &[&[Kernel]] = &[
 ];
 
 /// Those that only Hopper has the instructions for.
-pub const HOPPER_KERNELS: &[&[Kernel]] =
-    &[&crate::matmul::cuda::hopper::KERNELS, &crate::matmul::cuda::fused::KERNELS];
+pub const HOPPER_KERNELS: &[&[Kernel]] = &[
+    &crate::matmul::cuda::hopper::KERNELS,
+    &crate::matmul::cuda::fused::KERNELS,
+    crate::logprob::cuda::HOPPER_KERNELS,
+];
 
 /// A device. A clone is the same one.
 #[derive(Clone)]

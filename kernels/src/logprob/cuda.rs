@@ -4,18 +4,26 @@
 
 use crate::args;
 use crate::cuda::{
-    Arena, DeviceBuffer, DeviceSlice, Gpu, Kernel, Result, Source, TILE, assert_aligned, blocks,
+    Arena, DeviceBuffer, DeviceSlice, Gpu, HOPPER, Kernel, Result, Source, TILE, assert_aligned,
+    blocks,
 };
 use crate::matmul::cuda::adapter::{
     self, add_to_gradient_of_a, add_to_gradient_of_b, workspace_of_a, workspace_of_b,
 };
+use crate::matmul::cuda::hopper::{self, NARROW, Tile, WIDE};
 use crate::matmul::cuda::{Adapter, PRODUCT_HEADER, few, nn, nt};
 use half::bf16;
 
 static SOURCE: Source = Source {
     name: "logprob.cu",
     text: include_str!("../logprob.cu"),
-    headers: &[TILE, PRODUCT_HEADER],
+    headers: &[TILE, PRODUCT_HEADER, HEADER],
+};
+const HEADER: (&str, &str) = ("logprob.cuh", include_str!("../logprob.cuh"));
+static HOPPER_SOURCE: Source = Source {
+    name: "hopper_logprob.cu",
+    text: include_str!("../hopper_logprob.cu"),
+    headers: &[HOPPER[0], HOPPER[1], TILE, hopper::PRODUCT_HEADER, HEADER],
 };
 
 /// Tokens and entries of a block's tile, depth and number of the slices in shared memory. Two such blocks
@@ -43,6 +51,13 @@ const GRADIENTS: Kernel = kernel("logprob_gradients", 256);
 
 /// Every kernel of this file.
 pub const KERNELS: &[Kernel] = &[LOGITS, COMBINE, GRADIENTS];
+
+const fn hopper_logits(tile: Tile) -> Kernel {
+    tile.kernel_of(&HOPPER_SOURCE, "hopper_logprob_logits")
+}
+
+/// Those that only Hopper has the instructions for.
+pub const HOPPER_KERNELS: &[Kernel] = &[hopper_logits(WIDE), hopper_logits(NARROW)];
 
 /// The vocabulary as the products take it: rounded up to a multiple of 8.
 pub const fn padded(vocab: usize) -> usize {
@@ -239,29 +254,98 @@ impl Head<'_> {
                 Some(low)
             }
         };
-        let rank = self.adapter.map_or(0, |adapter| adapter::padded(adapter.rank));
-        let mut strips = arena.take(m * vocab.div_ceil(STRIP) * 2)?;
+        let mut strips = arena.take::<f32>(m * vocab.div_ceil(STRIP) * 2)?;
         let (mut target_logits, mut lse) = (arena.take::<f32>(m)?, arena.take::<f32>(m)?);
+        let sums = (&mut *strips, &mut *target_logits);
+        match Tile::of(gpu, width, vocab) {
+            Some(tile) => {
+                self.hopper_logits(gpu, tile, hidden, low.as_deref(), targets, weights, sums)?;
+            }
+            None => self.logits(gpu, hidden, low.as_deref(), targets, weights, sums)?,
+        }
+        let args = args![&strips, &target_logits, targets, logp, &mut lse, m as i32, vocab as i32];
+        gpu.launch(&COMBINE, [blocks(m, 4), 1, 1], 0, args)?;
+        Ok(Softmax { strips, lse, low })
+    }
+
+    /// Strips and targets' logits, and weights if they are asked for; `low`: `[m, R]` where there is an adapter.
+    fn logits(
+        &self,
+        gpu: &Gpu,
+        hidden: &DeviceSlice<bf16>,
+        low: Option<&DeviceSlice<bf16>>,
+        targets: &DeviceSlice<u32>,
+        weights: Option<&mut DeviceSlice<bf16>>,
+        (strips, target_logits): (&mut DeviceSlice<f32>, &mut DeviceSlice<f32>),
+    ) -> Result<()> {
+        let (m, width, vocab) = (targets.len(), self.hidden, self.vocab);
+        let rank = self.adapter.map_or(0, |adapter| adapter::padded(adapter.rank));
         let tiles = m.div_ceil(TILE_TOKENS) * vocab.div_ceil(TILE_ENTRIES);
         let args = args![
             hidden,
             self.weight,
             width as i32,
-            low.as_deref(),
+            low,
             self.adapter.map(|adapter| adapter.b),
             rank as i32,
             targets,
-            &mut strips,
-            &mut target_logits,
+            strips,
+            target_logits,
             weights,
             m as i32,
             vocab as i32,
             padded(vocab) as i32,
         ];
-        gpu.launch(&LOGITS, [blocks(tiles, 1), 1, 1], SHARED_BYTES as u32, args)?;
-        let args = args![&strips, &target_logits, targets, logp, &mut lse, m as i32, vocab as i32];
-        gpu.launch(&COMBINE, [blocks(m, 4), 1, 1], 0, args)?;
-        Ok(Softmax { strips, lse, low })
+        gpu.launch(&LOGITS, [blocks(tiles, 1), 1, 1], SHARED_BYTES as u32, args)
+    }
+
+    /// [`Self::logits`] by Hopper's kernel.
+    fn hopper_logits(
+        &self,
+        gpu: &Gpu,
+        tile: Tile,
+        hidden: &DeviceSlice<bf16>,
+        low: Option<&DeviceSlice<bf16>>,
+        targets: &DeviceSlice<u32>,
+        weights: Option<&mut DeviceSlice<bf16>>,
+        (strips, target_logits): (&mut DeviceSlice<f32>, &mut DeviceSlice<f32>),
+    ) -> Result<()> {
+        let (m, width, vocab) = (targets.len(), self.hidden, self.vocab);
+        if m == 0 {
+            return Ok(());
+        }
+        let entries = padded(vocab);
+        let adapter = self.adapter.zip(low);
+        let adapter =
+            adapter.map(|(LowRank { b, rank, .. }, left)| Adapter { left, right: b, rank });
+        let (_, _, rank) = Adapter::parts(adapter);
+        let half = Some(tile.n / hopper::CLUSTER);
+        let [h, w, s, b] =
+            hopper::maps(gpu, (hidden, self.weight), adapter, (m, width, entries), half)?;
+        let keeps = i32::from(weights.is_some());
+        let weights = match weights {
+            Some(weights) => gpu.tensor_map_mut(weights, [m, entries], hopper::PIECE)?,
+            // Any: it is not used.
+            None => h,
+        };
+        let (tokens, columns, depth) = (m as i32, vocab as i32, width as i32);
+        let args = args![
+            h,
+            w,
+            s,
+            b,
+            weights,
+            targets,
+            strips,
+            target_logits,
+            tokens,
+            columns,
+            depth,
+            rank,
+            keeps
+        ];
+        let grid = tile.grid(gpu, m, vocab);
+        gpu.launch(&hopper_logits(tile), grid, tile.shared_bytes(), args)
     }
 
     /// [`Self::log_probs`], and `dlogp dlogp_t / dlogits_t`: `[m, P]` with zeros after V entries, `dlogp`

@@ -134,6 +134,10 @@ struct Linear {
         return {weight, adapter, divide_up(depth, TILE_K), divide_up(rank, TILE_K)};
     }
     DEVICE int slices() const { return of_weight + of_adapter; }
+    DEVICE void prefetch() const {
+        tma_prefetch(weight.left);
+        tma_prefetch(weight.right);
+    }
     DEVICE void load(unsigned char* stage, Barrier* full, int2 corner, int slice) const {
         if (slice < of_weight) weight.template load<ALONG>(stage, full, corner, slice * TILE_K);
         else adapter.template load<ALONG>(stage, full, corner, (slice - of_weight) * TILE_K);
@@ -258,6 +262,7 @@ DEVICE void fill_piece(unsigned char* staged, Part part, Pair pair) {
 template <class Terms, class Epilogue>
 DEVICE void product(const Terms& terms, Tiles tiles, Epilogue epilogue) {
     Shared shared = shared_memory();
+    if (threadIdx.x == 0) terms.prefetch();
     prepare(shared);
     if (warpgroup_index() == 0) {
         fewer_registers<FEW>();

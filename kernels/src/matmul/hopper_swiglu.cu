@@ -25,6 +25,11 @@ struct GateAndUp {
     int of_weight, of_gate, of_up, columns;
 
     DEVICE int slices() const { return of_weight + of_gate + of_up; }
+    DEVICE void prefetch() const {
+        tma_prefetch(x);
+        tma_prefetch(w_gate);
+        tma_prefetch(w_up);
+    }
     DEVICE void load(unsigned char* stage, Barrier* full, int2 corner, int slice) const {
         const bool up = cluster_rank() == 1;
         unsigned char* right = stage + LEFT_BYTES;

@@ -12,7 +12,7 @@
 //!
 //! TRL sorts a micro-batch; here it is the whole step, so that the loss does not depend on how a step
 //! is split. With one pair in a step both are DPO, with `e = label_smoothing` cDPO. Equal values keep the
-//! order of the step. The paper has no hyper-parameter beyond beta; 0.1 is TRL's.
+//! order of the step. The paper has no hyper-parameter beyond beta, which is that of its figure 2.
 
 use std::marker::PhantomData;
 use uft_core::batch::StepResponse;
@@ -76,7 +76,7 @@ impl<S: Sides> Objective for Aot<S> {
         let about = "e: probability that a pair is the wrong way round";
         let probability = Bound::Within(0.0, 0.5);
         Self {
-            beta: params.number("beta", 0.1, Bound::Positive, "scale of the implicit reward"),
+            beta: params.number("beta", 0.01, Bound::Positive, "scale of the implicit reward"),
             label_smoothing: params.number("label_smoothing", 0.0, probability, about),
             responses: Vec::new(),
             sides: PhantomData,

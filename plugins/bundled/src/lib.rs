@@ -1,8 +1,8 @@
 //! The plugins that come with `uft`: the one list of them.
 //!
 //! Adding one means a folder beside this one, a line in this crate's manifest, which gets it built
-//! with the host, and a line here, which lets `plugin = "ipo"` find the library that has it. Nothing is
-//! linked, and no folder is scanned.
+//! with the host, and a line here, which lets `plugin = "ipo"` find the library that has it
+//! (docs/plugins.md has the whole recipe). Nothing is linked, and no folder is scanned.
 
 #![warn(missing_docs)]
 

@@ -10,7 +10,7 @@ fn difference(beta: f64, chosen: &Summed, rejected: &Summed) -> Dual64 {
 
 /// Robust DPO: `(-(1-e) log sigmoid(z) + e log sigmoid(-z)) / (1 - 2e)`, whose mean over labels that
 /// are wrong with probability `e` is DPO's loss of the right ones (arXiv 2403.00409, section 3.1).
-/// Defaults: the paper's section 6 and appendix B.
+/// Defaults: the paper's section 6 for `e`, table 4 of appendix B for beta.
 pub struct RobustDpo {
     beta: f64,
     label_smoothing: f64,
@@ -27,7 +27,7 @@ impl PairLoss for RobustDpo {
         let probability = Bound::Within(0.0, 0.499);
         let about = "e: probability that a pair is the wrong way round";
         Self {
-            beta: beta(params, 0.01),
+            beta: beta(params, 0.1),
             label_smoothing: params.number("label_smoothing", 0.1, probability, about),
         }
     }
@@ -43,7 +43,7 @@ impl PairLoss for RobustDpo {
 }
 
 /// Hinge: `max(0, 1 - z)`, the calibration loss of SLiC-HF (arXiv 2305.10425, section 2) on log-ratios,
-/// as RSO does (arXiv 2309.06657, hinge-norm; default: its gamma).
+/// as RSO does (arXiv 2309.06657, hinge-norm; default: its gamma). SLiC's margin is `1 / beta`.
 pub struct Hinge {
     beta: f64,
 }

@@ -36,7 +36,7 @@ impl PairLoss for Ipo {
 }
 
 /// Length-normalised DPO: `-log sigmoid(beta * (d_w/n_w - d_l/n_l))` (Tulu 3, arXiv 2411.15124, section 5;
-/// default: its beta). Beta is per token, hence some tens of times DPO's.
+/// default: the beta of its authors' training commands). Beta is per token, hence some tens of times DPO's.
 pub struct LnDpo {
     beta: f64,
 }

@@ -27,7 +27,7 @@ class Response:
 
 
 def describe():
-    """{name: [prompt: [response, …]]} as JSON: every step of objectives.json."""
+    """{name: [prompt: [response, …]]} as JSON: the steps that golden.py files may name."""
     rng = np.random.RandomState(6)
 
     def response(kind, value=0.0):

@@ -1,11 +1,13 @@
 //! Matrix products: the layers' own, and what adapters add.
 
 use crate::{Bench, Cost};
-use uft_kernels::cuda::Result;
+use uft_kernels::cuda::{Arena, Result};
 use uft_kernels::matmul::cuda::adapter::{
     add_to_gradient_of_a, add_to_gradient_of_b, padded, workspace_of_a, workspace_of_b,
 };
+use uft_kernels::matmul::cuda::fused::{Weight, nn_swiglu_backward, nt_rope, nt_swiglu};
 use uft_kernels::matmul::cuda::{Adapter, few, nn, nt};
+use uft_kernels::rope::{Rope, cuda::Table};
 
 pub fn measure(bench: &Bench) -> Result<()> {
     let sizes = &bench.sizes;
@@ -20,6 +22,7 @@ pub fn measure(bench: &Bench) -> Result<()> {
     ] {
         linear(bench, name, k, n)?;
     }
+    with_neighbours(bench)?;
     one_token(bench, hidden, inner)
 }
 
@@ -82,6 +85,60 @@ fn linear(bench: &Bench, name: &str, k: usize, n: usize) -> Result<()> {
     let cost = Cost { flops: 2 * m * k * r, bytes: 2 * (m * k + m * r) + 8 * k * r };
     bench.case(&of_a, &mm("tn", r, m, k), cost, || {
         add_to_gradient_of_a(gpu, &du, &x, &mut da, m, r, k, &mut room_a)
+    });
+    Ok(())
+}
+
+/// Products with what stands next to them, which on Hopper is one kernel. Peers multiply alone.
+fn with_neighbours(bench: &Bench) -> Result<()> {
+    let cases =
+        ["nt with rotation, q", "nt with activation, gate and up", "nn with activation, down"];
+    if !cases.iter().any(|case| bench.wants(case)) {
+        return Ok(());
+    }
+    let [rotate, activate, activate_backward] = cases;
+    let (gpu, sizes, m, r) = (&bench.gpu, &bench.sizes, bench.sizes.tokens, bench.sizes.rank);
+    let (hidden, inner, queries) = (sizes.hidden, sizes.intermediate, sizes.heads.query_width());
+    let pitch = padded(r);
+    let x = bench.random(m * hidden)?;
+    let (u, b) = (bench.random(m * pitch)?, bench.random(inner.max(queries) * pitch)?);
+
+    let (w, mut y) = (bench.random(queries * hidden)?, bench.empty(m * queries)?);
+    let half = sizes.heads.head_dim / 2;
+    let inv_freq = (0..half).map(|i| 1e4f64.powf(-(i as f64) / half as f64)).collect();
+    let table = Table::new(gpu, &Rope::new(inv_freq, 1.0), sizes.text)?;
+    let positions = gpu.uploaded(&bench.ids(m, sizes.text))?;
+    let flops = 2 * m * queries * (hidden + r) + 3 * m * queries;
+    let bytes = 2 * (m * hidden + queries * hidden + m * queries + (m + queries) * r);
+    bench.case(rotate, &mm("nt", m, hidden, queries), Cost { flops, bytes }, || {
+        let adapter = Some(Adapter { left: &u, right: &b[..queries * pitch], rank: r });
+        let weight = Weight { w: &w, bias: None, adapter };
+        nt_rope(gpu, &x, weight, &mut y, m, hidden, queries, &table, &positions)
+    });
+
+    let (gate_w, up_w) = (bench.random(inner * hidden)?, bench.random(inner * hidden)?);
+    let (mut gate, mut up) = (bench.random(m * inner)?, bench.random(m * inner)?);
+    let mut out = bench.empty(m * inner)?;
+    let flops = 4 * m * inner * (hidden + r) + 5 * m * inner;
+    let bytes = 2 * (m * hidden + 2 * inner * hidden + 3 * m * inner + 2 * (m + inner) * r);
+    bench.case(activate, &mm("nt", m, hidden, 2 * inner), Cost { flops, bytes }, || {
+        let adapter = Some(Adapter { left: &u, right: &b[..inner * pitch], rank: r });
+        let weights = [&gate_w, &up_w].map(|w| Weight { w, bias: None, adapter });
+        nt_swiglu(gpu, &x, weights, &mut gate, &mut up, &mut out, m, hidden, inner)
+    });
+
+    // The way back through down: w [hidden, inner].
+    let (a, mut dgate, mut dup) =
+        (bench.random(pitch * inner)?, bench.empty(m * inner)?, bench.empty(m * inner)?);
+    let arena = Arena::new(gpu, 2 * m * inner)?;
+    let flops = 2 * m * inner * (hidden + r) + 10 * m * inner;
+    let bytes = 2 * (m * hidden + inner * hidden + 4 * m * inner + (m + inner) * r);
+    bench.case(activate_backward, &mm("nn", m, hidden, inner), Cost { flops, bytes }, || {
+        let adapter = Some(Adapter { left: &u, right: &a, rank: r });
+        let (dgate, dup) = (&mut dgate, &mut dup);
+        nn_swiglu_backward(
+            gpu, &arena, &x, &gate_w, adapter, &gate, &up, dgate, dup, m, hidden, inner,
+        )
     });
     Ok(())
 }

@@ -10,7 +10,7 @@ use crate::Result;
 use crate::model::targets::{Projection, Site};
 use half::bf16;
 use uft_kernels::cuda::{DeviceBuffer, DeviceSlice};
-use uft_kernels::{attention, embedding, rmsnorm, rope, swiglu};
+use uft_kernels::{attention, embedding, rmsnorm, rope};
 
 type Buffer = DeviceBuffer<bf16>;
 
@@ -49,8 +49,8 @@ impl Layer {
         lora: Option<&Adapters>,
         with: Context,
     ) -> Result<(Buffer, LayerTape)> {
-        let mut tape = self.before_down(x, batch, lora, with)?;
-        let y = self.last_product(&mut tape.outputs, lora, with)?;
+        let (mut tape, act) = self.before_down(x, batch, lora, with)?;
+        let y = self.last_product(&mut tape.outputs, &act, lora, with)?;
         Ok((y, tape))
     }
 
@@ -62,9 +62,8 @@ impl Layer {
         lora: &Adapters,
         with: Context,
     ) -> Result<LayerTape> {
-        let mut tape = self.before_down(x, batch, Some(lora), with)?;
+        let (mut tape, act) = self.before_down(x, batch, Some(lora), with)?;
         if let Some(adapter) = self.adapter(Down, Some(lora)) {
-            let act = tape.outputs.act(with)?;
             tape.outputs.u[3] = Some(self.down.project(&act, adapter, with)?);
         }
         Ok(tape)
@@ -86,21 +85,21 @@ impl Layer {
         let again = |linear: &Linear, projection, u: &Option<Buffer>| -> Result<Buffer> {
             let mut y = with.take(rows * with.config.intermediate)?;
             let adapter = self.adapter(projection, Some(lora));
-            linear.product(&h, adapter, u.as_deref(), &mut y, 0.0, with)?;
+            linear.product(&h, adapter, u, &mut y, 0.0, with)?;
             Ok(y)
         };
         *gate_and_up = Some([again(&self.gate, Gate, &u[1])?, again(&self.up, Up, &u[2])?]);
         Ok(())
     }
 
-    /// Everything but the last product; the tape lacks what that one keeps.
+    /// Everything but the last product, whose input `[N, I]` comes second; the tape lacks what that one keeps.
     fn before_down(
         &self,
         x: Buffer,
         batch: &Batch,
         lora: Option<&Adapters>,
         with: Context,
-    ) -> Result<LayerTape> {
+    ) -> Result<(LayerTape, Buffer)> {
         let (heads, DeviceLayout { positions, .. }) = (&with.config.heads, &batch.layout);
         let inputs = self.attention_inputs(&x, positions, lora, with)?;
         let mut attended = with.take(inputs.q.len())?;
@@ -108,14 +107,14 @@ impl Layer {
         let AttentionInputs { q, k, v, .. } = &inputs;
         let (schedule, tables) = batch.layout.schedule(self.window(with));
         attention::cuda::forward(with.gpu, q, k, v, schedule, tables, &mut attended, &mut lse)?;
-        let outputs = match batch.needed_after(self.index, with.config) {
+        let (outputs, act) = match batch.needed_after(self.index, with.config) {
             None => self.outputs(&x, &attended, lora, with)?,
             Some(rows) => {
                 let attended = with.gather(&attended, &rows.ids, batch.rows)?;
                 self.outputs(&with.gather(&x, &rows.ids, batch.rows)?, &attended, lora, with)?
             }
         };
-        Ok(LayerTape { x, inputs, attended, lse, outputs })
+        Ok((LayerTape { x, inputs, attended, lse, outputs }, act))
     }
 
     /// Everything before the attention. `x`: `[T, H]`, `positions`: `[T]`.
@@ -133,30 +132,32 @@ impl Layer {
         let mut q = with.take(rows * query_width)?;
         let mut k = with.take(rows * key_width)?;
         let mut v = with.take(rows * key_width)?;
-        let u = [
-            self.q.forward(&h, self.adapter(Q, lora), &mut q, 0.0, with)?,
-            self.k.forward(&h, self.adapter(K, lora), &mut k, 0.0, with)?,
-            self.v.forward(&h, self.adapter(V, lora), &mut v, 0.0, with)?,
-        ];
-        let head_norms = match &self.head_norms {
-            None => None,
-            Some([q_norm, k_norm]) => {
-                Some([head_norm(&mut q, q_norm, with)?, head_norm(&mut k, k_norm, with)?])
-            }
-        };
-        rope::cuda::forward(gpu, with.rope, &mut q, config.heads.heads, positions)?;
-        rope::cuda::forward(gpu, with.rope, &mut k, config.heads.kv_heads, positions)?;
-        Ok(AttentionInputs { inv_rms, q, k, v, head_norms, u })
+        let mut head_norms = None;
+        let [for_q, for_k, for_v] = [Q, K, V].map(|projection| self.adapter(projection, lora));
+        let (u_q, u_k);
+        if let Some([q_norm, k_norm]) = &self.head_norms {
+            u_q = self.q.forward(&h, for_q, &mut q, 0.0, with)?;
+            u_k = self.k.forward(&h, for_k, &mut k, 0.0, with)?;
+            head_norms = Some([head_norm(&mut q, q_norm, with)?, head_norm(&mut k, k_norm, with)?]);
+            rope::cuda::forward(gpu, with.rope, &mut q, config.heads.heads, positions)?;
+            rope::cuda::forward(gpu, with.rope, &mut k, config.heads.kv_heads, positions)?;
+        } else {
+            u_q = self.q.forward_rotated(&h, for_q, &mut q, positions, with)?;
+            u_k = self.k.forward_rotated(&h, for_k, &mut k, positions, with)?;
+        }
+        let u_v = self.v.forward(&h, for_v, &mut v, 0.0, with)?;
+        Ok(AttentionInputs { inv_rms, q, k, v, head_norms, u: [u_q, u_k, u_v] })
     }
 
-    /// What follows the attention, up to the last product. `x`: `[N, H]`, `attended`: `[N, Q]`.
+    /// What follows the attention, up to the last product, whose input `[N, I]` comes second. `x`: `[N, H]`, `attended`:
+    /// `[N, Q]`.
     fn outputs(
         &self,
         x: &DeviceSlice<bf16>,
         attended: &DeviceSlice<bf16>,
         lora: Option<&Adapters>,
         with: Context,
-    ) -> Result<Outputs> {
+    ) -> Result<(Outputs, Buffer)> {
         let (config, gpu) = (with.config, with.gpu);
         let rows = x.len() / config.hidden;
         let mut mid = with.copy(x)?;
@@ -165,22 +166,25 @@ impl Layer {
         rmsnorm::cuda::forward(gpu, &mid, &self.mlp_norm, config.norm_eps, &mut h, &mut inv_rms)?;
         let mut gate = with.take(rows * config.intermediate)?;
         let mut up = with.take(rows * config.intermediate)?;
-        let u_gate = self.gate.forward(&h, self.adapter(Gate, lora), &mut gate, 0.0, with)?;
-        let u_up = self.up.forward(&h, self.adapter(Up, lora), &mut up, 0.0, with)?;
-        let gate_and_up = Some([gate, up]);
-        Ok(Outputs { mid, inv_rms, gate_and_up, u: [u_o, u_gate, u_up, None] })
+        let mut act = with.take(gate.len())?;
+        let (layers, adapters) =
+            ([&self.gate, &self.up], [Gate, Up].map(|projection| self.adapter(projection, lora)));
+        let [u_gate, u_up] =
+            Linear::forward_activated(layers, &h, adapters, &mut gate, &mut up, &mut act, with)?;
+        let (gate_and_up, u) = (Some([gate, up]), [u_o, u_gate, u_up, None]);
+        Ok((Outputs { mid, inv_rms, gate_and_up, u }, act))
     }
 
     /// y: `[N, H]`.
     fn last_product(
         &self,
         outputs: &mut Outputs,
+        act: &DeviceSlice<bf16>,
         lora: Option<&Adapters>,
         with: Context,
     ) -> Result<Buffer> {
-        let act = outputs.act(with)?;
         let mut y = with.copy(&outputs.mid)?;
-        outputs.u[3] = self.down.forward(&act, self.adapter(Down, lora), &mut y, 1.0, with)?;
+        outputs.u[3] = self.down.forward(act, self.adapter(Down, lora), &mut y, 1.0, with)?;
         Ok(y)
     }
 
@@ -215,8 +219,8 @@ impl Layer {
             &mut partial,
             &mut attended,
         )?;
-        let mut outputs = self.outputs(&x, &attended, lora, with)?;
-        self.last_product(&mut outputs, lora, with)
+        let (mut outputs, act) = self.outputs(&x, &attended, lora, with)?;
+        self.last_product(&mut outputs, &act, lora, with)
     }
 
     /// Turns `d`, the gradient to the block's output `[N, H]`, into that to its input `[T, H]`,
@@ -322,14 +326,13 @@ impl Layer {
         let [gate, up] = tape.gate_and_up();
         let below_act = below_needed || back.any(&[Gate, Up]);
         let act = if back.any(&[Down]) { Some(tape.act(with)?) } else { None };
-        let mut dact = below_act.then(|| with.take(gate.len())).transpose()?;
-        let dx = dact.as_deref_mut().map(|dx| (dx, 0.0));
-        back.linear(&self.down, Down, d, act.as_deref(), &u[3], dx)?;
+        let pulled = self.down.pull(d, act.as_deref(), back.trained(Down, &u[3]), with)?;
         drop(act);
-        let Some(dact) = dact else { return Ok(false) };
+        if !below_act {
+            return Ok(false);
+        }
         let (mut dgate, mut dup) = (with.take(gate.len())?, with.take(up.len())?);
-        swiglu::cuda::backward(gpu, &dact, gate, up, &mut dgate, &mut dup)?;
-        drop(dact);
+        self.down.backward_activated(d, pulled, [gate, up], &mut dgate, &mut dup, with)?;
 
         let h = match back.any(&[Gate, Up]) {
             true => Some(normed(mid, &self.mlp_norm, inv_rms.len(), with)?),
@@ -404,12 +407,18 @@ impl Back<'_> {
         u: &Option<Buffer>,
         dx: Option<(&mut DeviceSlice<bf16>, f32)>,
     ) -> Result<()> {
+        let with = self.with;
+        linear.backward(dy, x, self.trained(projection, u), dx, with)
+    }
+
+    /// The projection's adapter, if there is one, with u.
+    fn trained<'a>(
+        &'a mut self,
+        projection: Projection,
+        u: &'a Option<Buffer>,
+    ) -> Option<Trained<'a>> {
         let place = self.lora.shape().index(Site::Layer(self.layer, projection));
-        let trained = place.zip(u.as_deref()).map(|(at, u)| Trained {
-            adapter: self.lora.at(at),
-            grad: self.grads.at(at),
-            u,
-        });
-        linear.backward(dy, x, trained, dx, self.with)
+        let (at, u) = place.zip(u.as_deref())?;
+        Some(Trained { adapter: self.lora.at(at), grad: self.grads.at(at), u })
     }
 }

@@ -18,7 +18,9 @@ use uft_kernels::cuda::{DeviceBuffer, DeviceSlice};
 use uft_kernels::matmul::cuda::adapter::{
     add_to_gradient_of_a, add_to_gradient_of_b, padded, workspace_of_a, workspace_of_b,
 };
+use uft_kernels::matmul::cuda::fused::{self, Weight};
 use uft_kernels::matmul::cuda::{Adapter as Part, few, nn, nt};
+use uft_kernels::{rope, swiglu};
 
 /// Which product a forward pass takes.
 #[derive(Clone, Copy, Debug)]
@@ -74,7 +76,7 @@ impl Linear {
         with: Context,
     ) -> Result<Option<DeviceBuffer<bf16>>> {
         let u = adapter.map(|adapter| self.project(x, adapter, with)).transpose()?;
-        self.product(x, adapter, u.as_deref(), y, beta, with)?;
+        self.product(x, adapter, &u, y, beta, with)?;
         Ok(u)
     }
 
@@ -83,15 +85,71 @@ impl Linear {
         &self,
         x: &DeviceSlice<bf16>,
         adapter: Option<Adapter>,
-        u: Option<&DeviceSlice<bf16>>,
+        u: &Option<DeviceBuffer<bf16>>,
         y: &mut DeviceSlice<bf16>,
         beta: f32,
         with: Context,
     ) -> Result<()> {
         let (m, k, n) = (x.len() / self.inputs, self.inputs, self.outputs);
-        let part = adapter.zip(u);
-        let part = part.map(|(Adapter { b, rank, .. }, u)| Part { left: u, right: b, rank });
-        with.product.nt(with, x, &self.weight, y, m, k, n, beta, self.bias.as_deref(), part)
+        let (bias, part) = (self.bias.as_deref(), part(adapter, u));
+        with.product.nt(with, x, &self.weight, y, m, k, n, beta, bias, part)
+    }
+
+    /// [`Self::forward`] with a beta of 0, and y's heads rotated by `positions`: `[m]`.
+    pub fn forward_rotated(
+        &self,
+        x: &DeviceSlice<bf16>,
+        adapter: Option<Adapter>,
+        y: &mut DeviceSlice<bf16>,
+        positions: &DeviceSlice<u32>,
+        with: Context,
+    ) -> Result<Option<DeviceBuffer<bf16>>> {
+        if let Product::Token = with.product {
+            let u = self.forward(x, adapter, y, 0.0, with)?;
+            let heads = self.outputs / with.config.heads.head_dim;
+            rope::cuda::forward(with.gpu, with.rope, y, heads, positions)?;
+            return Ok(u);
+        }
+        let (m, k, n) = (positions.len(), self.inputs, self.outputs);
+        let u = adapter.map(|adapter| self.project(x, adapter, with)).transpose()?;
+        let weight = self.weight_with(part(adapter, &u));
+        fused::nt_rope(with.gpu, x, weight, y, m, k, n, with.rope, positions)?;
+        Ok(u)
+    }
+
+    /// [`Self::forward`] with a beta of 0 of two layers with the same input, and the gated activation of what they make:
+    /// `gate`, `up`, `out`: `[m, out]`.
+    pub fn forward_activated(
+        layers: [&Self; 2],
+        x: &DeviceSlice<bf16>,
+        adapters: [Option<Adapter>; 2],
+        gate: &mut DeviceSlice<bf16>,
+        up: &mut DeviceSlice<bf16>,
+        out: &mut DeviceSlice<bf16>,
+        with: Context,
+    ) -> Result<[Option<DeviceBuffer<bf16>>; 2]> {
+        let [of_gate, of_up] = layers;
+        if let Product::Token = with.product {
+            let u_gate = of_gate.forward(x, adapters[0], gate, 0.0, with)?;
+            let u_up = of_up.forward(x, adapters[1], up, 0.0, with)?;
+            swiglu::cuda::forward(with.gpu, gate, up, out)?;
+            return Ok([u_gate, u_up]);
+        }
+        let (k, n) = (of_gate.inputs, of_gate.outputs);
+        let project = |layer: &Self, adapter: Option<Adapter>| {
+            adapter.map(|adapter| layer.project(x, adapter, with)).transpose()
+        };
+        let u = [project(of_gate, adapters[0])?, project(of_up, adapters[1])?];
+        let weights = [
+            of_gate.weight_with(part(adapters[0], &u[0])),
+            of_up.weight_with(part(adapters[1], &u[1])),
+        ];
+        fused::nt_swiglu(with.gpu, x, weights, gate, up, out, x.len() / k, k, n)?;
+        Ok(u)
+    }
+
+    fn weight_with<'a>(&'a self, adapter: Option<Part<'a>>) -> Weight<'a> {
+        Weight { w: &self.weight, bias: self.bias.as_deref(), adapter }
     }
 
     /// u alone, as [`Self::forward`] returns it.
@@ -121,25 +179,66 @@ impl Linear {
         with: Context,
     ) -> Result<()> {
         let (m, k, n) = (dy.len() / self.outputs, self.inputs, self.outputs);
-        let mut pulled = None;
-        if let Some(Trained { adapter, grad, u }) = adapter {
-            let x = x.expect("an adapter's input");
-            let (gpu, rank, scale) = (with.gpu, adapter.rank, adapter.scale);
-            let mut du = with.take(m * padded(rank))?;
-            let mut room = with.take_f32(workspace_of_b(m, n, rank))?;
-            add_to_gradient_of_b(
-                gpu, dy, u, adapter.b, grad.b, &mut du, m, n, rank, scale, &mut room,
-            )?;
-            drop(room);
-            let mut room = with.take_f32(workspace_of_a(m, k, rank))?;
-            add_to_gradient_of_a(gpu, &du, x, grad.a, m, rank, k, &mut room)?;
-            pulled = Some((adapter, du));
-        }
+        let pulled = self.pull(dy, x, adapter, with)?;
         let Some((dx, beta)) = dx else { return Ok(()) };
-        let part = pulled.as_ref();
-        let part =
-            part.map(|(adapter, du)| Part { left: du, right: adapter.a, rank: adapter.rank });
+        let part = pulled.as_ref().map(Pulled::part);
         Ok(nn(with.gpu, dy, &self.weight, dx, m, n, k, beta, part)?)
+    }
+
+    /// What [`Self::backward`] does after [`Self::pull`], of a layer whose input is a gated activation, of `gate` and `up`: `[m, in]`, and
+    /// on to their gradients, which are overwritten.
+    pub fn backward_activated(
+        &self,
+        dy: &DeviceSlice<bf16>,
+        pulled: Option<Pulled>,
+        [gate, up]: [&DeviceSlice<bf16>; 2],
+        dgate: &mut DeviceSlice<bf16>,
+        dup: &mut DeviceSlice<bf16>,
+        with: Context,
+    ) -> Result<()> {
+        let (m, k, n) = (dy.len() / self.outputs, self.inputs, self.outputs);
+        let (gpu, arena, w) = (with.gpu, with.arena, &self.weight);
+        let part = pulled.as_ref().map(Pulled::part);
+        Ok(fused::nn_swiglu_backward(gpu, arena, dy, w, part, gate, up, dgate, dup, m, n, k)?)
+    }
+
+    /// Adds to the adapter's gradients; du is what the way back goes on with.
+    pub fn pull<'a>(
+        &self,
+        dy: &DeviceSlice<bf16>,
+        x: Option<&DeviceSlice<bf16>>,
+        adapter: Option<Trained<'a>>,
+        with: Context,
+    ) -> Result<Option<Pulled<'a>>> {
+        let Some(Trained { adapter, grad, u }) = adapter else { return Ok(None) };
+        let (m, k, n) = (dy.len() / self.outputs, self.inputs, self.outputs);
+        let x = x.expect("an adapter's input");
+        let (gpu, rank, scale) = (with.gpu, adapter.rank, adapter.scale);
+        let mut du = with.take(m * padded(rank))?;
+        let mut room = with.take_f32(workspace_of_b(m, n, rank))?;
+        add_to_gradient_of_b(gpu, dy, u, adapter.b, grad.b, &mut du, m, n, rank, scale, &mut room)?;
+        drop(room);
+        let mut room = with.take_f32(workspace_of_a(m, k, rank))?;
+        add_to_gradient_of_a(gpu, &du, x, grad.a, m, rank, k, &mut room)?;
+        Ok(Some(Pulled { adapter, du }))
+    }
+}
+
+/// An adapter's part in a forward product.
+fn part<'a>(adapter: Option<Adapter<'a>>, u: &'a Option<DeviceBuffer<bf16>>) -> Option<Part<'a>> {
+    let (Adapter { b, rank, .. }, u) = adapter.zip(u.as_deref())?;
+    Some(Part { left: u, right: b, rank })
+}
+
+/// An adapter with du: `[m, R]`.
+pub struct Pulled<'a> {
+    adapter: Adapter<'a>,
+    du: DeviceBuffer<bf16>,
+}
+
+impl Pulled<'_> {
+    fn part(&self) -> Part<'_> {
+        Part { left: &self.du, right: self.adapter.a, rank: self.adapter.rank }
     }
 }
 

@@ -16,6 +16,12 @@ fn gpu() -> &'static Gpu {
     GPU.get_or_init(|| Gpu::emulated_late(1).unwrap_or_else(|error| panic!("{error}")))
 }
 
+/// With Hopper's own kernels, for the layers that are wide enough.
+fn hopper() -> &'static Gpu {
+    static GPU: OnceLock<Gpu> = OnceLock::new();
+    GPU.get_or_init(|| Gpu::emulated_hopper(1).unwrap_or_else(|error| panic!("{error}")))
+}
+
 fn load(name: &str) -> cuda::Decoder {
     cuda::Decoder::load(&model_dir(name), gpu()).unwrap()
 }
@@ -40,7 +46,11 @@ fn placed(name: &str) -> cuda::Adapters {
 }
 
 fn place(lora: &Lora) -> cuda::Adapters {
-    cuda::Adapters::new(lora, gpu()).unwrap()
+    place_on(gpu(), lora)
+}
+
+fn place_on(gpu: &Gpu, lora: &Lora) -> cuda::Adapters {
+    cuda::Adapters::new(lora, gpu).unwrap()
 }
 
 fn results(
@@ -67,8 +77,18 @@ fn way_back(
 
 #[test]
 fn numbers_are_as_good_as_those_of_a_plain_run_in_bf16() {
+    check_numbers(gpu());
+}
+
+#[test]
+fn numbers_of_hoppers_kernels_are_as_good() {
+    check_numbers(hopper());
+}
+
+fn check_numbers(gpu: &Gpu) {
     for name in MODELS {
-        let (exact_model, model) = (Decoder::load(&model_dir(name)).unwrap(), load(name));
+        let exact_model = Decoder::load(&model_dir(name)).unwrap();
+        let model = cuda::Decoder::load(&model_dir(name), gpu).unwrap();
         let lora = adapter(&exact_model, ".*proj|lm_head");
         // Longer than Mistral's window.
         let packed = batch(name);
@@ -76,7 +96,7 @@ fn numbers_are_as_good_as_those_of_a_plain_run_in_bf16() {
         let exact = exact_model.logps(&packed, Some(&lora)).unwrap();
         let exact_grads = gradient(&exact_model, &packed, &lora, &dlogp);
         let (plain, plain_grads) = Plain::new(&exact_model, &lora, &packed).run(&dlogp);
-        let (got, got_grads) = results(&model, &packed, &place(&lora), &dlogp);
+        let (got, got_grads) = results(&model, &packed, &place_on(gpu, &lora), &dlogp);
         let mut each =
             vec![("log-probs".to_owned(), relative(&got, &exact), relative(&plain, &exact))];
         let of = |grads| lora.grad_tensors(grads);

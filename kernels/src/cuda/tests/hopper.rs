@@ -2,8 +2,6 @@
 
 use super::*;
 use crate::cuda::TILE;
-// Right use runs on a GPU that can, too: that is what the emulation assumes of the hardware.
-use crate::testing::hopper_gpu;
 
 static SOURCE: Source = Source {
     name: "hopper.cu",
@@ -69,7 +67,7 @@ fn pipeline_is_right(gpu: &Gpu) -> bool {
 #[test]
 fn a_pipeline_of_copies_and_products_is_right_in_every_order() {
     for seed in 0..2 * SEEDS {
-        assert!(pipeline_is_right(&hopper_gpu(seed)), "seed {seed}");
+        assert!(pipeline_is_right(&emulated(seed)), "seed {seed}");
     }
 }
 
@@ -179,7 +177,7 @@ fn operands_are_right(gpu: &Gpu, n: usize) -> bool {
 #[test]
 fn operands_of_every_form_are_read_as_they_are_described() {
     for (n, seed) in [(64, 0), (128, 1), (256, 2), (64, 3)] {
-        assert!(operands_are_right(&hopper_gpu(seed), n), "{n} columns, seed {seed}");
+        assert!(operands_are_right(&emulated(seed), n), "{n} columns, seed {seed}");
     }
 }
 
@@ -207,7 +205,7 @@ fn copies_are_right(gpu: &Gpu) -> bool {
 
 #[test]
 fn boxes_are_copied_with_zeros_outside() {
-    assert!(always(|seed| copies_are_right(&hopper_gpu(seed))));
+    assert!(always(|seed| copies_are_right(&emulated(seed))));
     for (from, to) in [
         ("tma_store_wait<1>();", "tma_store_wait<2>();"),
         ("barrier_wait(barrier, i & 1);", ""),
@@ -235,7 +233,7 @@ fn turns_are_right(gpu: &Gpu) -> bool {
 
 #[test]
 fn named_barriers_give_turns() {
-    assert!(always(|seed| turns_are_right(&hopper_gpu(seed))));
+    assert!(always(|seed| turns_are_right(&emulated(seed))));
     for (from, to) in [
         ("named_barrier_sync(1 + mine, 256);", ""),
         ("named_barrier_sync(3 + mine, 128);", ""),
@@ -243,6 +241,34 @@ fn named_barriers_give_turns() {
         ("if (mine == 1) named_barrier_arrive(1, 256);", ""),
     ] {
         assert!(!always(|seed| turns_are_right(&faulty(seed, from, to))), "{from:?} → {to:?}");
+    }
+}
+
+/// What the emulation assumes of Hopper, an assumption a test: the right uses above, also on a GPU.
+mod hardware {
+    use super::*;
+    use crate::testing::hopper_gpu as gpu;
+
+    #[test]
+    fn boxes_come_swizzled_and_go_with_what_is_outside_left_out() {
+        assert!(always(|seed| copies_are_right(&gpu(seed))));
+    }
+
+    #[test]
+    fn wgmma_reads_matrices_as_its_descriptors_say() {
+        for (seed, n) in [64, 128, 256].into_iter().enumerate() {
+            assert!(operands_are_right(&gpu(seed as u64), n), "{n} columns");
+        }
+    }
+
+    #[test]
+    fn barriers_count_bytes_and_phases_across_a_cluster() {
+        assert!(always(|seed| pipeline_is_right(&gpu(seed))));
+    }
+
+    #[test]
+    fn named_barriers_meet_by_number() {
+        assert!(always(|seed| turns_are_right(&gpu(seed))));
     }
 }
 

@@ -1,7 +1,8 @@
 use super::super::tests::{Case, SCALE};
 use super::*;
 use crate::testing::{
-    SEEDS, assert_accurate, assert_accurate_bf16, assert_faults_are_caught, gpu, round, widen,
+    SEEDS, assert_accurate, assert_accurate_bf16, assert_faults_are_caught,
+    assert_faults_are_caught_on_hopper, gpu, hopper_gpu, round, widen,
 };
 
 /// A case with its numbers rounded to bf16, on the device.
@@ -188,9 +189,18 @@ const SHAPES: [(usize, usize, usize, usize, usize); 8] = [
 
 #[test]
 fn agrees_with_f64_with_the_same_bits_whatever_the_order() {
+    agrees_in_every_order(gpu);
+}
+
+#[test]
+fn on_hopper_agrees_with_f64_with_the_same_bits_whatever_the_order() {
+    agrees_in_every_order(hopper_gpu);
+}
+
+fn agrees_in_every_order(device: fn(u64) -> Gpu) {
     for (n, vocab, width, rank, tokens) in SHAPES {
         let run = |seed| {
-            let gpu = gpu(seed);
+            let gpu = device(seed);
             OnDevice::new(&gpu, n, vocab, width, rank, tokens).check(&gpu)
         };
         let first = run(0);
@@ -219,15 +229,20 @@ fn whole_logits_agree_with_f64() {
 /// What packing, and the file of reference log-probs, rest on.
 #[test]
 fn company_and_division_change_no_bit_of_a_row() {
-    let gpu = gpu(1);
-    let all = OnDevice::new(&gpu, 140, 200, 40, 8, 256).run(&gpu).unwrap();
+    for gpu in [gpu(1), hopper_gpu(1)] {
+        check_company(&gpu);
+    }
+}
+
+fn check_company(gpu: &Gpu) {
+    let all = OnDevice::new(gpu, 140, 200, 40, 8, 256).run(gpu).unwrap();
     for (n, tokens) in [(1, 128), (17, 128), (17, 5), (129, 128), (140, 100)] {
-        let some = OnDevice::new(&gpu, n, 200, 40, 8, tokens);
-        let mut few = OnDevice::new(&gpu, 140, 200, 40, 8, tokens).case;
+        let some = OnDevice::new(gpu, n, 200, 40, 8, tokens);
+        let mut few = OnDevice::new(gpu, 140, 200, 40, 8, tokens).case;
         few.hidden.truncate(n * 40);
         few.targets.truncate(n);
         few.dlogp.truncate(n);
-        let found = OnDevice::of(&gpu, few, some.tokens).run(&gpu).unwrap();
+        let found = OnDevice::of(gpu, few, some.tokens).run(gpu).unwrap();
         assert_eq!(found.logp, all.logp[..n]);
         assert_eq!(found.unit_grad, all.unit_grad[..n * 40]);
     }
@@ -318,7 +333,7 @@ fn planted_faults_are_caught() {
         ("product.cuh", "copy_async_wait<STAGES - 2>();", "copy_async_wait<STAGES - 1>();"),
         ("logprob.cu", "if (column >= vocab) logit", "if (column > vocab) logit"),
         ("logprob.cu", "sum += low + high;", "sum = low + high;"),
-        ("logprob.cu", "return x + __shfl_xor_sync(ALL_LANES, x, 2);", "return x;"),
+        ("logprob.cuh", "return x + __shfl_xor_sync(ALL_LANES, x, 2);", "return x;"),
         (
             "logprob.cu",
             "strip < strip_count; strip += WARP",
@@ -333,4 +348,23 @@ fn planted_faults_are_caught() {
         OnDevice::new(gpu, 20, 70, 264, 4, 32).check(gpu);
     };
     assert_faults_are_caught(check, &faults);
+}
+
+#[test]
+fn faults_in_hoppers_strips_are_caught() {
+    let faults = [
+        ("return at < vocab ?", "return at <= vocab ?"),
+        ("sum[half] += low + high;", "sum[half] = low + high;"),
+        ("largest[half] = quad_max(largest[half]);", ""),
+        ("== target[half])", "== target[0])"),
+        ("await_place(part, piece == 0);", ""),
+        ("if (quad == 0 && first_row + 8 * half < tokens)", "if (quad == 0)"),
+        ("first / STRIP;", "piece;"),
+    ];
+    let check = |gpu: &Gpu| {
+        OnDevice::new(gpu, 130, 331, 24, 16, 256).check(gpu);
+        OnDevice::new(gpu, 20, 80, 264, 4, 32).check(gpu);
+    };
+    let faults = faults.map(|(from, to)| ("hopper_logprob.cu", from, to));
+    assert_faults_are_caught_on_hopper(check, &faults);
 }

@@ -60,7 +60,7 @@ impl<'a> Adapter<'a> {
     }
 
     /// The matrices and the padded rank, as kernels take them.
-    pub(super) fn parts(
+    pub(crate) fn parts(
         adapter: Option<Self>,
     ) -> (Option<&'a DeviceSlice<bf16>>, Option<&'a DeviceSlice<bf16>>, i32) {
         match adapter {

@@ -17,9 +17,9 @@ static PRODUCT: Source = Source {
 };
 
 /// Blocks of a cluster, rows of a block's tile and of the piece that one warpgroup stores; as hopper_product.cuh.
-pub(super) const CLUSTER: u32 = 2;
+pub(crate) const CLUSTER: u32 = 2;
 const TILE_M: u32 = 128;
-pub(super) const PIECE: u32 = 64;
+pub(crate) const PIECE: u32 = 64;
 const ROW_BYTES: u32 = 128;
 const THREADS: u32 = 384;
 
@@ -50,14 +50,14 @@ impl Tile {
         self.kernel_of(&PRODUCT, name)
     }
 
-    pub(super) const fn kernel_of(self, source: &'static Source, name: &'static str) -> Kernel {
+    pub(crate) const fn kernel_of(self, source: &'static Source, name: &'static str) -> Kernel {
         Kernel::new(source, name, THREADS)
             .define("TILE_N", self.n as i64)
             .define("STAGES", self.stages as i64)
             .define("STAGED", self.staged as i64)
     }
 
-    pub(super) const fn shared_bytes(self) -> u32 {
+    pub(crate) const fn shared_bytes(self) -> u32 {
         let staged = self.staged * (TILE_M / PIECE);
         let barriers = (2 * self.stages + staged) * size_of::<u64>() as u32;
         (self.stages * (TILE_M + self.n) + staged * PIECE) * ROW_BYTES + barriers
@@ -65,7 +65,7 @@ impl Tile {
 
     /// By the weight alone, of which rows' bits may depend; none for an adapter's short side, which has no use for such tiles, and
     /// without a depth.
-    pub(super) fn of(gpu: &Gpu, depth: usize, columns: usize) -> Option<Self> {
+    pub(crate) fn of(gpu: &Gpu, depth: usize, columns: usize) -> Option<Self> {
         let hopper = gpu.properties().compute_capability == (9, 0);
         match columns {
             _ if !hopper || depth == 0 => None,
@@ -76,7 +76,7 @@ impl Tile {
     }
 
     /// As many clusters as run at once, none without a tile.
-    pub(super) fn grid(self, gpu: &Gpu, rows: usize, columns: usize) -> [u32; 3] {
+    pub(crate) fn grid(self, gpu: &Gpu, rows: usize, columns: usize) -> [u32; 3] {
         let pairs = short(rows).div_ceil(CLUSTER * TILE_M);
         let tiles = pairs * short(columns).div_ceil(self.n);
         let clusters = (gpu.properties().multiprocessors / CLUSTER).max(1).min(tiles);
@@ -86,7 +86,7 @@ impl Tile {
 
 /// Tensor maps of both factors and of the adapter's; without an adapter its own are the weight's, and not read. `box_rows`: of
 /// `right` `[columns, depth]`, which is `[depth, columns]` where there is none.
-pub(super) fn maps<'a>(
+pub(crate) fn maps<'a>(
     gpu: &Gpu,
     (left, right): (&'a DeviceSlice<bf16>, &'a DeviceSlice<bf16>),
     adapter: Option<Adapter<'a>>,
