@@ -145,27 +145,30 @@ pub fn backward(
             nn(dy, &linear.weight, dx, dy.len() / n, n, k, 1.0, beta);
         }
     }
-    let adapted =
-        || outputs.iter().filter_map(|Output { dy, adapter, .. }| Some((dy, (*adapter)?)));
-    let present: Vec<&Adapter> = adapted().map(|(_, (at, _))| &lora.adapters[at]).collect();
+    // Of those with an adapter: dy, the adapter's place, u.
+    let adapted: Vec<(&[f32], usize, &Buffer)> = outputs
+        .iter()
+        .filter_map(|Output { dy, adapter, .. }| adapter.map(|(at, u)| (*dy, at, u)))
+        .collect();
+    let present: Vec<&Adapter> = adapted.iter().map(|(_, at, _)| &lora.adapters[*at]).collect();
     let Some(first) = present.first() else { return };
     let (m, k) = (x.len() / first.inputs, first.inputs);
     let ranks = present.iter().map(|adapter| adapter.rank).sum();
     let mut du = pool.take(m * ranks);
     let mut start = 0;
-    for (dy, (at, u)) in adapted() {
-        let Adapter { b, outputs: n, rank: r, scale, .. } = &lora.adapters[at];
+    for (&(dy, at, u), adapter) in adapted.iter().zip(&present) {
+        let &&Adapter { ref b, outputs: n, rank: r, scale, .. } = adapter;
         let db = &mut grads.adapters[at].b;
-        adapter_backward(dy, u, b, &mut du[start..], ranks, db, m, *n, *r, *scale);
+        adapter_backward(dy, u, b, &mut du[start..], ranks, db, m, n, r, scale);
         start += r;
     }
-    if let [(_, (at, _))] = adapted().collect::<Vec<_>>()[..] {
+    if let [(_, at, _)] = adapted[..] {
         tn(&du, x, &mut grads.adapters[at].a, m, ranks, k, 1.0, 1.0);
     } else {
         let mut da = pool.take(ranks * k);
         tn(&du, x, &mut da, m, ranks, k, 1.0, 0.0);
         let mut rest = &da[..];
-        for (_, (at, _)) in adapted() {
+        for &(_, at, _) in &adapted {
             let own = &mut grads.adapters[at].a;
             let (da, after) = rest.split_at(own.len());
             elementwise::add(own, da);

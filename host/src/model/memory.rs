@@ -299,12 +299,17 @@ impl<'a> Block<'a> {
     }
 
     fn any(&self, projections: &[Projection]) -> bool {
-        projections.iter().any(|projection| self.rank(*projection).is_some())
+        !self.ranks(projections).is_empty()
+    }
+
+    /// The ranks of those with an adapter.
+    fn ranks(&self, projections: &[Projection]) -> Vec<usize> {
+        projections.iter().filter_map(|projection| self.rank(*projection)).collect()
     }
 
     /// u of projections with the same x, `width` wide, where they have adapters.
     fn project(&self, projections: &[Projection], rows: usize, width: usize) -> Tape {
-        let ranks: Vec<usize> = projections.iter().filter_map(|p| self.rank(*p)).collect();
+        let ranks = self.ranks(projections);
         let all: usize = ranks.iter().sum();
         match ranks.len() {
             0 => Tape::new(),
@@ -320,7 +325,7 @@ impl<'a> Block<'a> {
 
     /// What the gradients of such adapters take on the way back.
     fn linears(&self, projections: &[Projection], rows: usize, width: usize, below: bool) {
-        let ranks: Vec<usize> = projections.iter().filter_map(|p| self.rank(*p)).collect();
+        let ranks = self.ranks(projections);
         let all: usize = ranks.iter().sum();
         if all == 0 {
             return;
