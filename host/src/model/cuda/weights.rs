@@ -48,7 +48,7 @@ struct Loader<'a, 'r> {
 
 impl Loader<'_, '_> {
     fn model(&mut self, config: ModelConfig) -> Result<Decoder> {
-        expect_widths(&config)?;
+        expect_widths(&config, self.gpu)?;
         let (vocab, hidden) = (config.vocab, config.hidden);
         let linears = config.linears();
         let layers = linears
@@ -165,7 +165,7 @@ impl Loader<'_, '_> {
 }
 
 /// Kernels read 16 bytes at a time, so that rows are multiples of 8 numbers.
-fn expect_widths(config: &ModelConfig) -> Result<()> {
+fn expect_widths(config: &ModelConfig, gpu: &Gpu) -> Result<()> {
     let heads = &config.heads;
     let normed = if config.qk_norm { heads.head_dim } else { 0 };
     let widths = [
@@ -181,6 +181,6 @@ fn expect_widths(config: &ModelConfig) -> Result<()> {
         )));
     }
     // What attention does not take it says itself.
-    Schedule::new(&Layout::new(&[(1, Vec::new())]), heads, None)?;
+    Schedule::new(gpu, &Layout::new(&[(1, Vec::new())]), heads, None)?;
     Ok(())
 }
