@@ -232,7 +232,7 @@ fn faults_in_products_are_caught() {
                 "            wgmma_fence();\n            start_scores();",
                 "            start_scores();",
             ),
-            ("        wgmma_fence();\n        start_sums();", "        start_sums();"),
+            ("            wgmma_fence();\n            start_adding", "            start_adding"),
         ],
     );
     assert_caught(
@@ -272,7 +272,6 @@ fn faults_in_mask_and_softmax_are_caught() {
             ("column < seen.first || ", ""),
             ("column >= seen.end", "column > seen.end"),
             ("i / 4 * 8 + int(threadIdx.x) % 4 * 2", "i / 4 * 8 + int(threadIdx.x) % 4"),
-            ("    __syncwarp();\n    bf16* target", "    bf16* target"),
             ("if (first + row >= span.tokens * sharing) continue;", ""),
             ("place(lane % 16, chunk + lane / 16)", "place(lane % 16, chunk)"),
         ],
@@ -301,6 +300,7 @@ fn faults_on_the_way_back_to_keys_are_caught() {
             ("fence_async(behind + at, 16);", ""),
             ("there ? lse[at] * LOG2_E : INFINITY", "lse[there ? at : 0] * LOG2_E"),
             // Products.
+            ("needed.\n        wgmma_wait<1>();", "needed.\n        wgmma_wait<2>();"),
             (
                 "        wgmma_wait<1>();\n        hold(p);",
                 "        wgmma_wait<2>();\n        hold(p);",
@@ -347,7 +347,11 @@ fn faults_on_the_way_back_to_queries_are_caught() {
             ("if (!more) release(shared.own_empty);", ""),
             ("        release(shared.empty + before);\n        const", "        const"),
             // Products.
-            ("wgmma_wait<1>();", "wgmma_wait<2>();"),
+            (
+                "            wgmma_wait<1>();\n            hold(p);",
+                "            wgmma_wait<2>();\n            hold(p);",
+            ),
+            ("needed.\n            wgmma_wait<1>();", "needed.\n            wgmma_wait<2>();"),
             ("            wgmma_wait<0>();\n            hold(ds);", "            hold(ds);"),
             ("            wgmma_fence();\n            start_adding", "            start_adding"),
             ("        wgmma_wait<0>();\n        hold(sums);", "        hold(sums);"),
