@@ -6,6 +6,7 @@
 #include <stdio.h>
 #include <string.h>
 #include <ucontext.h>
+#include <utility>
 
 namespace emulation {
 
