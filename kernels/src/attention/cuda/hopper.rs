@@ -11,7 +11,7 @@ use crate::cuda::{DeviceSlice, Gpu, HOPPER, Kernel, Result, Source, TILE, Tensor
 use half::bf16;
 
 const HEADERS: &[(&str, &str)] =
-    &[HOPPER[0], HOPPER[1], TILE, ROWS, ("hopper_tiles.cuh", include_str!("../hopper_tiles.cuh"))];
+    &[HOPPER, TILE, ROWS, ("hopper_tiles.cuh", include_str!("../hopper_tiles.cuh"))];
 static FORWARD: Source = Source {
     name: "hopper_forward.cu",
     text: include_str!("../hopper_forward.cu"),
