@@ -67,9 +67,9 @@ pub fn most_numbers(layout: &Layout, heads: &Heads) -> usize {
     let Ok(tiling) = Tiling::of(heads) else { return 0 };
     // Queries meet a prompt and their own text, keys their own text, a prompt's also every branch.
     let of_text = |len: usize| {
-        let forward = len.div_ceil(tiling.forward_tokens());
-        let backward = len.div_ceil(tiling.backward_tokens());
-        let backward = if backward == forward { 0 } else { backward };
+        let (ahead, back) = (tiling.forward_tokens(), tiling.backward_tokens());
+        let forward = len.div_ceil(ahead);
+        let backward = if back == ahead { 0 } else { len.div_ceil(back) };
         (forward + backward) * (TASK + 2 * RUN)
             + forward * heads.kv_heads
             + len.div_ceil(tiling.backward_rows()) * (TASK + RUN)
