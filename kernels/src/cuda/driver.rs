@@ -3,7 +3,10 @@
 
 mod events;
 
+pub(super) use events::Event;
+
 use super::kernel::{Kernel, Module};
+use super::landing::Landing;
 use super::launch::{Args, Parameter, Type};
 use super::nvrtc::Nvrtc;
 use super::ring::Ring;
@@ -25,14 +28,16 @@ const KNOWS_PARAMETERS: i32 = 12_040;
 /// `cuTensorMapEncodeTiled`, in those of CUDA 12.0.
 const ENCODES_TENSOR_MAPS: i32 = 12_000;
 
-/// Bytes of page-locked memory through which uploads go.
+/// Bytes of page-locked memory through which uploads go, and downloads that are not waited for at once.
 const RING: usize = 32 << 20;
+const LANDING: usize = 4 << 20;
 
 pub(super) struct Driver {
     device: sys::CUdevice,
     context: sys::CUcontext,
     stream: sys::CUstream,
     uploads: Mutex<Uploads>,
+    pub(super) landing: Landing,
     nvrtc: &'static Nvrtc,
     driver_version: i32,
     pub properties: Properties,
@@ -146,11 +151,16 @@ impl Driver {
         unsafe { result::ctx::set_current(context) }.map_err(|e| failed("context", e))?;
         let stream = result::stream::create(result::stream::StreamKind::NonBlocking)
             .map_err(|e| failed("stream", e))?;
-        // SAFETY: freed on drop, after all that uses it.
-        let ring = unsafe { result::malloc_host(RING, 0) }
-            .map_err(|e| failed(&format!("{RING} bytes of page-locked memory"), e))?;
+        let page_locked = |bytes: usize| {
+            // SAFETY: freed on drop, after all that uses it.
+            let memory = unsafe { result::malloc_host(bytes, 0) };
+            memory.map_err(|e| failed(&format!("{bytes} bytes of page-locked memory"), e))
+        };
         // SAFETY: the memory is there until the driver is dropped, and nobody else's.
-        let ring = unsafe { Ring::new(ring.cast(), RING) };
+        let (ring, landing) = unsafe {
+            let ring = Ring::new(page_locked(RING)?.cast(), RING);
+            (ring, Landing::new(page_locked(LANDING)?.cast(), LANDING))
+        };
         let uploads = Mutex::new(Uploads { ring, events: Vec::new() });
         let (allocated, modules) = (AtomicUsize::new(0), Mutex::default());
         Ok(Self {
@@ -158,6 +168,7 @@ impl Driver {
             context,
             stream,
             uploads,
+            landing,
             nvrtc,
             driver_version,
             properties,
@@ -452,6 +463,7 @@ impl Drop for Driver {
                 let _ = result::event::destroy(event);
             }
             let _ = result::free_host(memory.cast());
+            let _ = result::free_host(self.landing.memory().cast());
             let _ = result::stream::destroy(self.stream);
             let _ = result::primary_ctx::release(self.device);
         }

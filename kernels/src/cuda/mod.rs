@@ -34,6 +34,7 @@ mod guarded;
 #[cfg(test)]
 mod hardware;
 mod kernel;
+mod landing;
 mod late;
 mod launch;
 mod memory;
@@ -54,6 +55,7 @@ pub(crate) use fault::Fault;
 pub use kernel::HOPPER;
 pub(crate) use kernel::TILE;
 pub use kernel::{Kernel, Source};
+pub use landing::Downloading;
 pub use launch::{Args, Argument};
 pub use memory::{DeviceBuffer, DeviceSlice, Plain};
 pub use nvrtc::Nvrtc;

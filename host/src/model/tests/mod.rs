@@ -6,11 +6,13 @@ mod generation;
 mod golden;
 mod gradients;
 mod identities;
+mod inference;
 mod loading;
 mod memory;
 mod merging;
 mod options;
 mod plain;
+mod wide;
 
 use super::*;
 use crate::group::{Branch, Group, Segment};
