@@ -39,6 +39,14 @@ fn some_rows(dir: &Path, name: &str, count: usize) -> String {
     path.display().to_string()
 }
 
+/// MiB of a part of a plan.
+fn on_the_gpu(plan: &str, part: &str) -> f64 {
+    let named = format!("on the GPU: {part}");
+    let line = plan.lines().find(|line| line.contains(&named)).expect("the part");
+    let cells: Vec<&str> = line.split(['│', '┆', '|']).map(str::trim).collect();
+    cells.iter().find_map(|cell| cell.parse().ok()).expect("a number")
+}
+
 /// A short run with a reference, several micro-batches in a step, and held-out rows.
 fn write_run(dir: &Path) -> String {
     let text = format!(
@@ -192,6 +200,29 @@ fn nothing_is_allocated_or_compiled_after_the_first_step() {
     assert_eq!(one, made(4).1);
 }
 
+/// As docs/cuda.md says: once for the log-probs of each micro-batch, and once for the gradient's norm.
+#[test]
+fn a_step_waits_for_nothing_but_log_probs_and_the_norm() {
+    let waits = |steps: u32, micro_tokens: u32| {
+        let (_guard, dir) = temporary();
+        let path = write_run(&dir);
+        let set = [
+            format!("train.steps={steps}"),
+            format!("train.micro_tokens={micro_tokens}"),
+            "train.save_every=0".into(),
+            "train.recompute=\"offload\"".into(),
+        ];
+        let config = Config::load(Path::new(&path), &set).expect("a configuration");
+        let mut run = Run::prepare(config).expect("a run");
+        train(&mut run, false).expect("the run ends");
+        run.model.waits()
+    };
+    // Every row has been met by then, so that its reference log-probs are known.
+    let of_a_step = |micro_tokens| waits(5, micro_tokens) - waits(4, micro_tokens);
+    assert_eq!(of_a_step(10_000), 1 + 1);
+    assert_eq!(of_a_step(1), 3 + 1, "three groups are a batch, each a micro-batch of its own");
+}
+
 #[test]
 fn a_gradient_that_is_not_finite_stops_with_the_rows_of_its_micro_batch() {
     let (_guard, dir) = temporary();
@@ -227,12 +258,7 @@ fn check_and_grad_agree_with_the_processor_and_the_plan_is_of_the_gpu() {
     fail(2, &["check", &run, "--gpu", "0"]);
 
     // Less than all activations, more than none.
-    let total = |checked: &str| -> f64 {
-        let line = checked.lines().find(|l| l.contains("on the GPU: total")).expect("a total");
-        let cells: Vec<&str> = line.split(['│', '┆', '|']).map(str::trim).collect();
-        cells.iter().find_map(|cell| cell.parse().ok()).expect("a number")
-    };
-    let all = total(&checked);
+    let all = on_the_gpu(&checked, "total");
     let memory = |share: f64| format!("train.memory={}", share * all / 1024.0);
     // With less and less, first gate and up alone are computed again, then whole layers.
     let plans: Vec<String> = (10..40)
@@ -269,6 +295,45 @@ fn check_and_grad_agree_with_the_processor_and_the_plan_is_of_the_gpu() {
         let same = cpu.iter().all(|x| *x == 0.0) && device == cpu;
         assert!(same || error < 0.05, "{name}: off by {error}");
     }
+}
+
+/// Where even the inputs of layers are too many, they wait in the machine's memory.
+#[test]
+fn inputs_of_layers_are_offloaded_where_that_is_what_fits() {
+    let (_guard, dir) = temporary();
+    let run = write_run(&dir);
+    let model = format!("model.path=\"{}\"", golden("models/llama").display());
+    let with = |command: &str, extra: &[&str]| {
+        let arguments = [&[command, &run, "--set", &model][..], extra].concat();
+        uft(&arguments)
+    };
+    let plan = |extra: &[&str]| {
+        let output = with("check", extra);
+        output.status.success().then(|| String::from_utf8(output.stdout).expect("text"))
+    };
+    let all = plan(&["--gpu", "1", "--set", "train.recompute=\"all\""]).expect("a plan");
+    assert!(!all.contains("inputs of layers"), "{all}");
+    let forced = plan(&["--gpu", "1", "--set", "train.recompute=\"offload\""]).expect("a plan");
+    let level = "3 of 3 layers computed again on the way back, with the input of 2 in the machine's memory meanwhile";
+    assert!(forced.contains(level) && forced.contains("│ inputs of layers "), "{forced}");
+    // Between what the two take the plan offloads by itself.
+    let [most, least] = [&all, &forced].map(|plan| on_the_gpu(plan, "total"));
+    assert!(least < most, "{least} of {most} MiB");
+    let gib = ((most + 3.0 * least) / 4.0 / 1024.0).to_string();
+    let chosen = plan(&["--gpu", &gib]).expect("a plan");
+    assert!(chosen.contains("in the machine's memory meanwhile"), "{chosen}");
+
+    let gradient = |recompute: &str| {
+        let out = dir.join(format!("{recompute}.safetensors")).display().to_string();
+        let set = format!("train.recompute=\"{recompute}\"");
+        let output = with("grad", &["--out", &out, "--set", &set]);
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        tensors(Path::new(&out))
+    };
+    assert_eq!(gradient("offload"), gradient("none"));
+    let on_cpu = ["--set", "train.device=\"cpu\"", "--set", "train.recompute=\"offload\""];
+    let refused = fail(2, &[&["check", &run][..], &on_cpu].concat());
+    assert!(refused.contains("recompute = \"offload\" takes from a GPU"), "{refused}");
 }
 
 #[test]

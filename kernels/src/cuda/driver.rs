@@ -1,6 +1,7 @@
 //! A CUDA device, through the driver's API. The driver's library is opened at run time, so one program
 //! runs with and without it.
 
+mod copies;
 mod events;
 
 use super::kernel::{Kernel, Module};
@@ -9,6 +10,7 @@ use super::nvrtc::Nvrtc;
 use super::ring::Ring;
 use super::tensor_map::{Encoded, Layout};
 use super::{Error, Properties, Result};
+use copies::Copies;
 use cudarc::driver::{DriverError, result, sys};
 use rayon::prelude::*;
 use std::collections::HashMap;
@@ -32,11 +34,13 @@ pub(super) struct Driver {
     device: sys::CUdevice,
     context: sys::CUcontext,
     stream: sys::CUstream,
+    copies: Mutex<Copies>,
     uploads: Mutex<Uploads>,
     nvrtc: &'static Nvrtc,
     driver_version: i32,
     pub properties: Properties,
     allocated: AtomicUsize,
+    waits: AtomicUsize,
     modules: Mutex<HashMap<ModuleKey, LoadedModule>>,
 }
 
@@ -146,22 +150,25 @@ impl Driver {
         unsafe { result::ctx::set_current(context) }.map_err(|e| failed("context", e))?;
         let stream = result::stream::create(result::stream::StreamKind::NonBlocking)
             .map_err(|e| failed("stream", e))?;
+        let copies = Mutex::new(Copies::new()?);
         // SAFETY: freed on drop, after all that uses it.
         let ring = unsafe { result::malloc_host(RING, 0) }
             .map_err(|e| failed(&format!("{RING} bytes of page-locked memory"), e))?;
         // SAFETY: the memory is there until the driver is dropped, and nobody else's.
         let ring = unsafe { Ring::new(ring.cast(), RING) };
         let uploads = Mutex::new(Uploads { ring, events: Vec::new() });
-        let (allocated, modules) = (AtomicUsize::new(0), Mutex::default());
+        let (allocated, waits, modules) = (AtomicUsize::new(0), AtomicUsize::new(0), Mutex::default());
         Ok(Self {
             device,
             context,
             stream,
+            copies,
             uploads,
             nvrtc,
             driver_version,
             properties,
             allocated,
+            waits,
             modules,
         })
     }
@@ -257,6 +264,7 @@ impl Driver {
 
     pub fn synchronize(&self) -> Result<()> {
         self.enter()?;
+        self.waits.fetch_add(1, Ordering::Relaxed);
         // SAFETY: a stream that lives as long as self.
         unsafe { result::stream::synchronize(self.stream) }
             .map_err(|e| failed("a kernel before this call", e))
@@ -309,6 +317,11 @@ impl Driver {
     pub fn made(&self) -> (usize, usize) {
         let modules = self.modules.lock().unwrap_or_else(PoisonError::into_inner).len();
         (self.allocated.load(Ordering::Relaxed), modules)
+    }
+
+    /// Times that everything was waited for.
+    pub fn waits(&self) -> usize {
+        self.waits.load(Ordering::Relaxed)
     }
 
     pub fn prepare(&self, kernels: &[Kernel]) -> Result<()> {
@@ -433,9 +446,11 @@ impl Drop for Driver {
         let Uploads { ring, events } =
             self.uploads.get_mut().unwrap_or_else(PoisonError::into_inner);
         let (memory, marks) = ring.take_apart();
+        let copies = self.copies.get_mut().unwrap_or_else(PoisonError::into_inner);
         // SAFETY: nothing uses them any more: buffers hold the device, and launches are waited for.
         unsafe {
             let _ = result::stream::synchronize(self.stream);
+            copies.destroy();
             for module in modules.values() {
                 let _ = result::module::unload(module.handle);
             }

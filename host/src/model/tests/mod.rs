@@ -6,9 +6,11 @@ mod generation;
 mod golden;
 mod gradients;
 mod identities;
+mod launches;
 mod loading;
 mod memory;
 mod merging;
+mod offload;
 mod options;
 mod plain;
 

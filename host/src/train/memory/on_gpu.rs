@@ -60,7 +60,8 @@ impl Planner<'_> {
         }
         let activations = counted.peak();
         let held = Held { weights: counted.weights(), trained: counted.trained() };
-        Ok(Choice { options, activations, chunk: 0, kernels: 0, held })
+        let offloaded = counted.offloaded();
+        Ok(Choice { options, activations, chunk: 0, kernels: 0, held, offloaded })
     }
 
     fn counted(&self, options: Options, gpu: &Gpu) -> Result<Counted> {
