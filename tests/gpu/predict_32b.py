@@ -5,13 +5,18 @@ docs/kernels.md has the table that this prints; the choices are those of `uft ch
 from predict import AT_A_TIME, COPY, GRADIENT, STREAM, operations, product
 
 HIDDEN, KEYS, FEED, LAYERS, VOCABULARY, LENGTH = 5120, 1024, 27648, 64, 152064, 4096
+# As model.py has shapes.
+SHAPE = dict(hidden_size=HIDDEN, intermediate_size=FEED, num_hidden_layers=LAYERS, num_attention_heads=40, num_key_value_heads=8,
+             head_dim=128, vocab_size=VOCABULARY)
+# What an H100 of 80 GB has left for a program, in GiB.
+MEMORY = 78
 # Attention's operations a second, forward and back, as docs/kernels.md expects of the portable kernels.
 FORWARD, BACK = 320e12, 250e12
 # Bytes a second between the GPU and page-locked memory, each way, through PCIe 5.0.
 LINK = 50e9
 # Tokens of a micro-batch; of the layers that have not all kept, those whose gate and up alone are computed again and those that are
 # whole; and how many inputs of these wait in the machine's memory.
-CHOICES = [(4096, 0, 64, 0), (8192, 0, 64, 0), (16384, 0, 64, 32), (32768, 0, 64, 63)]
+CHOICES = [(4096, 61, 0, 0), (8192, 21, 43, 0), (16384, 0, 64, 14), (32768, 0, 64, 56)]
 
 
 def step(tokens, gates, whole, offloaded):
@@ -47,10 +52,11 @@ def step(tokens, gates, whole, offloaded):
 
 
 def main():
-    print("| Qwen2.5-32B, tokens of a micro-batch | again: gates / layers | offloaded | ms | of a layer forward / back | its copy | tokens a second |")
+    print("| tokens of a micro-batch | gate and up again, of layers | whole layers again | inputs offloaded | expected, ms | measured |"
+          " ms of a layer forward, back | of its input's copy | tokens a second |\n" + "| --- " * 9 + "|")
     for tokens, gates, whole, offloaded in CHOICES:
         total, forward, back, copied = step(tokens, gates, whole, offloaded)
-        print(f"| `{tokens:,}` | {gates} / {whole} | {offloaded} | {total * 1e3:.0f} | {forward * 1e3:.1f} / {back * 1e3:.1f} |"
+        print(f"| `{tokens}` | {gates} | {whole} | {offloaded} | {total * 1e3:.0f} | — | {forward * 1e3:.1f}, {back * 1e3:.1f} |"
               f" {copied * 1e3:.1f} | {tokens / total:.0f} |")
 
 

@@ -1,7 +1,8 @@
 //! A GPU's whole path through the command line, on the emulated device: the same kernels, launches and
 //! bookkeeping as on a real one.
 
-use std::path::Path;
+use serde_json::Value;
+use std::path::{Path, PathBuf};
 use std::process::Output;
 use uft::config::Config;
 use uft::train::{setup::Run, train};
@@ -37,6 +38,17 @@ fn some_rows(dir: &Path, name: &str, count: usize) -> String {
     let path = dir.join(format!("{name}.jsonl"));
     std::fs::write(&path, some).expect("the rows are written");
     path.display().to_string()
+}
+
+/// A model's folder with nothing in it that a plan does not need.
+fn without_weights(dir: &Path, name: &str) -> PathBuf {
+    let model = dir.join("model");
+    std::fs::create_dir(&model).expect("a folder");
+    for file in ["config.json", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json"] {
+        let from = golden(&format!("models/{name}/{file}"));
+        std::fs::copy(from, model.join(file)).expect("a copy");
+    }
+    model
 }
 
 /// MiB of a part of a plan.
@@ -246,13 +258,7 @@ fn check_and_grad_agree_with_the_processor_and_the_plan_is_of_the_gpu() {
     assert!(checked.contains("no layer computed again"), "{checked}");
 
     // Where no weights are, for a GPU that is not there.
-    let model = dir.join("model");
-    std::fs::create_dir(&model).expect("a folder");
-    for file in ["config.json", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json"] {
-        let from = golden(&format!("models/qwen3/{file}"));
-        std::fs::copy(from, model.join(file)).expect("a copy");
-    }
-    let path = format!("model.path=\"{}\"", model.display());
+    let path = format!("model.path=\"{}\"", without_weights(&dir, "qwen3").display());
     let planned = succeed(&["check", &run, "--gpu", "24", "--set", &path]);
     assert!(planned.contains("of 24576.0 MiB available on such a GPU"), "{planned}");
     fail(2, &["check", &run, "--gpu", "0"]);
@@ -302,32 +308,39 @@ fn check_and_grad_agree_with_the_processor_and_the_plan_is_of_the_gpu() {
 fn inputs_of_layers_are_offloaded_where_that_is_what_fits() {
     let (_guard, dir) = temporary();
     let run = write_run(&dir);
-    let model = format!("model.path=\"{}\"", golden("models/llama").display());
-    let with = |command: &str, extra: &[&str]| {
-        let arguments = [&[command, &run, "--set", &model][..], extra].concat();
-        uft(&arguments)
+    // A plan of a model with more and wider layers; nothing of it is computed.
+    let model = without_weights(&dir, "llama");
+    let config = std::fs::read_to_string(model.join("config.json")).expect("a configuration");
+    let mut config: Value = serde_json::from_str(&config).expect("JSON");
+    for (key, value) in [("hidden_size", 512), ("num_hidden_layers", 24)] {
+        config[key] = value.into();
+    }
+    std::fs::write(model.join("config.json"), config.to_string()).expect("it is written");
+    let plan = |gib: f64, recompute: &str| {
+        let (path, gib) = (format!("model.path=\"{}\"", model.display()), gib.to_string());
+        let recompute = format!("train.recompute=\"{recompute}\"");
+        succeed(&["check", &run, "--gpu", &gib, "--set", &path, "--set", &recompute])
     };
-    let plan = |extra: &[&str]| {
-        let output = with("check", extra);
-        output.status.success().then(|| String::from_utf8(output.stdout).expect("text"))
-    };
-    let all = plan(&["--gpu", "1", "--set", "train.recompute=\"all\""]).expect("a plan");
+    let (all, forced) = (plan(8.0, "all"), plan(8.0, "offload"));
     assert!(!all.contains("inputs of layers"), "{all}");
-    let forced = plan(&["--gpu", "1", "--set", "train.recompute=\"offload\""]).expect("a plan");
-    let level = "3 of 3 layers computed again on the way back, with the input of 2 in the machine's memory meanwhile";
+    let level = "24 of 24 layers computed again on the way back, with the input of 23 in the machine's memory meanwhile";
     assert!(forced.contains(level) && forced.contains("│ inputs of layers "), "{forced}");
-    // Between what the two take the plan offloads by itself.
+    // Between what the two take the plan offloads some by itself, and 2 % stay free.
     let [most, least] = [&all, &forced].map(|plan| on_the_gpu(plan, "total"));
     assert!(least < most, "{least} of {most} MiB");
-    let gib = ((most + 3.0 * least) / 4.0 / 1024.0).to_string();
-    let chosen = plan(&["--gpu", &gib]).expect("a plan");
-    assert!(chosen.contains("in the machine's memory meanwhile"), "{chosen}");
+    let between = (most + least) / 2.0 / 1024.0 / 0.98;
+    for recompute in ["auto", "all"] {
+        let chosen = plan(between, recompute);
+        let (_, inputs) = chosen.split_once("with the input of ").expect("some are offloaded");
+        let inputs: usize = inputs.split_once(' ').expect("a number").0.parse().expect("a number");
+        assert!((1..23).contains(&inputs), "{chosen}");
+    }
 
     let gradient = |recompute: &str| {
         let out = dir.join(format!("{recompute}.safetensors")).display().to_string();
+        let path = format!("model.path=\"{}\"", golden("models/llama").display());
         let set = format!("train.recompute=\"{recompute}\"");
-        let output = with("grad", &["--out", &out, "--set", &set]);
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        succeed(&["grad", &run, "--out", &out, "--set", &path, "--set", &set]);
         tensors(Path::new(&out))
     };
     assert_eq!(gradient("offload"), gradient("none"));

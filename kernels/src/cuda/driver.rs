@@ -157,7 +157,8 @@ impl Driver {
         // SAFETY: the memory is there until the driver is dropped, and nobody else's.
         let ring = unsafe { Ring::new(ring.cast(), RING) };
         let uploads = Mutex::new(Uploads { ring, events: Vec::new() });
-        let (allocated, waits, modules) = (AtomicUsize::new(0), AtomicUsize::new(0), Mutex::default());
+        let (allocated, waits, modules) =
+            (AtomicUsize::new(0), AtomicUsize::new(0), Mutex::default());
         Ok(Self {
             device,
             context,

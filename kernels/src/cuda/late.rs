@@ -119,10 +119,8 @@ impl Queues {
 
     /// The tasks of the other stream that a stream's next waits for.
     fn waits_for(&mut self, stream: Stream) -> Option<(Stream, u64)> {
-        match self.of(stream).tasks.front() {
-            Some(&Task::Await(other, done)) if self.of(other).done < done => Some((other, done)),
-            _ => None,
-        }
+        let Some(&Task::Await(other, done)) = self.of(stream).tasks.front() else { return None };
+        (self.of(other).done < done).then_some((other, done))
     }
 
     fn do_next(&mut self, device: &Emulator, stream: Stream) {

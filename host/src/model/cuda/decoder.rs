@@ -346,7 +346,8 @@ impl Decoder {
         let mut next = self.fetched(layers.pop())?;
         for layer in self.layers[lowest..].iter().rev() {
             signals::check()?;
-            let kept = next.expect("every block from the lowest adapter upwards has left something");
+            let kept =
+                next.expect("every block from the lowest adapter upwards has left something");
             // What the block below left in the host's memory comes while this one is on its way back.
             next = self.fetched(layers.pop())?;
             let input_needed = layer.index > lowest || !self.options.skipped_gradients;

@@ -90,8 +90,7 @@ fn what_is_offloaded_is_not_on_the_device() {
     let size = Size { rows: 512, needed: 64, targets: 64, longest: 64, tables: 4096 };
     let input = size.rows * config.hidden * size_of::<bf16>();
     let took = |offloaded_layers| {
-        let options =
-            Options { recomputed_layers: LAYERS, offloaded_layers, ..Options::default() };
+        let options = Options { recomputed_layers: LAYERS, offloaded_layers, ..Options::default() };
         let gpu = Gpu::emulated(0).unwrap();
         let counted = cuda::Counted::new(&config, options, gpu.properties(), 128).unwrap();
         let counted = counted.with_adapters(&lora).unwrap().with_training(false).unwrap();
