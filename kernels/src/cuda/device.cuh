@@ -1,7 +1,7 @@
 // What kernels are written with: types, and wrappers around the instructions that C++ has no word for.
 //
 // A kernel's source is compiled by two compilers. NVRTC makes it a cubin for a GPU; the system's C++ compiler makes
-// it a shared library that the emulated device executes (emulation.h). Whatever differs between the two has
+// it a shared library that the emulated device executes (emulation/). Whatever differs between the two has
 // two bodies here, next to each other; above these names a kernel is the same text for both.
 //
 // No header of CUDA is included: NVRTC alone has to do.

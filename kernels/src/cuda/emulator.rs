@@ -1,7 +1,8 @@
-//! The device that is none: kernels compiled by the system's C++ compiler and executed by emulation.h, with
+//! The device that is none: kernels compiled by the system's C++ compiler and executed by emulation/, with
 //! a thread of CUDA as a fiber. Made to find mistakes, not to be fast.
 
 use super::arena::Spot;
+use super::emulation::FILES;
 use super::guarded::Guarded;
 use super::kernel::{Declared, Kernel, Module};
 use super::late::{Late, Task};
@@ -20,7 +21,7 @@ use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 /// What an A100 allows a block, and an H100.
 const SHARED_BYTES: u32 = 163 << 10;
 const SHARED_BYTES_HOPPER: u32 = 227 << 10;
-/// As emulation.h: threads of a cluster.
+/// As emulation/launch.h: threads of a cluster.
 const MOST_THREADS: u32 = 1024;
 const OPTIONS: &str = "-std=c++17 -O2 -shared -fPIC -fvisibility=hidden -fno-stack-protector \
                        -fstack-clash-protection -fcf-protection=none -U_FORTIFY_SOURCE -Wl,-Bsymbolic";
@@ -160,7 +161,8 @@ impl Compiler {
         table += "    {}\n};\n";
         let main = folder.join("table.cpp");
         std::fs::write(&main, table).map_err(failed)?;
-        for (name, text) in module.headers().chain([(module.source.name, module.source.text)]) {
+        let own = [(module.source.name, module.source.text)];
+        for (name, text) in module.headers().chain(FILES).chain(own) {
             std::fs::write(folder.join(name), text).map_err(failed)?;
         }
         let output = Command::new(&self.command)
@@ -180,8 +182,9 @@ impl Compiler {
     }
 
     fn cached(&self, module: &Module) -> Result<PathBuf> {
-        let text = module.text();
-        let parts = [self.version.as_bytes(), OPTIONS.as_bytes(), text.as_bytes()];
+        let (text, emulation) = (module.text(), FILES.map(|(_, text)| text).concat());
+        let parts =
+            [self.version.as_bytes(), OPTIONS.as_bytes(), text.as_bytes(), emulation.as_bytes()];
         cache::get_or_make(module.stem(), &parts, "so", |path| self.compile(module, path))
     }
 }

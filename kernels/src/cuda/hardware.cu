@@ -1,5 +1,5 @@
 // What the emulation assumes of a GPU, one kernel an assumption: each shows what the hardware does, lane by lane, and
-// hardware.rs compares that with what device.cuh and emulation.h say. Inputs and outputs are raw: nothing here goes
+// hardware.rs compares that with what device.cuh and emulation/ say. Inputs and outputs are raw: nothing here goes
 // through two conventions that could be wrong alike.
 #include "tile.cuh"
 

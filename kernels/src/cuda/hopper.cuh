@@ -1,5 +1,5 @@
 // What only Hopper has (sm_90a), wrapped as device.cuh wraps the rest: barriers in shared memory, the copy engine, products of a
-// warpgroup, clusters. Two bodies each; emulation_hopper.h says what the second makes of mistakes.
+// warpgroup, clusters. Two bodies each; emulation/hopper.h says what the second makes of mistakes.
 //
 // The names are those of PTX (Parallel Thread Execution ISA 8.0 and newer), shortened:
 //
@@ -28,7 +28,7 @@ struct __align__(64) TensorMap {
 
 #else
 
-#include "emulation_hopper.h"
+#include "hopper.h"
 #define HOPPER_KERNEL(threads, cluster) extern "C" void
 #define TENSOR_MAP const TensorMap
 

@@ -23,14 +23,10 @@ pub struct Kernel {
 }
 
 /// What every kernel includes.
-pub(super) const HEADERS: [(&str, &str); 2] =
-    [("device.cuh", include_str!("device.cuh")), ("emulation.h", include_str!("emulation.h"))];
+const HEADER: (&str, &str) = ("device.cuh", include_str!("device.cuh"));
 
 /// For sources that use what only Hopper has.
-pub const HOPPER: [(&str, &str); 2] = [
-    ("hopper.cuh", include_str!("hopper.cuh")),
-    ("emulation_hopper.h", include_str!("emulation_hopper.h")),
-];
+pub const HOPPER: (&str, &str) = ("hopper.cuh", include_str!("hopper.cuh"));
 
 /// For sources that work at tiles, or at eight numbers at a time.
 pub(crate) const TILE: (&str, &str) = ("tile.cuh", include_str!("tile.cuh"));
@@ -105,9 +101,9 @@ impl Module {
         defines.map(|(name, value)| format!("-D{name}={value}")).collect()
     }
 
-    /// Every file that is included, with its text.
+    /// Every file that is included, with its text, but for those of the emulation.
     pub fn headers(&self) -> impl Iterator<Item = (&'static str, &'static str)> {
-        HEADERS.into_iter().chain(self.source.headers.iter().copied())
+        [HEADER].into_iter().chain(self.source.headers.iter().copied())
     }
 
     /// The name without `.cu`.

@@ -6,7 +6,7 @@ use super::tensor_map::Encoded;
 use super::{Error, Plain, Result};
 use std::marker::PhantomData;
 
-/// What a number, or what a pointer points to, is; numbered as in emulation.h.
+/// What a number, or what a pointer points to, is; numbered as in emulation/table.h.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Type {

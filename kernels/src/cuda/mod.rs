@@ -5,7 +5,7 @@
 //!
 //! * a CUDA device: NVRTC compiles a source for it, at first use, to a cubin;
 //! * the emulated device, which executes the same sources on the processor, thousands of times slower: g++
-//!   compiles them, with emulation.h, to a library. It is there to test kernels without a GPU.
+//!   compiles them, with emulation/, to a library. It is there to test kernels without a GPU.
 //!
 //! A third one only counts ([`Gpu::counting`]): nothing is computed on it.
 //!
@@ -24,6 +24,7 @@ mod counter;
 #[cfg(test)]
 mod documented;
 mod driver;
+mod emulation;
 mod emulator;
 mod error;
 #[cfg(test)]

@@ -1,5 +1,5 @@
 //! Tensor maps: what the copy engine of Hopper is told about a matrix. A CUDA device has them encoded by its driver; the
-//! emulated one takes them as they are, in the layout of emulation_hopper.h.
+//! emulated one takes them as they are, in the layout of emulation/hopper_state.h.
 
 use super::launch::{Arg, Argument, Type};
 use super::{Device, DeviceSlice, Error, Gpu, Plain, Result};
@@ -8,7 +8,7 @@ use std::marker::PhantomData;
 /// Bytes of a box's row, which the swizzle is made for.
 const ROW: u32 = 128;
 const MOST_BOX_ROWS: u32 = 256;
-/// "TENSRMAP" in emulation_hopper.h.
+/// "TENSRMAP" in emulation/hopper_state.h.
 const MAGIC: u64 = 0x7061_6d72_6f73_6e74;
 
 /// A matrix on a device and the box that is copied of it at a time: an argument for a parameter `TENSOR_MAP`.

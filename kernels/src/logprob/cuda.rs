@@ -23,7 +23,7 @@ const HEADER: (&str, &str) = ("logprob.cuh", include_str!("../logprob.cuh"));
 static HOPPER_SOURCE: Source = Source {
     name: "hopper_logprob.cu",
     text: include_str!("../hopper_logprob.cu"),
-    headers: &[HOPPER[0], HOPPER[1], TILE, hopper::PRODUCT_HEADER, HEADER],
+    headers: &[HOPPER, TILE, hopper::PRODUCT_HEADER, HEADER],
 };
 
 /// Tokens and entries of a block's tile, depth and number of the slices in shared memory. Two such blocks

@@ -3,11 +3,8 @@
 use super::*;
 use crate::cuda::TILE;
 
-static SOURCE: Source = Source {
-    name: "hopper.cu",
-    text: include_str!("hopper.cu"),
-    headers: &[HOPPER[0], HOPPER[1], TILE],
-};
+static SOURCE: Source =
+    Source { name: "hopper.cu", text: include_str!("hopper.cu"), headers: &[HOPPER, TILE] };
 
 const fn kernel(name: &'static str, threads: u32) -> Kernel {
     Kernel::new(&SOURCE, name, threads)

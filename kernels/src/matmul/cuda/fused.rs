@@ -23,12 +23,12 @@ mod tests;
 static ROPE: Source = Source {
     name: "hopper_rope.cu",
     text: include_str!("../hopper_rope.cu"),
-    headers: &[HOPPER[0], HOPPER[1], TILE, PRODUCT_HEADER, rope::HEADER],
+    headers: &[HOPPER, TILE, PRODUCT_HEADER, rope::HEADER],
 };
 static SWIGLU: Source = Source {
     name: "hopper_swiglu.cu",
     text: include_str!("../hopper_swiglu.cu"),
-    headers: &[HOPPER[0], HOPPER[1], TILE, PRODUCT_HEADER, swiglu::HEADER],
+    headers: &[HOPPER, TILE, PRODUCT_HEADER, swiglu::HEADER],
 };
 
 /// As [`WIDE`], with room for two pieces of gate and two of up instead of a stage.

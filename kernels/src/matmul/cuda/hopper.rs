@@ -13,7 +13,7 @@ pub(crate) const PRODUCT_HEADER: (&str, &str) =
 static PRODUCT: Source = Source {
     name: "hopper.cu",
     text: include_str!("../hopper.cu"),
-    headers: &[HOPPER[0], HOPPER[1], TILE, PRODUCT_HEADER],
+    headers: &[HOPPER, TILE, PRODUCT_HEADER],
 };
 
 /// Blocks of a cluster, rows of a block's tile and of the piece that one warpgroup stores; as hopper_product.cuh.
