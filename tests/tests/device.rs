@@ -309,7 +309,7 @@ fn inputs_of_layers_are_offloaded_where_that_is_what_fits() {
     let (_guard, dir) = temporary();
     let run = write_run(&dir);
     // A plan of a model with more and wider layers; nothing of it is computed.
-    let model = without_weights(&dir, "llama");
+    let model = without_weights(&dir, "qwen3");
     let config = std::fs::read_to_string(model.join("config.json")).expect("a configuration");
     let mut config: Value = serde_json::from_str(&config).expect("JSON");
     for (key, value) in [("hidden_size", 512), ("num_hidden_layers", 24)] {
