@@ -315,6 +315,7 @@ fn inputs_of_layers_are_offloaded_where_that_is_what_fits() {
     for (key, value) in [("hidden_size", 512), ("num_hidden_layers", 24)] {
         config[key] = value.into();
     }
+    config["layer_types"] = vec!["full_attention"; 24].into();
     std::fs::write(model.join("config.json"), config.to_string()).expect("it is written");
     let plan = |gib: f64, recompute: &str| {
         let (path, gib) = (format!("model.path=\"{}\"", model.display()), gib.to_string());
