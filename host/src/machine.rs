@@ -57,6 +57,16 @@ fn left_in_group(line: &str, mount: &Path) -> Vec<u64> {
     path.ancestors().filter_map(left).collect()
 }
 
+/// Bytes as people read them.
+pub fn in_mebibytes(bytes: usize) -> f64 {
+    bytes as f64 / f64::from(1 << 20)
+}
+
+/// As [`in_mebibytes`], with the unit.
+pub fn mebibytes(bytes: usize) -> String {
+    format!("{:.1} MiB", in_mebibytes(bytes))
+}
+
 fn read(path: impl AsRef<Path>) -> Option<String> {
     std::fs::read_to_string(path).ok()
 }

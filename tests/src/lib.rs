@@ -5,6 +5,8 @@ pub mod c;
 pub mod fuzz;
 pub mod mixed;
 pub mod outside;
+pub mod run;
+pub mod unrounded;
 
 use serde_json::Value;
 use std::path::{Path, PathBuf};
@@ -43,17 +45,27 @@ pub fn uft(binary: &str, arguments: &[&str]) -> Output {
 
 /// Runs it and gives stdout, or panics with stderr.
 pub fn succeed(binary: &str, arguments: &[&str]) -> String {
-    let output = uft(binary, arguments);
+    succeeded(command(binary, arguments))
+}
+
+/// As [`succeed`], of a command that is ready to run.
+pub fn succeeded(mut command: Command) -> String {
+    let output = command.output().expect("the binary under test runs");
     let stderr = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "uft {}: {stderr}", arguments.join(" "));
+    assert!(output.status.success(), "{command:?}: {stderr}");
     String::from_utf8(output.stdout).expect("stdout is text")
 }
 
 /// Runs it, expects the exit code, and gives stderr.
 pub fn fail(binary: &str, code: i32, arguments: &[&str]) -> String {
-    let output = uft(binary, arguments);
+    failed(code, command(binary, arguments))
+}
+
+/// As [`fail`], of a command that is ready to run.
+pub fn failed(code: i32, mut command: Command) -> String {
+    let output = command.output().expect("the binary under test runs");
     let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert_eq!(output.status.code(), Some(code), "uft {}: {stderr}", arguments.join(" "));
+    assert_eq!(output.status.code(), Some(code), "{command:?}: {stderr}");
     stderr
 }
 

@@ -1,6 +1,7 @@
 //! A mixed run and what is left of it, for the tests that interrupt it.
 
-use crate::{golden, lines, tensors};
+use crate::run::RunFile;
+use crate::{lines, tensors};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use uft::train::checkpoint;
@@ -8,40 +9,7 @@ use uft::train::checkpoint;
 /// A mixed run with everything that has state: shuffling, packing, several epochs, a batch statistic,
 /// two stages with a reference each, held-out rows. Reference log-probs lie in its own output.
 pub fn write_run(dir: &Path, extra: &str) -> String {
-    let model = golden("models/qwen2");
-    let data = |name: &str| golden(&format!("data/{name}.jsonl")).display().to_string();
-    let text = format!(
-        r#"
-[model]
-path = "{model}"
-[lora]
-rank = 4
-alpha = 8
-[[data]]
-name = "demos"
-files = ["{demos}"]
-adapter = "demonstrations"
-objective = {{ plugin = "uft-sft", beta = 0.1 }}
-[[data]]
-name = "labels"
-files = ["{labels}"]
-adapter = "labels"
-objective = {{ plugin = "kto", beta = 0.1 }}
-[[data]]
-name = "pairs"
-files = ["{pairs}"]
-eval_fraction = 0.25
-adapter = "preferences"
-objective = {{ plugin = "una-pairwise", beta = 0.1 }}
-[train]
-output = "{out}"
-reference_cache = "{out}/reference"
-steps = 8
-batch = 6
-micro_tokens = 300
-lr = 5e-3
-threads = 2
-save_every = 3
+    let stages = r#"
 [eval]
 every = 3
 [[stage]]
@@ -53,17 +21,18 @@ name = "second"
 data = ["demos", "pairs"]
 reference = "previous"
 steps = 7
-{extra}
-"#,
-        model = model.display(),
-        demos = data("demos"),
-        labels = data("labels"),
-        pairs = data("pairs"),
-        out = dir.join("out").display(),
-    );
-    let path = dir.join("run.toml");
-    std::fs::write(&path, text).expect("the run is written");
-    path.display().to_string()
+"#;
+    RunFile::new(dir, "qwen2")
+        .section("lora", "rank = 4\nalpha = 8")
+        .golden("demos", r#"{ plugin = "uft-sft", beta = 0.1 }"#)
+        .golden("labels", r#"{ plugin = "kto", beta = 0.1 }"#)
+        .golden("pairs", r#"{ plugin = "una-pairwise", beta = 0.1 }"#)
+        .eval_fraction(0.25)
+        .own_references()
+        .train("steps = 8\nbatch = 6\nmicro_tokens = 300\nlr = 5e-3\nsave_every = 3")
+        .and(stages)
+        .and(extra)
+        .write()
 }
 
 /// What a finished run leaves that a resumed one must leave too.

@@ -10,7 +10,8 @@ use uft_core::abi::ABI_REVISION;
 use uft_core::export::abi_stable::std_types::{RStr, Tuple2};
 use uft_core::extension::Extension;
 use uft_tests::mixed::{assert_same, finished, temporary};
-use uft_tests::{fail, golden, root, succeed};
+use uft_tests::run::RunFile;
+use uft_tests::{fail, root, succeed};
 
 const UFT: &str = env!("CARGO_BIN_EXE_uft-under-test");
 /// Where the archived libraries can be loaded. Elsewhere nothing is known of earlier builds; today's build
@@ -175,45 +176,19 @@ fn write_run(dir: &Path, library: &Path) -> String {
     for (file, rows) in [("all", ROWS.to_vec()), ("pairs", pairs.collect())] {
         std::fs::write(dir.join(format!("{file}.jsonl")), rows.join("\n")).expect("written");
     }
-    let text = format!(
-        r#"
-[model]
-path = "{model}"
-[lora]
-rank = 4
-alpha = 8
-[plugins]
-load = ["{library}"]
-[[data]]
-name = "all"
-files = ["{dir}/all.jsonl"]
-eval_fraction = 0.25
-adapter = "archived-records"
-objective = {{ plugin = "archived-pointwise", beta = 0.4 }}
-[[data]]
-name = "pairs"
-files = ["{dir}/pairs.jsonl"]
-adapter = "archived-records"
-objective = {{ plugin = "archived-pairwise", beta = {{ schedule = "linear", from = 0.1, to = 0.3 }} }}
-[train]
-output = "{dir}/out"
-reference_cache = "{dir}/out/reference"
-steps = 6
-batch = 6
-micro_tokens = 100
-lr = 5e-3
-threads = 2
-save_every = 2
-[eval]
-every = 3
-"#,
-        model = golden("models/llama").display(),
-        library = library.display(),
-        dir = dir.display(),
-    );
-    let path = dir.join("run.toml");
-    std::fs::write(&path, text).expect("the run is written");
-    path.display().to_string()
+    let pointwise = r#"{ plugin = "archived-pointwise", beta = 0.4 }"#;
+    let pairwise =
+        r#"{ plugin = "archived-pairwise", beta = { schedule = "linear", from = 0.1, to = 0.3 } }"#;
+    RunFile::new(dir, "llama")
+        .section("lora", "rank = 4\nalpha = 8")
+        .section("plugins", &format!("load = [\"{}\"]", library.display()))
+        .source("all", &dir.join("all.jsonl"), "archived-records", pointwise)
+        .eval_fraction(0.25)
+        .source("pairs", &dir.join("pairs.jsonl"), "archived-records", pairwise)
+        .own_references()
+        .train("steps = 6\nbatch = 6\nmicro_tokens = 100\nlr = 5e-3\nsave_every = 2")
+        .and("[eval]\nevery = 3")
+        .write()
 }
 
 #[test]

@@ -1,49 +1,22 @@
 //! The command line as a user meets it: outputs, refusals, exit codes.
 
 use std::path::{Path, PathBuf};
+use uft_tests::run::RunFile;
 use uft_tests::{fail, golden, lines, succeed, tensors};
 
 const UFT: &str = env!("CARGO_BIN_EXE_uft-under-test");
 
 /// A run of two sources on a golden model, its output in `dir`.
 fn write_run(dir: &Path, extra: &str) -> String {
-    let model = golden("models/llama");
-    let data = |name: &str| golden(&format!("data/{name}.jsonl")).display().to_string();
-    let text = format!(
-        r#"
-[model]
-path = "{model}"
-[lora]
-rank = 4
-alpha = 8
-[[data]]
-name = "demos"
-files = ["{demos}"]
-eval_fraction = 0.25
-adapter = "demonstrations"
-objective = {{ plugin = "uft-sft", beta = 0.1 }}
-[[data]]
-name = "pairs"
-files = ["{pairs}"]
-eval_fraction = 0.25
-adapter = "preferences"
-objective = {{ plugin = "una-pairwise", beta = 0.1 }}
-[train]
-output = "{out}"
-steps = 4
-batch = 4
-lr = 5e-3
-threads = 2
-{extra}
-"#,
-        model = model.display(),
-        demos = data("demos"),
-        pairs = data("pairs"),
-        out = dir.join("out").display(),
-    );
-    let path = dir.join("run.toml");
-    std::fs::write(&path, text).expect("the run is written");
-    path.display().to_string()
+    RunFile::new(dir, "llama")
+        .section("lora", "rank = 4\nalpha = 8")
+        .golden("demos", r#"{ plugin = "uft-sft", beta = 0.1 }"#)
+        .eval_fraction(0.25)
+        .golden("pairs", r#"{ plugin = "una-pairwise", beta = 0.1 }"#)
+        .eval_fraction(0.25)
+        .train("steps = 4\nbatch = 4\nlr = 5e-3")
+        .and(extra)
+        .write()
 }
 
 fn temporary() -> (tempfile::TempDir, PathBuf) {

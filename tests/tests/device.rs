@@ -3,41 +3,38 @@
 
 use serde_json::Value;
 use std::path::{Path, PathBuf};
-use std::process::Output;
+use std::process::Command;
 use uft::config::Config;
 use uft::train::{setup::Run, train};
 use uft_tests::mixed::{assert_same, copy, finished, temporary};
-use uft_tests::{command, golden, lines, tensors};
+use uft_tests::run::RunFile;
+use uft_tests::unrounded::{expect_rounded, unrounded};
+use uft_tests::{command, failed, golden, lines, numbers, succeeded, tensors};
 
 const UFT: &str = env!("CARGO_BIN_EXE_uft-under-test");
 
-/// Runs the command line, with compiled kernels kept from one test to the next.
-fn uft(arguments: &[&str]) -> Output {
-    let kernels = concat!(env!("CARGO_TARGET_TMPDIR"), "/device");
-    command(UFT, arguments).env("UFT_CACHE_DIR", kernels).output().expect("the program runs")
+/// The command line, with compiled kernels kept from one test to the next.
+fn uft(arguments: &[&str]) -> Command {
+    let mut command = command(UFT, arguments);
+    command.env("UFT_CACHE_DIR", concat!(env!("CARGO_TARGET_TMPDIR"), "/device"));
+    command
 }
 
 fn succeed(arguments: &[&str]) -> String {
-    let output = uft(arguments);
-    let stderr = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "uft {}: {stderr}", arguments.join(" "));
-    String::from_utf8(output.stdout).expect("stdout is text")
+    succeeded(uft(arguments))
 }
 
 fn fail(code: i32, arguments: &[&str]) -> String {
-    let output = uft(arguments);
-    let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert_eq!(output.status.code(), Some(code), "uft {}: {stderr}", arguments.join(" "));
-    stderr
+    failed(code, uft(arguments))
 }
 
 /// The first rows of a data file.
-fn some_rows(dir: &Path, name: &str, count: usize) -> String {
+fn some_rows(dir: &Path, name: &str, count: usize) -> PathBuf {
     let all = std::fs::read_to_string(golden(&format!("data/{name}.jsonl"))).expect("the data");
     let some: String = all.lines().take(count).map(|line| format!("{line}\n")).collect();
     let path = dir.join(format!("{name}.jsonl"));
     std::fs::write(&path, some).expect("the rows are written");
-    path.display().to_string()
+    path
 }
 
 /// A model's folder with nothing in it that a plan does not need.
@@ -61,44 +58,15 @@ fn on_the_gpu(plan: &str, part: &str) -> f64 {
 
 /// A short run with a reference, several micro-batches in a step, and held-out rows.
 fn write_run(dir: &Path) -> String {
-    let text = format!(
-        r#"
-[model]
-path = "{model}"
-[lora]
-rank = 4
-alpha = 8
-targets = ["q_proj", "o_proj", "gate_proj", "down_proj", "lm_head"]
-[[data]]
-name = "demos"
-files = ["{demos}"]
-adapter = "demonstrations"
-objective = {{ plugin = "uft-sft", beta = 0.1 }}
-[[data]]
-name = "pairs"
-files = ["{pairs}"]
-eval_fraction = 0.34
-adapter = "preferences"
-objective = {{ plugin = "una-pairwise", beta = 0.1 }}
-[train]
-output = "{out}"
-reference_cache = "{out}/reference"
-device = "emulated"
-steps = 4
-batch = 3
-micro_tokens = 100
-lr = 5e-3
-threads = 2
-save_every = 2
-"#,
-        model = golden("models/qwen3").display(),
-        demos = some_rows(dir, "demos", 2),
-        pairs = some_rows(dir, "pairs", 3),
-        out = dir.join("out").display(),
-    );
-    let path = dir.join("run.toml");
-    std::fs::write(&path, text).expect("the run is written");
-    path.display().to_string()
+    let targets = "[\"q_proj\", \"o_proj\", \"gate_proj\", \"down_proj\", \"lm_head\"]";
+    RunFile::new(dir, "qwen3")
+        .section("lora", &format!("rank = 4\nalpha = 8\ntargets = {targets}"))
+        .rows("demos", &some_rows(dir, "demos", 2), r#"{ plugin = "sft" }"#)
+        .rows("pairs", &some_rows(dir, "pairs", 3), r#"{ plugin = "una-pairwise", beta = 0.1 }"#)
+        .eval_fraction(0.34)
+        .own_references()
+        .train("device = \"emulated\"\nsteps = 4\nbatch = 3\nmicro_tokens = 100\nlr = 5e-3\nsave_every = 2")
+        .write()
 }
 
 #[test]
@@ -117,14 +85,22 @@ fn a_run_is_the_same_when_resumed_and_the_processor_s_but_for_rounding() {
     succeed(&["train", &resumed, "--resume"]);
     assert_same(&whole, &finished(&other.join("out")), "from checkpoint-2");
 
-    let (_guard, other) = temporary();
-    let run = write_run(&other);
-    succeed(&["train", &run, "--set", "train.device=\"cpu\""]);
-    for (device, cpu) in whole.metrics.iter().zip(&finished(&other.join("out")).metrics) {
-        for (what, tolerance) in [("loss", 0.01), ("grad_norm", 0.05)] {
-            let [device, cpu] = [device, cpu].map(|m| m[what].as_f64().expect("a number"));
-            assert!((device - cpu).abs() < tolerance * cpu.abs(), "{what}: {device}, CPU {cpu}");
-        }
+    let on_cpu = |model: &[&str]| {
+        let (_guard, dir) = temporary();
+        let run = write_run(&dir);
+        succeed(&[&["train", &run, "--set", "train.device=\"cpu\""], model].concat());
+        finished(&dir.join("out")).metrics
+    };
+    let model = dir.join("unrounded");
+    unrounded("qwen3", &model);
+    let set = format!("model.path=\"{}\"", model.display());
+    let (cpu, unrounded) = (on_cpu(&[]), on_cpu(&["--set", &set]));
+    for what in ["loss", "grad_norm"] {
+        let [device, unrounded, cpu] = [&whole.metrics, &unrounded, &cpu].map(|metrics| {
+            let of_step = |line: &Value| line[what].as_f64().expect("a number");
+            metrics.iter().map(of_step).collect::<Vec<_>>()
+        });
+        expect_rounded(what, &device, &unrounded, &cpu);
     }
 }
 
@@ -132,33 +108,7 @@ fn a_run_is_the_same_when_resumed_and_the_processor_s_but_for_rounding() {
 #[test]
 fn a_stage_after_another_goes_on_from_its_middle() {
     let (_guard, dir) = temporary();
-    let write = |dir: &Path| {
-        let text = format!(
-            r#"
-[model]
-path = "{model}"
-[lora]
-rank = 4
-[[data]]
-name = "demos"
-files = ["{demos}"]
-adapter = "demonstrations"
-objective = {{ plugin = "sft" }}
-[[data]]
-name = "labels"
-files = ["{labels}"]
-adapter = "labels"
-objective = {{ plugin = "kto", beta = 0.1 }}
-[train]
-output = "{out}"
-reference_cache = "{out}/reference"
-device = "emulated"
-steps = 2
-batch = 3
-micro_tokens = 100
-lr = 5e-3
-threads = 2
-save_every = 1
+    let stages = r#"
 [[stage]]
 name = "first"
 data = ["demos"]
@@ -167,15 +117,16 @@ reference = "base"
 name = "second"
 data = ["labels"]
 reference = "previous"
-"#,
-            model = golden("models/llama").display(),
-            demos = some_rows(dir, "demos", 3),
-            labels = some_rows(dir, "labels", 3),
-            out = dir.join("out").display(),
-        );
-        let path = dir.join("run.toml");
-        std::fs::write(&path, text).expect("the run is written");
-        path.display().to_string()
+"#;
+    let write = |dir: &Path| {
+        RunFile::new(dir, "llama")
+            .section("lora", "rank = 4")
+            .rows("demos", &some_rows(dir, "demos", 3), r#"{ plugin = "sft" }"#)
+            .rows("labels", &some_rows(dir, "labels", 3), r#"{ plugin = "kto", beta = 0.1 }"#)
+            .own_references()
+            .train("device = \"emulated\"\nsteps = 2\nbatch = 3\nmicro_tokens = 100\nlr = 5e-3\nsave_every = 1")
+            .and(stages)
+            .write()
     };
     succeed(&["train", &write(&dir)]);
     let whole = finished(&dir.join("out"));
@@ -198,6 +149,7 @@ fn nothing_is_allocated_or_compiled_after_the_first_step() {
         let set = [format!("train.steps={steps}")];
         let config = Config::load(Path::new(&path), &set).expect("a configuration");
         let mut run = Run::prepare(config).expect("a run");
+        assert!(run.memory.reference_tokens > run.config.train.micro_tokens);
         let before = run.model.made();
         train(&mut run, false).expect("the run ends");
         assert_eq!(run.model.activations().max(run.memory.activations), run.memory.activations);
@@ -256,6 +208,10 @@ fn check_and_grad_agree_with_the_processor_and_the_plan_is_of_the_gpu() {
     assert!(checked.contains("on the GPU: activations"), "{checked}");
     assert!(checked.contains("available on emulated"), "{checked}");
     assert!(checked.contains("no layer computed again"), "{checked}");
+    assert!(checked.contains(" targets, of the reference's log-probs "), "{checked}");
+    // Each group's reference log-probs in a micro-batch of their own, told before those of the one before have come.
+    let apart = succeed(&["check", &run, "--set", "train.without=[\"packing\"]"]);
+    assert!(apart.contains("every implicit reward is exactly 0"), "{apart}");
 
     // Where no weights are, for a GPU that is not there.
     let path = format!("model.path=\"{}\"", without_weights(&dir, "qwen3").display());
@@ -269,7 +225,7 @@ fn check_and_grad_agree_with_the_processor_and_the_plan_is_of_the_gpu() {
     // With less and less, first gate and up alone are computed again, then whole layers.
     let plans: Vec<String> = (10..40)
         .map(|part| all * f64::from(50 - part) / 40.0 / 1024.0)
-        .map(|gib| uft(&["check", &run, "--gpu", &gib.to_string()]))
+        .map(|gib| uft(&["check", &run, "--gpu", &gib.to_string()]).output().expect("it runs"))
         .filter(|output| output.status.success())
         .map(|output| String::from_utf8(output.stdout).expect("stdout is text"))
         .collect();
@@ -285,21 +241,26 @@ fn check_and_grad_agree_with_the_processor_and_the_plan_is_of_the_gpu() {
     let refused = fail(7, &["check", &run, "--set", &memory(0.2)]);
     assert!(refused.contains("of the GPU's memory"), "{refused}");
 
-    let gradient = |device: &str| {
-        let out = dir.join(format!("{device}.safetensors"));
-        let set = format!("train.device=\"{device}\"");
-        succeed(&["grad", &run, "--out", &out.display().to_string(), "--set", &set]);
-        tensors(&out)
+    let gradient = |device: &str, model: &Path| -> Vec<(String, Vec<f64>)> {
+        let out = dir.join("gradient.safetensors");
+        let device = format!("train.device=\"{device}\"");
+        let model = format!("model.path=\"{}\"", model.display());
+        let set = ["--set", &device, "--set", &model];
+        succeed(&[&["grad", &run, "--out", &out.display().to_string()][..], &set].concat());
+        let wide = |numbers: Vec<f32>| numbers.into_iter().map(f64::from).collect();
+        tensors(&out).into_iter().map(|(name, numbers)| (name, wide(numbers))).collect()
     };
-    for ((name, device), (_, cpu)) in gradient("emulated").into_iter().zip(gradient("cpu")) {
-        let square = |values: &mut dyn Iterator<Item = f32>| -> f64 {
-            values.map(|x| f64::from(x).powi(2)).sum()
-        };
-        let difference = square(&mut device.iter().zip(&cpu).map(|(a, b)| a - b));
-        let error = (difference / square(&mut cpu.iter().copied()).max(1e-30)).sqrt();
+    let (rounded, wide) = (golden("models/qwen3"), dir.join("unrounded"));
+    unrounded("qwen3", &wide);
+    let (device, cpu) = (gradient("emulated", &rounded), gradient("cpu", &rounded));
+    for (((name, device), (_, unrounded)), (_, cpu)) in
+        device.iter().zip(&gradient("cpu", &wide)).zip(&cpu)
+    {
         // At B = 0 the gradient of A is exactly 0.
-        let same = cpu.iter().all(|x| *x == 0.0) && device == cpu;
-        assert!(same || error < 0.05, "{name}: off by {error}");
+        match cpu.iter().all(|x| *x == 0.0) {
+            true => assert_eq!(device, cpu, "{name}"),
+            false => expect_rounded(name, device, unrounded, cpu),
+        }
     }
 }
 
@@ -355,31 +316,24 @@ fn score_and_generate_run_on_a_device() {
     let (_guard, dir) = temporary();
     let model = golden("models/mistral").display().to_string();
     let adapter = format!("{model}/adapter");
-    let data = some_rows(&dir, "pairs", 2);
-    let score = |device: &str, adapter: &[&str]| {
-        let arguments = [
-            "score",
-            "--model",
-            &model,
-            "--data",
-            &data,
-            "--format",
-            "preferences",
-            "--device",
-            device,
-        ];
-        lines(&succeed(&[&arguments[..], adapter].concat()))
+    let data = some_rows(&dir, "pairs", 2).display().to_string();
+    let score = |model: &str, device: &str, more: &[&str]| {
+        let of_what = ["--data", &data, "--format", "preferences", "--device", device, "--tokens"];
+        let arguments = [&["score", "--model", model][..], &of_what, more].concat();
+        lines(&succeed(&arguments))
     };
-    let base = score("emulated", &[]);
+    let base = score(&model, "emulated", &[]);
     assert!(base.iter().all(|line| line["reward"] == 0.0));
-    let adapter = ["--adapter", adapter.as_str()];
-    let (device, cpu) = (score("emulated", &adapter), score("cpu", &adapter));
-    assert_eq!(device.len(), cpu.len());
-    for (device, cpu) in device.iter().zip(&cpu) {
-        for what in ["logp", "ref_logp"] {
-            let [device, cpu] = [device, cpu].map(|line| line[what].as_f64().expect("a log-prob"));
-            assert!((device - cpu).abs() < 0.01 * cpu.abs(), "{what}: {device}, CPU {cpu}");
-        }
+    let adapter = ["--adapter", adapter.as_str(), "--micro-tokens", "50"];
+    let wide = dir.join("unrounded");
+    unrounded("mistral", &wide);
+    let scored = [(&model, "emulated"), (&wide.display().to_string(), "cpu"), (&model, "cpu")]
+        .map(|(model, device)| score(model, device, &adapter));
+    for what in ["token_logps", "ref_token_logps"] {
+        let [device, unrounded, cpu] = scored
+            .each_ref()
+            .map(|lines| lines.iter().flat_map(|line| numbers(&line[what])).collect::<Vec<_>>());
+        expect_rounded(what, &device, &unrounded, &cpu);
     }
     let generate = ["generate", "--model", &model, "--prompt", "Hello", "--max-tokens", "4"];
     let on = |device: &str| succeed(&[&generate[..], &["--device", device]].concat());

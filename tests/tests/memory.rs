@@ -1,36 +1,18 @@
 //! The plan of memory as a user meets it, and the switches that trade memory and time.
 
 use std::path::Path;
+use uft_tests::run::RunFile;
 use uft_tests::{fail, golden, succeed, tensors, uft};
 
 const UFT: &str = env!("CARGO_BIN_EXE_uft-under-test");
 
 /// A run over pairs on a golden model, its output in `dir`.
 fn write_run(dir: &Path) -> String {
-    let text = format!(
-        r#"
-[model]
-path = "{model}"
-[[data]]
-name = "pairs"
-files = ["{pairs}"]
-eval_fraction = 0.25
-adapter = "preferences"
-objective = {{ plugin = "una-pairwise", beta = 0.1 }}
-[train]
-output = "{out}"
-steps = 4
-batch = 4
-lr = 5e-3
-threads = 2
-"#,
-        model = golden("models/llama").display(),
-        pairs = golden("data/pairs.jsonl").display(),
-        out = dir.join("out").display(),
-    );
-    let path = dir.join("run.toml");
-    std::fs::write(&path, text).expect("the run is written");
-    path.display().to_string()
+    RunFile::new(dir, "llama")
+        .golden("pairs", r#"{ plugin = "una-pairwise", beta = 0.1 }"#)
+        .eval_fraction(0.25)
+        .train("steps = 4\nbatch = 4\nlr = 5e-3")
+        .write()
 }
 
 #[test]

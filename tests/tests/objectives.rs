@@ -4,6 +4,7 @@
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 use uft_tests::mixed::temporary;
+use uft_tests::run::RunFile;
 use uft_tests::{fail, golden, lines, succeed, tensors};
 
 const UFT: &str = env!("CARGO_BIN_EXE_uft-under-test");
@@ -12,37 +13,14 @@ const DPO: &str = r#"{ plugin = "una-pairwise", beta = 0.5 }"#;
 
 /// A run over one file of pairs, or of demonstrations.
 fn write_run(dir: &Path, data: &Path, adapter: &str, objective: &str, more: &str) -> String {
-    let text = format!(
-        r#"
-[model]
-path = "{model}"
-[lora]
-rank = 4
-alpha = 8
-[plugins]
-load = ["sound"]
-[[data]]
-name = "rows"
-files = ["{data}"]
-adapter = "{adapter}"
-objective = {objective}
-[train]
-output = "{out}"
-reference_cache = "{out}/reference"
-steps = 4
-batch = 4
-micro_tokens = 100
-shuffle = false
-threads = 2
-{more}
-"#,
-        model = golden("models/llama").display(),
-        data = data.display(),
-        out = dir.join("out").display(),
-    );
-    let path = dir.join("run.toml");
-    std::fs::write(&path, text).expect("the run is written");
-    path.display().to_string()
+    RunFile::new(dir, "llama")
+        .section("lora", "rank = 4\nalpha = 8")
+        .section("plugins", "load = [\"sound\"]")
+        .source("rows", data, adapter, objective)
+        .own_references()
+        .train("steps = 4\nbatch = 4\nmicro_tokens = 100\nshuffle = false")
+        .and(more)
+        .write()
 }
 
 /// The first step's loss, and its gradient as one list.

@@ -107,6 +107,7 @@ fn first_step(run: &mut Run, stage: &Stage) -> Result<String> {
         policy: &run.adapters,
         reference: reference.as_ref(),
         micro_tokens: stage.train.micro_tokens,
+        reference_tokens: run.memory.reference_tokens,
         without: &stage.train.without,
         mixing: stage.train.mixing,
         at: At { number: 0, steps: stage.steps(&run.sources), training: false },

@@ -2,7 +2,8 @@
 
 use super::print;
 use crate::config::Device as DeviceChoice;
-use crate::model::{Device, Model, ModelConfig, SampleOptions, peft};
+use crate::model::inference::{Loaded, Setting};
+use crate::model::{Device, Forward, Inference, ModelConfig, SampleOptions, peft};
 use crate::text::Text;
 use crate::train::setup::use_threads;
 use crate::{Error, Result};
@@ -29,7 +30,7 @@ pub struct GenerateArgs {
     raw: bool,
     /// Most tokens to generate
     #[arg(long, default_value_t = 256)]
-    max_tokens: usize,
+    max_tokens: u32,
     /// 0 takes the likeliest token every time
     #[arg(long, default_value_t = 0.0)]
     temperature: f32,
@@ -80,16 +81,34 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
         Some(dir) => Some(peft::load(dir, &config)?),
         None => None,
     };
-    let model = Model::load(&args.model, &device)?;
-    let lora = lora.map(|lora| model.place(lora)).transpose()?;
+    let max_tokens = args.max_tokens as usize;
+    let inference = Inference { dir: &args.model, config: &config, lora, device: &device };
+    let loaded = load(inference, ids.len(), max_tokens)?;
     let options = SampleOptions {
-        max_tokens: args.max_tokens,
+        max_tokens,
         temperature: args.temperature,
         top_p: args.top_p,
         top_k: args.top_k,
         seed: args.seed,
         eos: text.eos_ids().to_vec(),
     };
-    let answer = model.generate(&ids, &options, lora.as_ref())?;
+    let answer = loaded.model.generate(&ids, &options, loaded.lora.as_ref())?;
+    loaded.expect_as_planned();
     print(&format!("{}\n", text.decode(&answer, true)?.trim_end()))
+}
+
+/// Model and adapter, with memory for a prompt and an answer of so many tokens.
+fn load(inference: Inference, prompt: usize, tokens: usize) -> Result<Loaded> {
+    let continuation = |prompt, tokens| vec![Forward::Continuation { prompt, tokens }];
+    let fewer = Setting {
+        value: tokens,
+        passes: &|tokens| continuation(prompt, tokens),
+        advice: &|tokens| format!("--max-tokens {tokens}"),
+    };
+    let shorter = Setting {
+        value: prompt,
+        passes: &|prompt| continuation(prompt, 1),
+        advice: &|prompt| format!("a prompt of {prompt} tokens with --max-tokens 1"),
+    };
+    inference.load(&continuation(prompt, tokens), &[fewer, shorter])
 }

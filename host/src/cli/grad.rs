@@ -31,6 +31,7 @@ pub fn run(args: &GradArgs) -> Result<()> {
         policy: &run.adapters,
         reference: reference.as_ref(),
         micro_tokens: stage.train.micro_tokens,
+        reference_tokens: run.memory.reference_tokens,
         without: &stage.train.without,
         mixing: stage.train.mixing,
         at: At { number: 0, steps: stage.steps(&run.sources), training: true },

@@ -5,7 +5,9 @@ use crate::config::{Device as DeviceChoice, EndOfTurn, LongRows, PluginRef};
 use crate::data::rows;
 use crate::data::source::in_vocabulary;
 use crate::group::Group;
-use crate::model::{Adapters, Device, Model, ModelConfig, Packed, peft};
+use crate::model::inference::{Loaded, Setting};
+use crate::model::memory::Size;
+use crate::model::{Device, Forward, Inference, ModelConfig, Packed, peft};
 use crate::plugins::{Adapter, Registry};
 use crate::text::{Limits, Text};
 use crate::train::setup::use_threads;
@@ -66,21 +68,78 @@ pub fn run(args: &ScoreArgs) -> Result<()> {
         Some(dir) => Some(peft::load(dir, &config)?),
         None => None,
     };
-    let model = Model::load(&args.model, &device)?;
-    let lora = lora.map(|lora| model.place(lora)).transpose()?;
-    let mut rest = scored.as_slice();
-    while !rest.is_empty() {
-        let mut count = 1;
-        let mut rows = rest[0].group.rows();
-        while count < rest.len() && rows + rest[count].group.rows() <= args.micro_tokens {
-            rows += rest[count].group.rows();
-            count += 1;
-        }
-        let (batch, after) = rest.split_at(count);
-        score(args, &model, lora.as_ref(), batch)?;
-        rest = after;
+    let inference = Inference { dir: &args.model, config: &config, lora, device: &device };
+    let loaded = load(inference, &scored, args.micro_tokens)?;
+    for batch in batches(&scored, args.micro_tokens, |scored| scored.group.rows()) {
+        score(args, &loaded, batch)?;
     }
+    loaded.expect_as_planned();
     Ok(())
+}
+
+/// Neighbours, together at most `micro_tokens` rows, or one that has more.
+fn batches<T>(
+    items: &[T],
+    micro_tokens: usize,
+    rows: impl Fn(&T) -> usize,
+) -> impl Iterator<Item = &[T]> {
+    let mut rest = items;
+    std::iter::from_fn(move || {
+        let mut all = rows(rest.first()?);
+        let more = rest[1..].iter().take_while(|item| {
+            all += rows(item);
+            all <= micro_tokens
+        });
+        let (batch, after) = rest.split_at(1 + more.count());
+        rest = after;
+        Some(batch)
+    })
+}
+
+/// Model and adapter, with memory for the batches.
+fn load(inference: Inference, scored: &[Scored], micro_tokens: usize) -> Result<Loaded> {
+    let heads = &inference.config.heads;
+    let laid_out = |scored: &Scored| Alone {
+        size: Size::of(&Packed::new(&[&scored.group]), heads),
+        positions: scored.group.longest(),
+    };
+    let alone: Vec<Alone> = match inference.device {
+        Device::Cpu => Vec::new(),
+        Device::Gpu(_) => scored.iter().map(laid_out).collect(),
+    };
+    let longest = alone.iter().map(|alone| alone.positions).max().unwrap_or(0);
+    let smaller = Setting {
+        value: micro_tokens,
+        passes: &|micro_tokens| passes(&alone, micro_tokens),
+        advice: &|micro_tokens| format!("--micro-tokens {micro_tokens}"),
+    };
+    let shorter = Setting {
+        value: longest,
+        passes: &|longest| {
+            let short = alone.iter().filter(|alone| alone.positions <= longest).copied();
+            passes(&short.collect::<Vec<_>>(), 1)
+        },
+        advice: &|longest| format!("without rows of more than {longest} tokens, --micro-tokens 1"),
+    };
+    inference.load(&passes(&alone, micro_tokens), &[smaller, shorter])
+}
+
+/// What a group takes.
+#[derive(Clone, Copy)]
+struct Alone {
+    size: Size,
+    /// Tokens of its longest text.
+    positions: usize,
+}
+
+/// The passes of all groups.
+fn passes(alone: &[Alone], micro_tokens: usize) -> Vec<Forward> {
+    let batches = batches(alone, micro_tokens, |alone| alone.size.rows);
+    let pass = |batch: &[Alone]| Forward::LogProbs {
+        size: batch.iter().fold(Size::default(), |all, alone| all + alone.size),
+        positions: batch.iter().map(|alone| alone.positions).max().unwrap_or(0),
+    };
+    batches.map(pass).collect()
 }
 
 /// A group of the file, and the place of its first response.
@@ -126,7 +185,8 @@ fn read(args: &ScoreArgs, adapter: &Adapter, text: &Text, vocab: usize) -> Resul
 }
 
 /// Prints one line for every response of a batch.
-fn score(args: &ScoreArgs, model: &Model, lora: Option<&Adapters>, batch: &[Scored]) -> Result<()> {
+fn score(args: &ScoreArgs, loaded: &Loaded, batch: &[Scored]) -> Result<()> {
+    let (model, lora) = (&loaded.model, loaded.lora.as_ref());
     let packed = Packed::new(&batch.iter().map(|s| &s.group).collect::<Vec<_>>());
     let ref_logps = model.logps(&packed, None)?;
     let logps = match lora {

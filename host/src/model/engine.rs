@@ -9,7 +9,7 @@ use super::packed::{Packed, WithOthers};
 use super::trained::{Adapters, Gradients};
 use crate::Result;
 use std::path::Path;
-use uft_kernels::cuda::Kernel;
+use uft_kernels::cuda::{Downloading, Kernel};
 use uft_kernels::parallel::awake;
 
 /// A decoder with its frozen weights where it computes.
@@ -30,6 +30,25 @@ impl Tape {
         match self {
             Self::Cpu(tape) => tape.logps(),
             Self::Cuda(tape) => tape.logps(),
+        }
+    }
+}
+
+/// Log-probs that a GPU may still be computing.
+pub enum Logps {
+    There(Vec<f32>),
+    Coming(Downloading<f32>),
+}
+
+impl Logps {
+    /// `[M]`, when they have come.
+    ///
+    /// # Errors
+    /// The device has failed.
+    pub fn wait(self) -> Result<Vec<f32>> {
+        match self {
+            Self::There(logps) => Ok(logps),
+            Self::Coming(logps) => Ok(logps.wait()?),
         }
     }
 }
@@ -118,13 +137,24 @@ impl Model {
     /// If a signal arrives (see [`crate::signals`]), which is asked for between layers, or a device fails; here
     /// and in the rest.
     pub fn logps(&self, packed: &Packed, lora: Option<&Adapters>) -> Result<Vec<f32>> {
-        match self {
+        self.logps_later(packed, lora)?.wait()
+    }
+
+    /// As [`Self::logps`], of which a GPU is only told, so that it has the next batch before it is through with
+    /// this one.
+    ///
+    /// # Errors
+    /// As [`Self::logps`].
+    pub fn logps_later(&self, packed: &Packed, lora: Option<&Adapters>) -> Result<Logps> {
+        Ok(match self {
             Self::Cpu(model) => {
                 let lora = lora.map(Adapters::cpu);
-                awake(|| model.logps(packed, lora))
+                Logps::There(awake(|| model.logps(packed, lora))?)
             }
-            Self::Cuda(model) => model.logps(packed, lora.map(Adapters::cuda)),
-        }
+            Self::Cuda(model) => {
+                Logps::Coming(model.logps_later(packed, lora.map(Adapters::cuda))?)
+            }
+        })
     }
 
     /// The log-prob of every target, with what [`Self::backward`] needs. The batch must have targets.

@@ -43,8 +43,13 @@ enum Text<'m> {
 }
 
 impl<'m> Generator<'m> {
-    /// Reads a prompt, in one pass. It must not be empty.
-    pub fn new(model: &'m Model, lora: Option<&'m Adapters>, prompt: &[u32]) -> Result<Self> {
+    /// Reads a prompt, in one pass. It must not be empty, and at most `more` tokens may follow.
+    pub fn new(
+        model: &'m Model,
+        lora: Option<&'m Adapters>,
+        prompt: &[u32],
+        more: usize,
+    ) -> Result<Self> {
         if prompt.is_empty() {
             return Err(Error::data("generation needs a prompt of a token or more"));
         }
@@ -55,7 +60,7 @@ impl<'m> Generator<'m> {
             }
             Model::Cuda(model) => {
                 let lora = lora.map(Adapters::cuda);
-                Text::Cuda(Box::new(cuda::Continuation::new(model, lora, prompt)?))
+                Text::Cuda(Box::new(cuda::Continuation::new(model, lora, prompt, more)?))
             }
         };
         Ok(Self { model, text })
@@ -138,7 +143,9 @@ impl Model {
         options: &SampleOptions,
         lora: Option<&Adapters>,
     ) -> Result<Vec<u32>> {
-        let mut generator = Generator::new(self, lora, prompt)?;
+        // The last token is not read.
+        let more = options.max_tokens.saturating_sub(1);
+        let mut generator = Generator::new(self, lora, prompt, more)?;
         let mut tokens = Vec::new();
         while tokens.len() < options.max_tokens {
             signals::check()?;

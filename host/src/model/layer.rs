@@ -16,31 +16,17 @@
 
 use super::buffers::{Buffer, Pool};
 use super::config::ModelConfig;
+use super::frozen::Frozen;
 use super::linear::{self, Linear, Output, Product, project};
 use super::lora::{Adapter, Lora, LoraGrads};
 use super::targets::{Projection, Site};
+use super::weights;
 use uft_kernels::layout::{Beside, Layout};
 use uft_kernels::rope::Rope;
 use uft_kernels::{attention, embedding, rmsnorm, swiglu};
 
-/// The frozen weights of a block.
-#[derive(Debug)]
-pub struct Layer {
-    pub index: usize,
-    /// `[H]`.
-    pub input_norm: Vec<f32>,
-    pub q: Linear,
-    pub k: Linear,
-    pub v: Linear,
-    pub o: Linear,
-    /// `[D]` for q and for k (Qwen3).
-    pub head_norms: Option<[Vec<f32>; 2]>,
-    /// `[H]`.
-    pub mlp_norm: Vec<f32>,
-    pub gate: Linear,
-    pub up: Linear,
-    pub down: Linear,
-}
+/// The frozen weights of a block, in memory.
+pub type Layer = weights::Layer<Frozen, Vec<f32>>;
 
 /// What all blocks have in common.
 #[derive(Clone, Copy)]

@@ -16,6 +16,7 @@ use super::buffers::{Buffer, Pool};
 use super::frozen::Frozen;
 use super::layer::Context;
 use super::lora::{Adapter, Lora, LoraGrads};
+use super::weights;
 use std::ops::Deref;
 use uft_kernels::elementwise;
 use uft_kernels::matmul::{Weight, adapter_backward, nn, nt, nt_few, tn};
@@ -49,16 +50,8 @@ impl Product {
     }
 }
 
-/// A frozen linear layer.
-#[derive(Debug)]
-pub struct Linear {
-    /// W: `[out, in]`.
-    pub weight: Frozen,
-    /// b: `[out]`.
-    pub bias: Option<Vec<f32>>,
-    pub inputs: usize,
-    pub outputs: usize,
-}
+/// A frozen linear layer, in memory.
+pub type Linear = weights::Linear<Frozen, Vec<f32>>;
 
 impl Linear {
     /// `y = beta y + x Wᵀ + b + s u Bᵀ` with `x`: `[m, in]`, `y`: `[m, out]`, `beta` 0 or 1, and u as

@@ -8,6 +8,7 @@ use super::lora::{Adapter, Lora};
 use super::peft;
 use super::shards::{INDEX, Shards, Tensor, TensorFile};
 use super::targets::Site;
+use super::weights::EMBEDDING;
 use crate::{Error, Result};
 use half::{bf16, f16};
 use safetensors::tensor::Dtype;
@@ -20,8 +21,6 @@ use uft_kernels::matmul::nn;
 
 /// The head's tensor.
 const HEAD_WEIGHT: &str = "lm_head.weight";
-/// The embedding, and the head where they are tied.
-const EMBEDDING: &str = "model.embed_tokens.weight";
 
 /// Writes the model of `model_dir` with the adapter of `adapter_dir` merged into it to `out_dir`.
 ///

@@ -24,6 +24,8 @@ pub struct Pass<'a> {
     /// The reference's adapter; none is the base model.
     pub reference: Option<&'a Adapters>,
     pub micro_tokens: usize,
+    /// The same for the reference's log-probs, which keep nothing for a way back.
+    pub reference_tokens: usize,
     /// What is switched off.
     pub without: &'a [Gain],
     pub mixing: Mixing,

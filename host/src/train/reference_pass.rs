@@ -7,6 +7,7 @@ use super::reference::ReferenceLogps;
 use crate::Result;
 use crate::config::Gain;
 use crate::group::{Group, Origin};
+use crate::model::Logps;
 
 /// A group whose log-probs are wanted.
 pub struct Wanted<'g> {
@@ -31,11 +32,8 @@ pub fn logps(
     let lacking: Vec<usize> = (0..wanted.len()).filter(|&w| found[w].is_none()).collect();
     let bundles = bundles(pass, wanted, &lacking);
     let loads: Vec<usize> = bundles.iter().map(|(rows, _)| *rows).collect();
-    for members in micro::split(&loads, pass.micro_tokens, pass.without) {
-        let groups: Vec<Group> =
-            members.iter().map(|&bundle| joined(wanted, &bundles[bundle].1)).collect();
-        let packed = pass.pack(&groups.iter().collect::<Vec<_>>());
-        let logps = pass.model.logps(&packed, pass.reference)?;
+    let mut receive = |members: &[usize], logps: Logps| -> Result<()> {
+        let logps = logps.wait()?;
         let (mut rest, mut keep, mut bad) = (logps.as_slice(), Vec::new(), Vec::new());
         for &index in members.iter().flat_map(|&bundle| &bundles[bundle].1) {
             let Wanted { group, origin, again } = wanted[index];
@@ -52,12 +50,26 @@ pub fn logps(
         if !bad.is_empty() {
             return Err(not_finite("reference", &bad));
         }
-        known.insert(&keep)?;
+        known.insert(&keep)
+    };
+    // A GPU has the next micro-batch before the numbers of one are waited for.
+    let mut under_way: Option<(Vec<usize>, Logps)> = None;
+    for members in micro::split(&loads, pass.reference_tokens, pass.without) {
+        let groups: Vec<Group> =
+            members.iter().map(|&bundle| joined(wanted, &bundles[bundle].1)).collect();
+        let packed = pass.pack(&groups.iter().collect::<Vec<_>>());
+        let logps = pass.model.logps_later(&packed, pass.reference)?;
+        if let Some((members, logps)) = under_way.replace((members, logps)) {
+            receive(&members, logps)?;
+        }
+    }
+    if let Some((members, logps)) = under_way {
+        receive(&members, logps)?;
     }
     Ok(found.into_iter().map(|logps| logps.expect("what was lacking is computed")).collect())
 }
 
-/// Neighbours with the same prompt, together no larger than a micro-batch: their rows, and which they are.
+/// Neighbours with the same prompt, together no larger than one of the pass's micro-batches: their rows, and which they are.
 fn bundles(pass: &Pass, wanted: &[Wanted], lacking: &[usize]) -> Vec<(usize, Vec<usize>)> {
     let copies = pass.without.contains(&Gain::SharedPrompts);
     let mut bundles: Vec<(usize, Vec<usize>)> = Vec::new();
@@ -69,7 +81,7 @@ fn bundles(pass: &Pass, wanted: &[Wanted], lacking: &[usize]) -> Vec<(usize, Vec
             Some((all, members))
                 if !copies
                     && wanted[members[0]].group.prompt == group.prompt
-                    && *all + joining <= pass.micro_tokens =>
+                    && *all + joining <= pass.reference_tokens =>
             {
                 *all += joining;
                 members.push(index);

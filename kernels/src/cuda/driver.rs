@@ -4,7 +4,10 @@
 mod copies;
 mod events;
 
+pub(super) use events::Event;
+
 use super::kernel::{Kernel, Module};
+use super::landing::Landing;
 use super::launch::{Args, Parameter, Type};
 use super::nvrtc::Nvrtc;
 use super::ring::Ring;
@@ -27,8 +30,9 @@ const KNOWS_PARAMETERS: i32 = 12_040;
 /// `cuTensorMapEncodeTiled`, in those of CUDA 12.0.
 const ENCODES_TENSOR_MAPS: i32 = 12_000;
 
-/// Bytes of page-locked memory through which uploads go.
+/// Bytes of page-locked memory through which uploads go, and downloads that are not waited for at once.
 const RING: usize = 32 << 20;
+const LANDING: usize = 4 << 20;
 
 pub(super) struct Driver {
     device: sys::CUdevice,
@@ -36,6 +40,7 @@ pub(super) struct Driver {
     stream: sys::CUstream,
     copies: Mutex<Copies>,
     uploads: Mutex<Uploads>,
+    pub(super) landing: Landing,
     nvrtc: &'static Nvrtc,
     driver_version: i32,
     pub properties: Properties,
@@ -151,11 +156,16 @@ impl Driver {
         let stream = result::stream::create(result::stream::StreamKind::NonBlocking)
             .map_err(|e| failed("stream", e))?;
         let copies = Mutex::new(Copies::new()?);
-        // SAFETY: freed on drop, after all that uses it.
-        let ring = unsafe { result::malloc_host(RING, 0) }
-            .map_err(|e| failed(&format!("{RING} bytes of page-locked memory"), e))?;
+        let page_locked = |bytes: usize| {
+            // SAFETY: freed on drop, after all that uses it.
+            let memory = unsafe { result::malloc_host(bytes, 0) };
+            memory.map_err(|e| failed(&format!("{bytes} bytes of page-locked memory"), e))
+        };
         // SAFETY: the memory is there until the driver is dropped, and nobody else's.
-        let ring = unsafe { Ring::new(ring.cast(), RING) };
+        let (ring, landing) = unsafe {
+            let ring = Ring::new(page_locked(RING)?.cast(), RING);
+            (ring, Landing::new(page_locked(LANDING)?.cast(), LANDING))
+        };
         let uploads = Mutex::new(Uploads { ring, events: Vec::new() });
         let (allocated, waits, modules) =
             (AtomicUsize::new(0), AtomicUsize::new(0), Mutex::default());
@@ -165,6 +175,7 @@ impl Driver {
             stream,
             copies,
             uploads,
+            landing,
             nvrtc,
             driver_version,
             properties,
@@ -206,61 +217,6 @@ impl Driver {
             // SAFETY: came from `allocate`. An error here is an earlier launch's, which the next call says.
             let _ = unsafe { result::free_sync(address) };
         }
-    }
-
-    pub fn upload(&self, from: &[u8], to: u64) -> Result<()> {
-        self.enter()?;
-        let mut uploads = self.uploads.lock().unwrap_or_else(PoisonError::into_inner);
-        let Uploads { ring, events } = &mut *uploads;
-        let mut to = to;
-        for piece in from.chunks(ring.stretch()) {
-            let (taken, marks) = ring.take(piece.len());
-            let before = events.len();
-            events.extend(marks.map(|(_, event)| event));
-            if let Some(&event) = events[before..].last() {
-                // SAFETY: an event that was recorded.
-                unsafe { result::event::synchronize(event) }
-                    .map_err(|e| failed("a kernel before this upload", e))?;
-            }
-            let memory = ring.write(&taken, piece);
-            let event = match events.pop() {
-                Some(event) => event,
-                None => result::event::create(sys::CUevent_flags_enum::CU_EVENT_DISABLE_TIMING)
-                    .map_err(|e| failed("event", e))?,
-            };
-            // SAFETY: `to` has room, as the caller checked, and the stretch of the ring stays as it is until the
-            // event has come.
-            unsafe {
-                let numbers = std::slice::from_raw_parts(memory, piece.len());
-                let told = result::memcpy_htod_async(to, numbers, self.stream)
-                    .and_then(|()| result::event::record(event, self.stream));
-                told.map_err(|e| failed("upload", e))?;
-            }
-            ring.mark(taken, event);
-            to += piece.len() as u64;
-        }
-        Ok(())
-    }
-
-    pub fn download(&self, from: u64, to: &mut [u8]) -> Result<()> {
-        self.enter()?;
-        // SAFETY: as above; `to` is not touched any more once the stream is through.
-        unsafe { result::memcpy_dtoh_async(to, from, self.stream) }
-            .map_err(|e| failed("download", e))?;
-        self.synchronize()
-    }
-
-    pub fn copy(&self, from: u64, to: u64, bytes: usize) -> Result<()> {
-        self.enter()?;
-        // SAFETY: both have `bytes`, as the caller checked.
-        unsafe { result::memcpy_dtod_async(to, from, bytes, self.stream) }
-            .map_err(|e| failed("copy", e))
-    }
-
-    pub fn zero(&self, to: u64, bytes: usize) -> Result<()> {
-        self.enter()?;
-        // SAFETY: `to` has `bytes`.
-        unsafe { result::memset_d8_async(to, 0, bytes, self.stream) }.map_err(|e| failed("zero", e))
     }
 
     pub fn synchronize(&self) -> Result<()> {
@@ -459,6 +415,7 @@ impl Drop for Driver {
                 let _ = result::event::destroy(event);
             }
             let _ = result::free_host(memory.cast());
+            let _ = result::free_host(self.landing.memory().cast());
             let _ = result::stream::destroy(self.stream);
             let _ = result::primary_ctx::release(self.device);
         }

@@ -5,6 +5,7 @@ use super::arena::Spot;
 use super::emulation::FILES;
 use super::guarded::Guarded;
 use super::kernel::{Declared, Kernel, Module};
+use super::landing::Landing;
 use super::late::{Late, Task};
 use super::launch::{Arg, Args, Parameter, Type};
 use super::ring::Ring;
@@ -26,8 +27,9 @@ const MOST_THREADS: u32 = 1024;
 const OPTIONS: &str = "-std=c++17 -O2 -shared -fPIC -fvisibility=hidden -fno-stack-protector \
                        -fstack-clash-protection -fcf-protection=none -U_FORTIFY_SOURCE -Wl,-Bsymbolic";
 
-/// Bytes through which uploads go: few, so that even small tests go round.
+/// Bytes through which uploads go, and downloads that are not waited for at once: few, so that even small tests go round.
 const RING: usize = 16 << 10;
+const LANDING: usize = 4 << 10;
 
 pub(super) struct Emulator {
     seed: u64,
@@ -36,8 +38,10 @@ pub(super) struct Emulator {
     /// What is put off until it is waited for.
     pub(super) late: Option<Late>,
     pub(super) uploads: Mutex<Ring<u64>>,
-    /// The ring's.
+    pub(super) landing: Landing,
+    /// The ring's, and the landing's.
     _ring: Box<[u8]>,
+    _landing: Box<[u8]>,
     memory: Mutex<Allocations>,
     allocated: AtomicUsize,
     /// Buffers of arenas so far.
@@ -208,13 +212,18 @@ impl Emulator {
         let mut ring = vec![0; RING].into_boxed_slice();
         // SAFETY: the memory lives as long as the ring, and only the ring is used.
         let uploads = Mutex::new(unsafe { Ring::new(ring.as_mut_ptr(), RING) });
+        let mut landed = vec![0xff; LANDING].into_boxed_slice();
+        // SAFETY: as above.
+        let landing = unsafe { Landing::new(landed.as_mut_ptr(), LANDING) };
         Ok(Self {
             seed,
             compiler,
             properties,
             late: None,
             uploads,
+            landing,
             _ring: ring,
+            _landing: landed,
             memory,
             allocated: AtomicUsize::new(0),
             placed: AtomicUsize::new(0),

@@ -260,6 +260,11 @@ impl Emulator {
         self.synchronize()
     }
 
+    /// Gives what [`Self::wait_for`] takes.
+    pub fn send(&self, from: u64, to: *mut u8, bytes: usize) -> Result<u64> {
+        self.tell(Task::Copy { from: here(from), to, bytes })
+    }
+
     pub fn copy(&self, from: u64, to: u64, bytes: usize) -> Result<()> {
         self.tell(Task::Copy { from: here(from), to: here(to), bytes }).map(drop)
     }

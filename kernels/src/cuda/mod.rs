@@ -35,6 +35,7 @@ mod guarded;
 #[cfg(test)]
 mod hardware;
 mod kernel;
+mod landing;
 mod late;
 mod launch;
 mod memory;
@@ -56,6 +57,7 @@ pub(crate) use fault::Fault;
 pub use kernel::HOPPER;
 pub(crate) use kernel::TILE;
 pub use kernel::{Kernel, Source};
+pub use landing::Downloading;
 pub use launch::{Args, Argument};
 pub use memory::{DeviceBuffer, DeviceSlice, Plain};
 pub use nvrtc::Nvrtc;

@@ -73,6 +73,37 @@ fn what_is_put_off_happens_in_order_when_it_is_waited_for() {
 }
 
 #[test]
+fn what_is_on_its_way_comes_when_it_is_waited_for() {
+    let gpu = Gpu::emulated_late(1).unwrap();
+    let (numbers, others) = (random(512, 1), random(512, 2));
+    let reversed = |numbers: &[f32]| -> Vec<f32> {
+        numbers.chunks(128).flat_map(|block| block.iter().rev().copied()).collect()
+    };
+    let reverse = kernel("reverse", 128);
+    let [input, other] = [&numbers, &others].map(|numbers| gpu.uploaded(numbers).unwrap());
+    let mut out = gpu.alloc::<f32>(512).unwrap();
+    // As many as are on their way at a time, the same buffer overwritten for each and given back at last.
+    let coming: Vec<_> = [&input, &other, &input]
+        .into_iter()
+        .map(|from| {
+            gpu.launch(&reverse, [4, 1, 1], 512, args![from, &mut out]).unwrap();
+            gpu.downloading(&out).unwrap()
+        })
+        .collect();
+    drop(out);
+    let mut last = gpu.alloc::<f32>(512).unwrap();
+    gpu.launch(&reverse, [4, 1, 1], 512, args![&input, &mut last]).unwrap();
+    for (coming, numbers) in coming.into_iter().zip([&numbers, &others, &numbers]) {
+        assert_eq!(coming.wait().unwrap(), reversed(numbers));
+    }
+    // The third found no room and was waited for; nobody waited for the last launch.
+    assert!(untouched(&last));
+    drop(gpu.downloading(&last).unwrap());
+    let [first, second] = [&input, &other].map(|buffer| gpu.downloading(buffer).unwrap());
+    assert_eq!((second.wait().unwrap(), first.wait().unwrap()), (others, numbers));
+}
+
+#[test]
 fn uploads_that_are_put_off_keep_their_numbers() {
     let gpu = Gpu::emulated_late(1).unwrap();
     // More than the ring holds, in pieces of every size, each overwritten as soon as the call is over.

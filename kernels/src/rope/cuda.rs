@@ -33,10 +33,15 @@ impl Table {
     /// The device has no memory left.
     pub fn new(gpu: &Gpu, rope: &Rope, positions: usize) -> Result<Self> {
         assert!(positions > 0, "rope: a table without positions");
+        let (pairs, head_dim) = (positions * rope.inv_freq.len(), rope.head_dim());
+        if gpu.most_allocated().is_some() {
+            // It only counts.
+            return Ok(Self { angles: gpu.alloc(2 * pairs)?, positions, head_dim });
+        }
         let tables = rope.tables(positions);
-        let pairs = tables.cos.iter().zip(&tables.sin).take(positions * rope.inv_freq.len());
+        let pairs = tables.cos.iter().zip(&tables.sin).take(pairs);
         let angles: Vec<f32> = pairs.flat_map(|(cos, sin)| [*cos, *sin]).collect();
-        Ok(Self { angles: gpu.uploaded(&angles)?, positions, head_dim: rope.head_dim() })
+        Ok(Self { angles: gpu.uploaded(&angles)?, positions, head_dim })
     }
 
     /// D.

@@ -17,7 +17,7 @@ use crate::{Result, signals};
 use half::bf16;
 use std::sync::{Arc, Mutex, PoisonError};
 use uft_kernels::cuda::{
-    Arena, Copying, DeviceBuffer, DeviceSlice, Gpu, Kernel, Offload, Offloaded,
+    Arena, Copying, DeviceBuffer, DeviceSlice, Downloading, Gpu, Kernel, Offload, Offloaded,
 };
 use uft_kernels::logprob::cuda::{self as logprob, Head, LowRank};
 use uft_kernels::rope::{Rope, cuda::Table};
@@ -126,8 +126,17 @@ impl Decoder {
 
     /// As [`super::super::decoder::Decoder::logps`].
     pub fn logps(&self, packed: &Packed, lora: Option<&Adapters>) -> Result<Vec<f32>> {
+        Ok(self.logps_later(packed, lora)?.wait()?)
+    }
+
+    /// As [`Self::logps`], without waiting for the device.
+    pub fn logps_later(
+        &self,
+        packed: &Packed,
+        lora: Option<&Adapters>,
+    ) -> Result<Downloading<f32>> {
         if packed.targets.rows.is_empty() {
-            return Ok(Vec::new());
+            return Ok(Downloading::there(Vec::new()));
         }
         let (batch, angles) = self.batch(packed)?;
         let with = self.context(&angles);
@@ -141,10 +150,10 @@ impl Decoder {
         hidden: &DeviceSlice<bf16>,
         tokens: &DeviceSlice<u32>,
         lora: Option<&Adapters>,
-    ) -> Result<Vec<f32>> {
+    ) -> Result<Downloading<f32>> {
         let mut logps = self.arena.take(tokens.len())?;
         logprob::forward(&self.gpu, &self.arena, hidden, tokens, &self.head(lora), &mut logps)?;
-        Ok(self.gpu.downloaded(&logps)?)
+        Ok(self.gpu.downloading(&logps)?)
     }
 
     /// As [`super::super::decoder::Decoder::forward`].
@@ -204,7 +213,7 @@ impl Decoder {
         let tokens = sent(gpu, arena, &tokens)?;
         let logps = self.head_logps(&hidden, &tokens, Some(lora))?;
         drop(hidden);
-        Ok((self.tape(own, layers, own_top, lora, angles)?, logps))
+        Ok((self.tape(own, layers, own_top, lora, angles)?, logps.wait()?))
     }
 
     /// What to do with the blocks' tapes, lowest first: none is kept below the lowest adapter, the lowest of those

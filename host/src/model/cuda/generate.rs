@@ -16,34 +16,38 @@ use uft_kernels::{embedding, rmsnorm};
 pub struct Continuation<'m> {
     model: &'m Decoder,
     lora: Option<&'m Adapters>,
-    /// `[L]`: keys and values of all positions so far.
+    /// `[L]`: keys and values of all positions so far, with room for as many as there are going to be.
     caches: Vec<KeyValues>,
     /// n: positions so far.
     positions: usize,
-    /// Positions that the caches have room for.
-    capacity: usize,
     /// `[V]`: what may come next.
     logits: Vec<f32>,
 }
 
 impl<'m> Continuation<'m> {
-    /// Reads a prompt, in one pass; it is not empty, and its tokens are the model's.
-    pub fn new(model: &'m Decoder, lora: Option<&'m Adapters>, prompt: &[u32]) -> Result<Self> {
+    /// Reads a prompt, in one pass; it is not empty, and its tokens are the model's. There is room for `more` tokens
+    /// behind it.
+    pub fn new(
+        model: &'m Decoder,
+        lora: Option<&'m Adapters>,
+        prompt: &[u32],
+        more: usize,
+    ) -> Result<Self> {
         // The last row alone goes through the top of the model; its target doesn't matter.
         let targets = Targets { rows: vec![prompt.len() as u32 - 1], tokens: vec![0] };
         let packed = Packed { targets, ..Packed::prompt(prompt) };
         let (batch, angles) = model.batch(&packed)?;
         let with = model.context(&angles);
         let positions = prompt.len();
-        let capacity = (positions + 1).next_power_of_two();
+        let capacity = positions + more;
         let mut caches = Vec::with_capacity(model.layers.len());
         let top = model.run(
             &batch,
             lora,
             |tape| {
                 let [keys, values] = tape.keys_and_values();
-                let keys = longer(keys, capacity, positions, with)?;
-                caches.push(KeyValues { keys, values: longer(values, capacity, positions, with)? });
+                let keys = with_room(keys, capacity, with)?;
+                caches.push(KeyValues { keys, values: with_room(values, capacity, with)? });
                 Ok(())
             },
             with,
@@ -51,7 +55,7 @@ impl<'m> Continuation<'m> {
         let mut logits = vec![0.0; model.config.vocab];
         read_logits(model, &top.hidden, lora, &mut logits)?;
         drop((batch, top));
-        Ok(Self { model, lora, caches, positions, capacity, logits })
+        Ok(Self { model, lora, caches, positions, logits })
     }
 
     /// `[V]`: the logits of the next token.
@@ -59,19 +63,12 @@ impl<'m> Continuation<'m> {
         &self.logits
     }
 
-    /// Appends a token, which is one of the model's.
+    /// Appends a token, which is one of the model's; there must be room for it.
     pub fn push(&mut self, token: u32) -> Result<()> {
-        let Self { model, lora, caches, positions, capacity, logits } = self;
+        let Self { model, lora, caches, positions, logits } = self;
         let (gpu, arena, n) = (&model.gpu, &model.arena, *positions);
         let angles = model.angles(n + 1)?;
         let with = Context { product: Product::Token, ..model.context(&angles) };
-        if n == *capacity {
-            *capacity *= 2;
-            for KeyValues { keys, values } in &mut *caches {
-                *keys = longer(keys, *capacity, n, with)?;
-                *values = longer(values, *capacity, n, with)?;
-            }
-        }
         let (token, position) = (sent(gpu, arena, &[token])?, sent(gpu, arena, &[n as u32])?);
         let mut x = with.take(model.config.hidden)?;
         embedding::cuda::gather(gpu, &model.embedding, &token, &mut x)?;
@@ -86,17 +83,15 @@ impl<'m> Continuation<'m> {
     }
 }
 
-/// Room for `capacity` positions, with the `n` that `cache` holds.
-fn longer(
+/// What `cache` holds, with room for `capacity` positions.
+fn with_room(
     cache: &DeviceSlice<bf16>,
     capacity: usize,
-    n: usize,
     with: Context,
 ) -> Result<DeviceBuffer<bf16>> {
-    let held = n * with.config.key_width();
-    let mut longer = with.take(capacity * with.config.key_width())?;
-    with.gpu.copy(&cache[..held], &mut longer[..held])?;
-    Ok(longer)
+    let mut larger = with.take(capacity * with.config.key_width())?;
+    with.gpu.copy(cache, &mut larger[..cache.len()])?;
+    Ok(larger)
 }
 
 /// `hidden`: `[1, H]`.

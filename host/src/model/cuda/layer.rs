@@ -8,29 +8,15 @@ use super::linear::{Linear, Trained};
 use super::tape::{AttentionInputs, HeadNorm, LayerTape, Outputs};
 use crate::Result;
 use crate::model::targets::{Projection, Site};
+use crate::model::weights;
 use half::bf16;
 use uft_kernels::cuda::{DeviceBuffer, DeviceSlice};
 use uft_kernels::{attention, embedding, rmsnorm, rope};
 
 type Buffer = DeviceBuffer<bf16>;
 
-/// The frozen weights of a block.
-pub struct Layer {
-    pub index: usize,
-    /// `[H]`.
-    pub input_norm: Buffer,
-    pub q: Linear,
-    pub k: Linear,
-    pub v: Linear,
-    pub o: Linear,
-    /// `[D]` for q and for k (Qwen3).
-    pub head_norms: Option<[Buffer; 2]>,
-    /// `[H]`.
-    pub mlp_norm: Buffer,
-    pub gate: Linear,
-    pub up: Linear,
-    pub down: Linear,
-}
+/// The frozen weights of a block, on a device.
+pub type Layer = weights::Layer<Buffer, Buffer>;
 
 /// Keys and values of a text in the making, with room for more: `[capacity, K]` each.
 pub struct KeyValues {
@@ -207,7 +193,9 @@ impl Layer {
         with.gpu.copy(&inputs.k, &mut keys[n * width..(n + 1) * width])?;
         with.gpu.copy(&inputs.v, &mut values[n * width..(n + 1) * width])?;
         let mut attended = with.take(inputs.q.len())?;
-        let mut partial = with.take_f32(attention::cuda::decode_room(n + 1, heads, window))?;
+        // For all positions that there are going to be, so that every token takes the same.
+        let most = keys.len() / width;
+        let mut partial = with.take_f32(attention::cuda::decode_room(most, heads, window))?;
         attention::cuda::decode(
             with.gpu,
             &inputs.q,

@@ -13,6 +13,7 @@
 use super::Context;
 use super::adapters::{Adapter, Grad};
 use crate::Result;
+use crate::model::weights;
 use half::bf16;
 use uft_kernels::cuda::{DeviceBuffer, DeviceSlice};
 use uft_kernels::matmul::cuda::adapter::{
@@ -54,15 +55,8 @@ impl Product {
     }
 }
 
-/// A frozen linear layer.
-pub struct Linear {
-    /// W: `[out, in]`.
-    pub weight: DeviceBuffer<bf16>,
-    /// b: `[out]`.
-    pub bias: Option<DeviceBuffer<bf16>>,
-    pub inputs: usize,
-    pub outputs: usize,
-}
+/// A frozen linear layer, on a device.
+pub type Linear = weights::Linear<DeviceBuffer<bf16>, DeviceBuffer<bf16>>;
 
 impl Linear {
     /// `y = beta y + x Wᵀ + b + s u Bᵀ` with `x`: `[m, in]`, `y`: `[m, out]`, `beta` 0 or 1. Returns u: `[m, R]`

@@ -28,7 +28,7 @@ use uft_kernels::rope::cuda::Table;
 
 /// What all blocks have in common.
 #[derive(Clone, Copy)]
-struct Context<'a> {
+pub(super) struct Context<'a> {
     gpu: &'a Gpu,
     /// Where activations come from.
     arena: &'a Arena,

@@ -98,13 +98,17 @@ impl Counted {
         self.model.gpu().launches()
     }
 
-    /// [`Decoder::logps`].
+    /// [`Decoder::logps`], without adapters and with them.
     ///
     /// # Errors
     /// There are no kernels for the model's heads, or a signal arrives; here and in the rest.
     pub fn logps(&self, size: Size) -> Result<()> {
-        // With adapters a pass takes no less than without.
-        self.model.logps(&self.stand_in(size), self.lora.as_ref()).map(drop)
+        let batch = self.stand_in(size);
+        self.model.logps(&batch, None)?;
+        match &self.lora {
+            Some(lora) => self.model.logps(&batch, Some(lora)).map(drop),
+            None => Ok(()),
+        }
     }
 
     /// [`Decoder::forward`] and [`Decoder::backward`].
@@ -156,13 +160,15 @@ impl Counted {
         moments.borrow_mut().update(lora, &grads.borrow(), &settings)
     }
 
-    /// [`Continuation`] of a prompt by so many tokens.
+    /// [`Continuation`] of a prompt by so many tokens, the last of which is not read.
     ///
     /// # Errors
     /// As [`Self::logps`].
     pub fn generate(&self, prompt: usize, tokens: usize) -> Result<()> {
-        let mut text = Continuation::new(&self.model, self.lora.as_ref(), &vec![0; prompt.max(1)])?;
-        (1..tokens).try_for_each(|_| text.push(0))
+        let (prompt, more) = (prompt.max(1), tokens.saturating_sub(1));
+        let mut text = Continuation::new(&self.model, self.lora.as_ref(), &vec![0; prompt], more)?;
+        // Every token takes the same.
+        if more > 0 { text.push(0) } else { Ok(()) }
     }
 
     /// A batch of this size.

@@ -2,13 +2,10 @@
 //! the model in memory. What is not bf16 in its file is rounded to it.
 
 use super::decoder::Decoder;
-use super::layer::Layer;
-use super::linear::Linear;
 use crate::model::config::ModelConfig;
 use crate::model::decoder::Options;
 use crate::model::shards::Shards;
-use crate::model::targets::{HEAD, LinearSite, Projection};
-use crate::model::weights::{EMBEDDING, Reader};
+use crate::model::weights::{Read, Reader, Weights};
 use crate::{Error, Result};
 use half::bf16;
 use half::slice::HalfFloatSliceExt;
@@ -46,23 +43,37 @@ struct Loader<'a, 'r> {
     reader: Option<&'a mut Reader<'r>>,
 }
 
+impl Read for Loader<'_, '_> {
+    type Matrix = DeviceBuffer<bf16>;
+    type Vector = DeviceBuffer<bf16>;
+
+    fn matrix(&mut self, name: &str, shape: [usize; 2]) -> Result<DeviceBuffer<bf16>> {
+        self.tensor(name, &shape, shape[0] * shape[1])
+    }
+
+    /// `[V, H]` with rows of zeros up to `[P, H]`: the head's products take so many.
+    fn vocabulary(
+        &mut self,
+        name: &str,
+        [vocab, hidden]: [usize; 2],
+    ) -> Result<DeviceBuffer<bf16>> {
+        self.tensor(name, &[vocab, hidden], padded_vocabulary(vocab) * hidden)
+    }
+
+    fn vector(&mut self, name: &str, len: usize) -> Result<DeviceBuffer<bf16>> {
+        self.tensor(name, &[len], len)
+    }
+}
+
 impl Loader<'_, '_> {
     fn model(&mut self, config: ModelConfig) -> Result<Decoder> {
         expect_widths(&config)?;
-        let (vocab, hidden) = (config.vocab, config.hidden);
-        let linears = config.linears();
-        let layers = linears
-            .chunks_exact(Projection::ALL.len())
-            .enumerate()
-            .map(|(index, linears)| self.layer(index, linears, &config))
-            .collect::<Result<_>>()?;
+        let Weights { embedding, head, norm, layers } = self.weights(&config)?;
         Ok(Decoder {
-            embedding: self.vocabulary(EMBEDDING, vocab, hidden)?,
-            head: match config.tied {
-                true => None,
-                false => Some(self.vocabulary(&format!("{HEAD}.weight"), vocab, hidden)?),
-            },
-            norm: self.tensor("model.norm.weight", &[hidden])?,
+            embedding,
+            head,
+            norm,
+            layers,
             rope: config.rope.rotation(config.heads.head_dim),
             angles: Mutex::default(),
             gpu: self.gpu.clone(),
@@ -75,69 +86,12 @@ impl Loader<'_, '_> {
                 None => Offload::new(self.gpu, 0)?,
             },
             options: Options::default(),
-            layers,
             config,
         })
     }
 
-    fn layer(
-        &mut self,
-        index: usize,
-        linears: &[LinearSite],
-        config: &ModelConfig,
-    ) -> Result<Layer> {
-        let name = |part: &str| format!("model.layers.{index}.{part}.weight");
-        let mut linear = |projection: Projection| {
-            self.linear(&linears[projection as usize], config.has_bias(projection))
-        };
-        let (q, k) = (linear(Projection::Q)?, linear(Projection::K)?);
-        let (v, o) = (linear(Projection::V)?, linear(Projection::O)?);
-        let (gate, up) = (linear(Projection::Gate)?, linear(Projection::Up)?);
-        let down = linear(Projection::Down)?;
-        let (hidden, head_dim) = (config.hidden, config.heads.head_dim);
-        let head_norms = match config.qk_norm {
-            false => None,
-            true => Some([
-                self.tensor(&name("self_attn.q_norm"), &[head_dim])?,
-                self.tensor(&name("self_attn.k_norm"), &[head_dim])?,
-            ]),
-        };
-        let input_norm = self.tensor(&name("input_layernorm"), &[hidden])?;
-        let mlp_norm = self.tensor(&name("post_attention_layernorm"), &[hidden])?;
-        Ok(Layer { index, input_norm, q, k, v, o, head_norms, mlp_norm, gate, up, down })
-    }
-
-    fn linear(&mut self, site: &LinearSite, bias: bool) -> Result<Linear> {
-        let LinearSite { name, inputs, outputs, .. } = site;
-        let weight = self.tensor(&format!("{name}.weight"), &[*outputs, *inputs])?;
-        let bias = match bias {
-            true => Some(self.tensor(&format!("{name}.bias"), &[*outputs])?),
-            false => None,
-        };
-        Ok(Linear { weight, bias, inputs: *inputs, outputs: *outputs })
-    }
-
-    fn tensor(&mut self, name: &str, shape: &[usize]) -> Result<DeviceBuffer<bf16>> {
-        self.tensor_in(name, shape, shape.iter().product())
-    }
-
-    /// `[V, H]` with rows of zeros up to `[P, H]`: the head's products take so many.
-    fn vocabulary(
-        &mut self,
-        name: &str,
-        vocab: usize,
-        hidden: usize,
-    ) -> Result<DeviceBuffer<bf16>> {
-        self.tensor_in(name, &[vocab, hidden], padded_vocabulary(vocab) * hidden)
-    }
-
     /// A tensor at the beginning of `room` numbers, zeros behind it.
-    fn tensor_in(
-        &mut self,
-        name: &str,
-        shape: &[usize],
-        room: usize,
-    ) -> Result<DeviceBuffer<bf16>> {
+    fn tensor(&mut self, name: &str, shape: &[usize], room: usize) -> Result<DeviceBuffer<bf16>> {
         let mut buffer = self.gpu.alloc(room)?;
         let Some(reader) = &mut self.reader else { return Ok(buffer) };
         let frozen = reader.hold(name, shape)?;

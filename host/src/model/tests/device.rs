@@ -1,10 +1,12 @@
 //! The decoder of GPUs, on the emulated device: against the processor's, and what must hold of its bits.
 
+use super::generation::log_softmax;
 use super::gradients::{adapter, batch};
 use super::identities::with_others;
 use super::plain::Plain;
 use super::*;
 use crate::model::memory::Size;
+use crate::model::packed::Targets;
 use std::sync::OnceLock;
 use uft_kernels::cuda::Gpu;
 
@@ -17,7 +19,7 @@ fn gpu() -> &'static Gpu {
 }
 
 /// With Hopper's own kernels, for the layers that are wide enough.
-fn hopper() -> &'static Gpu {
+pub(super) fn hopper() -> &'static Gpu {
     static GPU: OnceLock<Gpu> = OnceLock::new();
     GPU.get_or_init(|| Gpu::emulated_hopper(1).unwrap_or_else(|error| panic!("{error}")))
 }
@@ -49,11 +51,11 @@ fn place(lora: &Lora) -> cuda::Adapters {
     place_on(gpu(), lora)
 }
 
-fn place_on(gpu: &Gpu, lora: &Lora) -> cuda::Adapters {
+pub(super) fn place_on(gpu: &Gpu, lora: &Lora) -> cuda::Adapters {
     cuda::Adapters::new(lora, gpu).unwrap()
 }
 
-fn results(
+pub(super) fn results(
     model: &cuda::Decoder,
     packed: &Packed,
     lora: &cuda::Adapters,
@@ -87,32 +89,54 @@ fn numbers_of_hoppers_kernels_are_as_good() {
 
 fn check_numbers(gpu: &Gpu) {
     for name in MODELS {
-        let exact_model = Decoder::load(&model_dir(name)).unwrap();
+        let exact = Decoder::load(&model_dir(name)).unwrap();
         let model = cuda::Decoder::load(&model_dir(name), gpu).unwrap();
-        let lora = adapter(&exact_model, ".*proj|lm_head");
+        let lora = adapter(&exact, ".*proj|lm_head");
         // Longer than Mistral's window.
         let packed = batch(name);
         let dlogp = uneven(packed.targets.rows.len());
-        let exact = exact_model.logps(&packed, Some(&lora)).unwrap();
-        let exact_grads = gradient(&exact_model, &packed, &lora, &dlogp);
-        let (plain, plain_grads) = Plain::new(&exact_model, &lora, &packed).run(&dlogp);
-        let (got, got_grads) = results(&model, &packed, &place_on(gpu, &lora), &dlogp);
-        let mut each =
-            vec![("log-probs".to_owned(), relative(&got, &exact), relative(&plain, &exact))];
-        let of = |grads| lora.grad_tensors(grads);
-        for ((got, plain), exact) in of(&got_grads).zip(of(&plain_grads)).zip(of(&exact_grads)) {
-            let errors = (relative(got.data, exact.data), relative(plain.data, exact.data));
-            each.push((got.name, errors.0, errors.1));
-        }
-        for (what, got, plain) in each {
-            println!("{name} {what}: {got:.2e}, plain {plain:.2e}");
-            assert!(
-                got <= FACTOR * plain,
-                "{name} {what}: off by {got:e}, a plain run by {plain:e}"
-            );
-            assert!(plain < 0.3, "{name} {what}: the yardstick itself is off by {plain:e}");
+        let (logps, grads) = results(&model, &packed, &place_on(gpu, &lora), &dlogp);
+        let yardstick = Yardstick::new(&exact, &lora, &packed, &dlogp);
+        yardstick.expect(name, &logps);
+        yardstick.expect_gradients(name, &grads);
+    }
+}
+
+/// What a device's numbers are held against: those of the processor, and how far off a plain run in bf16 is.
+pub(super) struct Yardstick<'a> {
+    lora: &'a Lora,
+    exact: (Vec<f32>, LoraGrads),
+    plain: (Vec<f32>, LoraGrads),
+}
+
+impl<'a> Yardstick<'a> {
+    pub fn new(model: &Decoder, lora: &'a Lora, packed: &Packed, dlogp: &[f32]) -> Self {
+        let logps = model.logps(packed, Some(lora)).unwrap();
+        let exact = (logps, gradient(model, packed, lora, dlogp));
+        Self { lora, exact, plain: Plain::new(model, lora, packed).run(dlogp) }
+    }
+
+    /// Whether log-probs are as good as a plain run's.
+    pub fn expect(&self, what: &str, logps: &[f32]) {
+        let [exact, plain] = [&self.exact, &self.plain].map(|(logps, _)| logps);
+        expect_as_good(&format!("{what}: log-probs"), logps, plain, exact);
+    }
+
+    /// Whether every gradient is.
+    pub fn expect_gradients(&self, what: &str, grads: &LoraGrads) {
+        let of = |grads| self.lora.grad_tensors(grads);
+        for ((got, plain), exact) in of(grads).zip(of(&self.plain.1)).zip(of(&self.exact.1)) {
+            expect_as_good(&format!("{what}: {}", got.name), got.data, plain.data, exact.data);
         }
     }
+}
+
+/// Whether numbers are at most [`FACTOR`] times as far off as those of a plain run.
+fn expect_as_good(what: &str, got: &[f32], plain: &[f32], exact: &[f32]) {
+    let (got, plain) = (relative(got, exact), relative(plain, exact));
+    println!("{what}: {got:.2e}, plain {plain:.2e}");
+    assert!(got <= FACTOR * plain, "{what}: off by {got:e}, a plain run by {plain:e}");
+    assert!(plain < 0.3, "{what}: the yardstick itself is off by {plain:e}");
 }
 
 #[test]
@@ -153,9 +177,10 @@ fn an_adapter_that_adds_nothing_changes_no_bit() {
 #[test]
 fn choices_of_how_to_compute_change_no_bit_of_log_probs_and_layers_again_none_at_all() {
     for name in ["llama", "mistral", "qwen3"] {
-        let mut model = load(name);
+        let (exact, mut model) = (Decoder::load(&model_dir(name)).unwrap(), load(name));
         let packed = small(name);
-        let lora = placed(name);
+        let adapters = adapter(&exact, ".*proj|lm_head");
+        let lora = place(&adapters);
         let dlogp = uneven(packed.targets.rows.len());
         let (logps, grads) = results(&model, &packed, &lora, &dlogp);
         assert_eq!(
@@ -175,9 +200,7 @@ fn choices_of_how_to_compute_change_no_bit_of_log_probs_and_layers_again_none_at
         model.options = Options { skipped_gradients: false, ..Options::default() };
         let (all_rows, all_grads) = results(&model, &packed, &lora, &dlogp);
         assert_eq!(logps, all_rows, "{name}: no row left out");
-        for (a, b) in lora.shape().grad_tensors(&grads).zip(lora.shape().grad_tensors(&all_grads)) {
-            assert!(relative(a.data, b.data) < 0.02, "{name}: {}", a.name);
-        }
+        Yardstick::new(&exact, &adapters, &packed, &dlogp).expect_gradients(name, &all_grads);
     }
 }
 
@@ -219,61 +242,46 @@ fn fewer_adapters_have_the_same_gradients() {
         r".*0\.mlp\.gate_proj|.*1\.self_attn\.k_proj",
     ] {
         let lora = adapter(&exact_model, targets);
-        let exact = gradient(&exact_model, &packed, &lora, &dlogp);
         let (_, got) = results(&model, &packed, &place(&lora), &dlogp);
-        for (got, exact) in lora.grad_tensors(&got).zip(lora.grad_tensors(&exact)) {
-            let error = relative(got.data, exact.data);
-            assert!(error < 0.1, "{targets}: {}: {error:e}", got.name);
-        }
+        Yardstick::new(&exact_model, &lora, &packed, &dlogp).expect_gradients(targets, &got);
     }
 }
 
+/// Token by token over a cache, with a window and kernels for single tokens: all that may come next at every place.
 #[test]
 fn generation_goes_on_as_one_pass_would() {
-    for name in ["llama-bias", "mistral", "qwen3"] {
-        let exact_model = Decoder::load(&model_dir(name)).unwrap();
+    for name in ["llama", "llama-bias", "mistral", "qwen3"] {
+        let exact = Decoder::load(&model_dir(name)).unwrap();
         let model = Model::load(&model_dir(name), &Device::Gpu(gpu().clone())).unwrap();
-        let lora = adapter(&exact_model, ".*proj|lm_head");
+        let lora = adapter(&exact, ".*proj|lm_head");
         let response = &expected(name, "responses.json")["demos"][0][0];
         let (prompt, tokens) = (ids(&response["prompt_ids"]), ids(&response["ids"]));
         let tokens = &tokens[..tokens.len().min(6)];
-        let response = serde_json::json!({"prompt_ids": prompt, "ids": tokens});
-        let packed = pack(&[group(&response)]);
-        let exact = exact_model.logps(&packed, Some(&lora)).unwrap();
-        let (plain, _) = Plain::new(&exact_model, &lora, &packed).run(&uneven(tokens.len()));
+
+        let vocabulary = 0..model.config().vocab as u32;
+        let places = (0..tokens.len()).map(|place| (prompt.len() - 1 + place) as u32);
+        let (rows, targets) =
+            places.flat_map(|row| vocabulary.clone().map(move |token| (row, token))).unzip();
+        let packed = Packed {
+            targets: Targets { rows, tokens: targets },
+            ..Packed::prompt(&[&prompt[..], &tokens[..tokens.len() - 1]].concat())
+        };
+        let nothing = vec![0.0; packed.targets.rows.len()];
+        let (plain, _) = Plain::new(&exact, &lora, &packed).run(&nothing);
+        let exact = exact.logps(&packed, Some(&lora)).unwrap();
+
         let lora = model.place(lora).unwrap();
-        let mut generator = Generator::new(&model, Some(&lora), &prompt).unwrap();
+        let mut generator = Generator::new(&model, Some(&lora), &prompt, tokens.len()).unwrap();
         let mut stepwise = Vec::new();
         for token in tokens {
-            stepwise.push(super::generation::log_softmax(generator.logits(), *token) as f32);
+            let logits = generator.logits();
+            stepwise.extend(vocabulary.clone().map(|next| log_softmax(logits, next) as f32));
             generator.push(*token).unwrap();
         }
-        let (got, plain) = (relative(&stepwise, &exact), relative(&plain, &exact));
-        println!("{name}: {got:.2e}, plain {plain:.2e}");
-        assert!(got <= FACTOR * plain, "{name}: off by {got:e}, a plain run by {plain:e}");
-    }
-}
-
-/// Over a cache that grows, a window and other kernels for single tokens.
-#[test]
-fn with_a_cache_the_logits_are_those_of_one_pass() {
-    for name in ["llama", "mistral", "qwen3"] {
-        let model = Model::load(&model_dir(name), &Device::Gpu(gpu().clone())).unwrap();
-        let response = &expected(name, "responses.json")["demos"][0][0];
-        let prompt = ids(&response["prompt_ids"]);
-        // Up to a power of two the cache has room.
-        let steps = prompt.len().next_power_of_two() - prompt.len() + 2;
-        let options = SampleOptions { max_tokens: steps.min(34), ..SampleOptions::greedy() };
-        let tokens = model.generate(&prompt, &options, None).unwrap();
-        let mut generator = Generator::new(&model, None, &prompt).unwrap();
-        let mut text = prompt;
-        for token in tokens {
-            assert_eq!(token, options.choose(generator.logits(), 0).unwrap(), "{name}");
-            generator.push(token).unwrap();
-            text.push(token);
-            let at_once = Generator::new(&model, None, &text).unwrap();
-            let error = relative(generator.logits(), at_once.logits());
-            assert!(error < 0.04, "{name} at {}: off by {error:e}", text.len());
+        let size = vocabulary.len();
+        let of_places = stepwise.chunks(size).zip(plain.chunks(size)).zip(exact.chunks(size));
+        for (place, ((got, plain), exact)) in of_places.enumerate() {
+            expect_as_good(&format!("{name}, token {place}"), got, plain, exact);
         }
     }
 }

@@ -23,7 +23,7 @@ fn with_a_cache_the_log_probs_are_those_of_one_pass() {
         let lora = model.place(lora).unwrap();
         let (prompt, tokens) = text(name);
         for lora in [None, Some(&lora)] {
-            let mut generator = Generator::new(&model, lora, &prompt).unwrap();
+            let mut generator = Generator::new(&model, lora, &prompt, tokens.len()).unwrap();
             let mut stepwise = Vec::new();
             for token in &tokens {
                 stepwise.push(log_softmax(generator.logits(), *token));
@@ -43,7 +43,7 @@ fn greedy_takes_the_most_probable_token_until_an_end() {
     let options = SampleOptions { max_tokens: 12, ..SampleOptions::greedy() };
     let tokens = model.generate(&prompt, &options, None).unwrap();
     assert_eq!(tokens.len(), 12);
-    let mut generator = Generator::new(&model, None, &prompt).unwrap();
+    let mut generator = Generator::new(&model, None, &prompt, tokens.len()).unwrap();
     for token in &tokens {
         let logits = generator.logits();
         assert!(logits.iter().all(|logit| *logit <= logits[*token as usize]));

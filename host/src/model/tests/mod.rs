@@ -6,6 +6,7 @@ mod generation;
 mod golden;
 mod gradients;
 mod identities;
+mod inference;
 mod launches;
 mod loading;
 mod memory;
@@ -13,6 +14,7 @@ mod merging;
 mod offload;
 mod options;
 mod plain;
+mod wide;
 
 use super::*;
 use crate::group::{Branch, Group, Segment};

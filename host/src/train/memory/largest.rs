@@ -25,6 +25,36 @@ pub struct Largest {
     pub with_others: Vec<[Size; 2]>,
     /// Of log-probs alone: evaluation, mismatched completions.
     pub forward: Vec<Size>,
+    /// What a reference pass is over.
+    pub reference: Reference,
+}
+
+/// The most that a reference pass computes at once.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Reference {
+    /// Rows of all groups; 0 where nothing reads a reference.
+    pub rows: usize,
+    /// Of the longest group.
+    longest: usize,
+    /// Whether groups go into micro-batches together.
+    packed: bool,
+}
+
+impl Reference {
+    /// Its largest micro-batch, if they have at most `tokens` rows.
+    pub fn size(&self, tokens: usize) -> Size {
+        let Self { rows, longest, packed } = *self;
+        unpacked(if packed { longest.max(tokens.min(rows)) } else { longest }, longest)
+    }
+
+    /// Also so many rows of groups of at most `longest`.
+    fn include(&mut self, rows: usize, longest: usize, without: &[Gain]) {
+        self.rows = self.rows.max(rows);
+        self.longest = self.longest.max(longest);
+        // Neighbours with the same prompt are joined even where groups are not packed.
+        let apart = [Gain::Packing, Gain::SharedPrompts].iter().all(|gain| without.contains(gain));
+        self.packed |= !apart;
+    }
 }
 
 /// The size of every group of the run, so that each is laid out once.
@@ -98,12 +128,16 @@ impl Largest {
                     largest.keep_with_others([size, size + others]);
                 }
             }
-            // Of a step's rows the reference pass takes those that are not known.
-            keep(&mut largest.forward, at_most(longest, most, micro_tokens, without));
+            let mut beside = Mismatched::default();
             for source in stage.sources.iter().map(|&s| &sources[s]) {
-                let batch = stage.train.batch;
-                let size = mismatched(source, &source.train, batch, micro_tokens, without);
-                keep(&mut largest.forward, size);
+                let of_source = Mismatched::of(source, &source.train, stage.train.batch);
+                keep(&mut largest.forward, of_source.size(micro_tokens, without));
+                beside = beside.and(of_source);
+            }
+            // Of a step's rows those whose log-probs are not known.
+            if stage.sources.iter().any(|&source| sources[source].needs_reference()) {
+                let longest = longest.max(beside.longest);
+                largest.reference.include(most + beside.rows, longest, without);
             }
         }
         // All held-out rows are one step.
@@ -113,16 +147,23 @@ impl Largest {
         };
         let items: Vec<Item> = (0..sources.len()).flat_map(all).collect();
         let without = &train.without;
-        // Or some of them: those of a stage's sources, or those without known reference log-probs.
+        // Or some of them: those of a stage's sources.
         let total = items.iter().map(|&item| sizes.get(item, Rows::HeldOut).rows).sum();
         if total > 0 {
             let longest = longest(sources, sizes);
             keep(&mut largest.forward, at_most(longest, total, micro_tokens, without));
         }
+        let mut beside = Mismatched::default();
         for source in sources {
-            let (rows, count) = (&source.held_out, source.held_out.len());
-            keep(&mut largest.forward, mismatched(source, rows, count, micro_tokens, without));
+            let of_source = Mismatched::of(source, &source.held_out, source.held_out.len());
+            keep(&mut largest.forward, of_source.size(micro_tokens, without));
+            beside = beside.and(of_source);
         }
+        if total > 0 && sources.iter().any(Source::needs_reference) {
+            let longest = longest(sources, sizes).max(beside.longest);
+            largest.reference.include(total + beside.rows, longest, without);
+        }
+        keep(&mut largest.forward, largest.reference.size(micro_tokens));
         largest
     }
 
@@ -188,25 +229,35 @@ fn unpacked(rows: usize, longest: usize) -> Size {
     Size { rows, needed: rows, targets: rows, longest, tables }
 }
 
-/// At most what mismatched completions take: every prompt with the longest completion of another.
-fn mismatched(
-    source: &Source,
-    examples: &[Example],
-    batch: usize,
-    micro_tokens: usize,
-    without: &[Gain],
-) -> Size {
-    if !source.objective.needs(Needs::MISMATCHED) || examples.is_empty() {
-        return Size::default();
+/// At most what mismatched completions are: every prompt with the longest completion of another.
+#[derive(Clone, Copy, Default)]
+struct Mismatched {
+    rows: usize,
+    longest: usize,
+}
+
+impl Mismatched {
+    /// Of `batch` of the rows.
+    fn of(source: &Source, examples: &[Example], batch: usize) -> Self {
+        if !source.objective.needs(Needs::MISMATCHED) || examples.is_empty() {
+            return Self::default();
+        }
+        let most = |length: fn(&Group) -> usize| examples.iter().map(|e| length(&e.group)).max();
+        // The prompt of a later segment reaches almost to the end of its branch.
+        let prompt = most(Group::longest).unwrap_or(0);
+        let completion = most(|group| group.segments().map(|s| s.tokens()).max().unwrap_or(0));
+        let responses = most(|group| group.segments().count()).unwrap_or(0);
+        let longest = prompt + completion.unwrap_or(0);
+        Self { rows: batch * responses * longest, longest }
     }
-    let most = |length: fn(&Group) -> usize| examples.iter().map(|e| length(&e.group)).max();
-    // The prompt of a later segment reaches almost to the end of its branch.
-    let prompt = most(Group::longest).unwrap_or(0);
-    let completion = most(|group| group.segments().map(|s| s.tokens()).max().unwrap_or(0));
-    let completion = completion.unwrap_or(0);
-    let responses = most(|group| group.segments().count()).unwrap_or(0);
-    let longest = prompt + completion;
-    at_most(longest, batch * responses * longest, micro_tokens, without)
+
+    fn and(self, other: Self) -> Self {
+        Self { rows: self.rows + other.rows, longest: self.longest.max(other.longest) }
+    }
+
+    fn size(self, micro_tokens: usize, without: &[Gain]) -> Size {
+        at_most(self.longest, self.rows, micro_tokens, without)
+    }
 }
 
 /// Whether mismatched completions may go beside a source's batches.

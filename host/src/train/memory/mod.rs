@@ -14,7 +14,8 @@ use super::setup::Stage;
 use crate::config::schema::Config;
 use crate::config::{Gain, Recompute, Reference};
 use crate::data::{Example, Source};
-use crate::machine;
+use crate::machine::{self, in_mebibytes, mebibytes};
+
 use crate::model::memory::{Shadow, Weights};
 use crate::model::{Device, Lora, ModelConfig, Options};
 use crate::{Error, ErrorKind, Result};
@@ -44,6 +45,8 @@ pub struct MemoryPlan {
     pub machine: Option<usize>,
     /// How to compute.
     pub options: Options,
+    /// Rows of a reference pass's micro-batch at most.
+    pub reference_tokens: usize,
     /// Bytes to set aside for activations.
     pub activations: usize,
     /// Bytes of page-locked memory to set aside for what a GPU offloads.
@@ -104,7 +107,7 @@ impl MemoryPlan {
             }
         };
         let sizes = Sizes::of(planner.sources, &train.without, &planner.model.heads);
-        let largest = planner.largest(&sizes, train.micro_tokens);
+        let mut largest = planner.largest(&sizes, train.micro_tokens);
 
         let mut parts = planner.fixed(resident.now as usize);
         let fixed: usize = parts.iter().map(|(_, bytes, _)| bytes).sum();
@@ -124,6 +127,11 @@ impl MemoryPlan {
         let limits = Limits { fixed, machine, gpu };
         let choice = planner.choose(&largest, &limits)?;
         let (fits, fits_beside) = (limits.allow(&choice, 1.0), limits.allow_beside(&choice));
+        let most = largest.most_rows();
+        let reference_tokens = planner.reference_tokens(&largest, &choice)?;
+        if reference_tokens > train.micro_tokens {
+            largest.forward.push(largest.reference.size(reference_tokens));
+        }
 
         let Choice { options, activations, chunk, kernels, held, offloaded } = choice;
         let reached = planner.reached_layers();
@@ -140,9 +148,12 @@ impl MemoryPlan {
             0 => recomputed,
             n => format!("{recomputed}, with the input of {n} in the machine's memory meanwhile"),
         };
-        let most = largest.most_rows();
+        let reference = match reference_tokens > train.micro_tokens {
+            true => format!(", of the reference's log-probs {reference_tokens} rows"),
+            false => String::new(),
+        };
         let pass = format!(
-            "largest micro-batch: {} rows, {} targets; {recomputed}",
+            "largest micro-batch: {} rows, {} targets{reference}; {recomputed}",
             most.rows, most.targets
         );
         let gpu = match planner.device {
@@ -170,6 +181,7 @@ impl MemoryPlan {
             start: loading.max(resident.peak as usize),
             machine,
             options,
+            reference_tokens,
             activations,
             offloaded,
             positions: planner.positions(),
@@ -344,7 +356,7 @@ impl Planner<'_> {
 
     fn kernels(&self, largest: &Largest, options: &Options) -> usize {
         let ModelConfig { hidden, intermediate, heads, .. } = self.model;
-        let Largest { steps, with_others, forward } = largest;
+        let Largest { steps, with_others, forward, .. } = largest;
         let all = || steps.iter().chain(forward).chain(with_others.iter().flatten());
         let rows = all().map(|size| size.rows).max().unwrap_or(0);
         let targets = all().map(|size| size.targets).max().unwrap_or(0);
@@ -361,20 +373,6 @@ impl Planner<'_> {
     }
 }
 
-/// The last of a range for which something holds that holds for its first, and for none after one for which it
-/// does not.
-fn last_that(range: std::ops::Range<usize>, holds: impl Fn(usize) -> bool) -> usize {
-    let (mut good, mut bad) = (range.start, range.end);
-    while bad > good + 1 {
-        let middle = good + (bad - good) / 2;
-        match holds(middle) {
-            true => good = middle,
-            false => bad = middle,
-        }
-    }
-    good
-}
-
 /// Bytes of a row's tokens and segments.
 fn held(example: &Example) -> usize {
     let group = &example.group;
@@ -386,24 +384,4 @@ fn held(example: &Example) -> usize {
         + size_of_val(group.prompt.as_slice())
         + size_of_val(group.branches.as_slice())
         + branches.sum::<usize>()
-}
-
-fn in_mebibytes(bytes: usize) -> f64 {
-    bytes as f64 / f64::from(1 << 20)
-}
-
-fn mebibytes(bytes: usize) -> String {
-    format!("{:.1} MiB", in_mebibytes(bytes))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_last_that_holds_is_found() {
-        for last in 1..20 {
-            assert_eq!(last_that(1..20, |n| n <= last), last);
-        }
-    }
 }

@@ -2,10 +2,15 @@
 
 use super::{Choice, Largest, Planner};
 use crate::Result;
-use crate::model::Options;
 use crate::model::cuda::Counted;
+use crate::model::inference::last_that;
 use crate::model::memory::Size;
+use crate::model::{Device, Options};
 use uft_kernels::cuda::{Gpu, Kernel};
+
+/// Rows from which on a forward pass on a GPU gets hardly faster with more: a product of 4096 columns has fifteen tiles of
+/// 128 × 256 for each of an H100's 132 multiprocessors then.
+const ENOUGH: usize = 16_384;
 
 /// What a GPU is going to hold.
 pub(super) struct OnGpu {
@@ -64,6 +69,24 @@ impl Planner<'_> {
         Ok(Choice { options, activations, chunk: 0, kernels: 0, held, offloaded })
     }
 
+    /// Most rows of a reference pass's micro-batch with which it takes no more than what is planned anyway. It keeps
+    /// nothing for a way back, so that is more than a step's.
+    pub(super) fn reference_tokens(&self, largest: &Largest, choice: &Choice) -> Result<usize> {
+        let micro_tokens = self.config.train.micro_tokens;
+        let Device::Gpu(gpu) = self.device else { return Ok(micro_tokens) };
+        let most = ENOUGH.min(largest.reference.rows);
+        if most <= micro_tokens {
+            return Ok(micro_tokens);
+        }
+        let fits = |tokens: usize| -> Result<bool> {
+            let counted = self.counted(choice.options, gpu)?;
+            counted.logps(largest.reference.size(tokens))?;
+            // An eighth is left, since of a smaller batch buffers may not lie as close together.
+            Ok(counted.peak() <= choice.activations / 8 * 7)
+        };
+        Ok(last_that(micro_tokens..most + 1, |tokens| fits(tokens).unwrap_or(false)))
+    }
+
     fn counted(&self, options: Options, gpu: &Gpu) -> Result<Counted> {
         let counted = Counted::new(self.model, options, gpu.properties(), self.positions())?;
         counted.with_adapters(self.lora)?.with_training(self.previous())
@@ -86,8 +109,8 @@ impl Planner<'_> {
         for size in largest.steps.iter().chain(&largest.forward).flat_map(Size::halves) {
             counted.logps(size)?;
         }
-        if let Some((prompt, _)) = self.sample() {
-            counted.generate(prompt, 2)?;
+        if let Some((prompt, tokens)) = self.sample() {
+            counted.generate(prompt, tokens)?;
         }
         counted.update()?;
         Ok(counted.kernels())

@@ -1,8 +1,9 @@
 //! The ways to compute a run, and which of them a plan takes: the one with the least work that fits.
 
-use super::{COMFORTABLE, COMFORTABLE_ON_GPU, Choice, Largest, Planner, Sizes, last_that};
+use super::{COMFORTABLE, COMFORTABLE_ON_GPU, Choice, Largest, Planner, Sizes};
 use crate::Result;
 use crate::config::Recompute;
+use crate::model::inference::last_that;
 use crate::model::{Device, Options};
 use std::cell::Cell;
 

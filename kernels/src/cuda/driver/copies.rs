@@ -1,7 +1,7 @@
-//! The second stream: copies between the device and page-locked memory, beside what is launched.
+//! Copies among the launches, and in a second stream beside them.
 
 use super::super::offload::Moment;
-use super::{Driver, Error, Result, failed};
+use super::{Driver, Error, Result, Uploads, failed};
 use cudarc::driver::{DriverError, result, sys};
 use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
@@ -49,6 +49,61 @@ impl Copies {
 }
 
 impl Driver {
+    pub fn upload(&self, from: &[u8], to: u64) -> Result<()> {
+        self.enter()?;
+        let mut uploads = self.uploads.lock().unwrap_or_else(PoisonError::into_inner);
+        let Uploads { ring, events } = &mut *uploads;
+        let mut to = to;
+        for piece in from.chunks(ring.stretch()) {
+            let (taken, marks) = ring.take(piece.len());
+            let before = events.len();
+            events.extend(marks.map(|(_, event)| event));
+            if let Some(&event) = events[before..].last() {
+                // SAFETY: an event that was recorded.
+                unsafe { result::event::synchronize(event) }
+                    .map_err(|e| failed("a kernel before this upload", e))?;
+            }
+            let memory = ring.write(&taken, piece);
+            let event = match events.pop() {
+                Some(event) => event,
+                None => result::event::create(sys::CUevent_flags_enum::CU_EVENT_DISABLE_TIMING)
+                    .map_err(|e| failed("event", e))?,
+            };
+            // SAFETY: `to` has room, as the caller checked, and the stretch of the ring stays as it is until the
+            // event has come.
+            unsafe {
+                let numbers = std::slice::from_raw_parts(memory, piece.len());
+                let told = result::memcpy_htod_async(to, numbers, self.stream)
+                    .and_then(|()| result::event::record(event, self.stream));
+                told.map_err(|e| failed("upload", e))?;
+            }
+            ring.mark(taken, event);
+            to += piece.len() as u64;
+        }
+        Ok(())
+    }
+
+    pub fn download(&self, from: u64, to: &mut [u8]) -> Result<()> {
+        self.enter()?;
+        // SAFETY: as above; `to` is not touched any more once the stream is through.
+        unsafe { result::memcpy_dtoh_async(to, from, self.stream) }
+            .map_err(|e| failed("download", e))?;
+        self.synchronize()
+    }
+
+    pub fn copy(&self, from: u64, to: u64, bytes: usize) -> Result<()> {
+        self.enter()?;
+        // SAFETY: both have `bytes`, as the caller checked.
+        unsafe { result::memcpy_dtod_async(to, from, bytes, self.stream) }
+            .map_err(|e| failed("copy", e))
+    }
+
+    pub fn zero(&self, to: u64, bytes: usize) -> Result<()> {
+        self.enter()?;
+        // SAFETY: `to` has `bytes`.
+        unsafe { result::memset_d8_async(to, 0, bytes, self.stream) }.map_err(|e| failed("zero", e))
+    }
+
     /// Page-locked memory, whose address is the same for the device and the program.
     pub fn allocate_pinned(&self, bytes: usize) -> Result<u64> {
         self.enter()?;

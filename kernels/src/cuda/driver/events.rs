@@ -1,18 +1,22 @@
-//! How long launches take, by the device's own clock.
+//! Moments on the device: how long launches take, by its own clock, and when what it sends has come.
 
 use super::{Driver, Error, Result, failed};
-use cudarc::driver::{result::event, sys};
+use cudarc::driver::result::{self, event};
+use cudarc::driver::sys;
 
 /// `cuEventElapsedTime_v2` is in drivers of CUDA 12.8 and newer.
 const TELLS_TIME: i32 = 12_080;
 
-struct Event(sys::CUevent);
+pub(in crate::cuda) struct Event(sys::CUevent);
+
+// SAFETY: a handle of the driver's, which any thread may use.
+unsafe impl Send for Event {}
+// SAFETY: as above.
+unsafe impl Sync for Event {}
 
 impl Event {
-    fn new() -> Result<Self> {
-        event::create(sys::CUevent_flags::CU_EVENT_DEFAULT)
-            .map(Self)
-            .map_err(|e| failed("event", e))
+    fn new(flags: sys::CUevent_flags) -> Result<Self> {
+        event::create(flags).map(Self).map_err(|e| failed("event", e))
     }
 
     fn record(&self, stream: sys::CUstream) -> Result<()> {
@@ -35,7 +39,8 @@ impl Driver {
             return Err(Error::Missing("times need a driver of CUDA 12.8 or newer".into()));
         }
         self.enter()?;
-        let (start, end) = (Event::new()?, Event::new()?);
+        let timing = sys::CUevent_flags::CU_EVENT_DEFAULT;
+        let (start, end) = (Event::new(timing)?, Event::new(timing)?);
         start.record(self.stream)?;
         work()?;
         end.record(self.stream)?;
@@ -43,5 +48,26 @@ impl Driver {
         // SAFETY: both were recorded in the same stream and are done.
         let milliseconds = unsafe { event::elapsed(start.0, end.0) };
         milliseconds.map(f64::from).map_err(|e| failed("event", e))
+    }
+
+    /// Tells the device to copy `bytes` to page-locked memory; the event comes when it has.
+    pub fn send(&self, from: u64, to: *mut u8, bytes: usize) -> Result<Event> {
+        self.enter()?;
+        let sent = Event::new(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING)?;
+        // SAFETY: both have so many bytes, and those of the program are nobody else's until the event has come.
+        unsafe {
+            let to = std::slice::from_raw_parts_mut(to, bytes);
+            result::memcpy_dtoh_async(to, from, self.stream).map_err(|e| failed("download", e))?;
+        }
+        sent.record(self.stream)?;
+        Ok(sent)
+    }
+
+    /// Returns when an event has come.
+    pub fn wait_for(&self, event: &Event) -> Result<()> {
+        self.enter()?;
+        // SAFETY: an event that was recorded.
+        unsafe { event::synchronize(event.0) }
+            .map_err(|e| failed("a kernel before this download", e))
     }
 }
