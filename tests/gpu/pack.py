@@ -20,7 +20,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-# All of this folder but this one and predict.py, which needs no GPU.
+# All of this folder but this one and what predicts, which needs no GPU.
 SCRIPTS = ["run.py", "parts.py", "whole_steps.py", "step_peer.py", "peers.py", "model.py", "report.py"]
 PROGRAMS = ["uft", "kernels-tests", "gpu-kernels"]
 # The command line with its plugins, what times kernels, and the kernels' tests.

@@ -37,6 +37,25 @@ fn some_rows(dir: &Path, name: &str, count: usize) -> PathBuf {
     path
 }
 
+/// A model's folder with nothing in it that a plan does not need.
+fn without_weights(dir: &Path, name: &str) -> PathBuf {
+    let model = dir.join("model");
+    std::fs::create_dir(&model).expect("a folder");
+    for file in ["config.json", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json"] {
+        let from = golden(&format!("models/{name}/{file}"));
+        std::fs::copy(from, model.join(file)).expect("a copy");
+    }
+    model
+}
+
+/// MiB of a part of a plan.
+fn on_the_gpu(plan: &str, part: &str) -> f64 {
+    let named = format!("on the GPU: {part}");
+    let line = plan.lines().find(|line| line.contains(&named)).expect("the part");
+    let cells: Vec<&str> = line.split(['│', '┆', '|']).map(str::trim).collect();
+    cells.iter().find_map(|cell| cell.parse().ok()).expect("a number")
+}
+
 /// A short run with a reference, several micro-batches in a step, and held-out rows.
 fn write_run(dir: &Path) -> String {
     let targets = "[\"q_proj\", \"o_proj\", \"gate_proj\", \"down_proj\", \"lm_head\"]";
@@ -145,6 +164,29 @@ fn nothing_is_allocated_or_compiled_after_the_first_step() {
     assert_eq!(one, made(4).1);
 }
 
+/// As docs/cuda.md says: once for the log-probs of each micro-batch, and once for the gradient's norm.
+#[test]
+fn a_step_waits_for_nothing_but_log_probs_and_the_norm() {
+    let waits = |steps: u32, micro_tokens: u32| {
+        let (_guard, dir) = temporary();
+        let path = write_run(&dir);
+        let set = [
+            format!("train.steps={steps}"),
+            format!("train.micro_tokens={micro_tokens}"),
+            "train.save_every=0".into(),
+            "train.recompute=\"offload\"".into(),
+        ];
+        let config = Config::load(Path::new(&path), &set).expect("a configuration");
+        let mut run = Run::prepare(config).expect("a run");
+        train(&mut run, false).expect("the run ends");
+        run.model.waits()
+    };
+    // Every row has been met by then, so that its reference log-probs are known.
+    let of_a_step = |micro_tokens| waits(5, micro_tokens) - waits(4, micro_tokens);
+    assert_eq!(of_a_step(10_000), 1 + 1);
+    assert_eq!(of_a_step(1), 3 + 1, "three groups are a batch, each a micro-batch of its own");
+}
+
 #[test]
 fn a_gradient_that_is_not_finite_stops_with_the_rows_of_its_micro_batch() {
     let (_guard, dir) = temporary();
@@ -172,24 +214,13 @@ fn check_and_grad_agree_with_the_processor_and_the_plan_is_of_the_gpu() {
     assert!(apart.contains("every implicit reward is exactly 0"), "{apart}");
 
     // Where no weights are, for a GPU that is not there.
-    let model = dir.join("model");
-    std::fs::create_dir(&model).expect("a folder");
-    for file in ["config.json", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json"] {
-        let from = golden(&format!("models/qwen3/{file}"));
-        std::fs::copy(from, model.join(file)).expect("a copy");
-    }
-    let path = format!("model.path=\"{}\"", model.display());
+    let path = format!("model.path=\"{}\"", without_weights(&dir, "qwen3").display());
     let planned = succeed(&["check", &run, "--gpu", "24", "--set", &path]);
     assert!(planned.contains("of 24576.0 MiB available on such a GPU"), "{planned}");
     fail(2, &["check", &run, "--gpu", "0"]);
 
     // Less than all activations, more than none.
-    let total = |checked: &str| -> f64 {
-        let line = checked.lines().find(|l| l.contains("on the GPU: total")).expect("a total");
-        let cells: Vec<&str> = line.split(['│', '┆', '|']).map(str::trim).collect();
-        cells.iter().find_map(|cell| cell.parse().ok()).expect("a number")
-    };
-    let all = total(&checked);
+    let all = on_the_gpu(&checked, "total");
     let memory = |share: f64| format!("train.memory={}", share * all / 1024.0);
     // With less and less, first gate and up alone are computed again, then whole layers.
     let plans: Vec<String> = (10..40)
@@ -239,6 +270,53 @@ fn quiet(arguments: &[&str]) -> String {
     let stderr = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success() && stderr.is_empty(), "{}: {stderr}", arguments.join(" "));
     String::from_utf8(output.stdout).expect("stdout is text")
+}
+
+/// Where even the inputs of layers are too many, they wait in the machine's memory.
+#[test]
+fn inputs_of_layers_are_offloaded_where_that_is_what_fits() {
+    let (_guard, dir) = temporary();
+    let run = write_run(&dir);
+    // A plan of a model with more and wider layers; nothing of it is computed.
+    let model = without_weights(&dir, "qwen3");
+    let config = std::fs::read_to_string(model.join("config.json")).expect("a configuration");
+    let mut config: Value = serde_json::from_str(&config).expect("JSON");
+    for (key, value) in [("hidden_size", 512), ("num_hidden_layers", 24)] {
+        config[key] = value.into();
+    }
+    config["layer_types"] = vec!["full_attention"; 24].into();
+    std::fs::write(model.join("config.json"), config.to_string()).expect("it is written");
+    let plan = |gib: f64, recompute: &str| {
+        let (path, gib) = (format!("model.path=\"{}\"", model.display()), gib.to_string());
+        let recompute = format!("train.recompute=\"{recompute}\"");
+        succeed(&["check", &run, "--gpu", &gib, "--set", &path, "--set", &recompute])
+    };
+    let (all, forced) = (plan(8.0, "all"), plan(8.0, "offload"));
+    assert!(!all.contains("inputs of layers"), "{all}");
+    let level = "24 of 24 layers computed again on the way back, with the input of 23 in the machine's memory meanwhile";
+    assert!(forced.contains(level) && forced.contains("│ inputs of layers "), "{forced}");
+    // Between what the two take the plan offloads some by itself, and 2 % stay free.
+    let [most, least] = [&all, &forced].map(|plan| on_the_gpu(plan, "total"));
+    assert!(least < most, "{least} of {most} MiB");
+    let between = (most + least) / 2.0 / 1024.0 / 0.98;
+    for recompute in ["auto", "all"] {
+        let chosen = plan(between, recompute);
+        let (_, inputs) = chosen.split_once("with the input of ").expect("some are offloaded");
+        let inputs: usize = inputs.split_once(' ').expect("a number").0.parse().expect("a number");
+        assert!((1..23).contains(&inputs), "{chosen}");
+    }
+
+    let gradient = |recompute: &str| {
+        let out = dir.join(format!("{recompute}.safetensors")).display().to_string();
+        let path = format!("model.path=\"{}\"", golden("models/llama").display());
+        let set = format!("train.recompute=\"{recompute}\"");
+        succeed(&["grad", &run, "--out", &out, "--set", &path, "--set", &set]);
+        tensors(Path::new(&out))
+    };
+    assert_eq!(gradient("offload"), gradient("none"));
+    let on_cpu = ["--set", "train.device=\"cpu\"", "--set", "train.recompute=\"offload\""];
+    let refused = fail(2, &[&["check", &run][..], &on_cpu].concat());
+    assert!(refused.contains("recompute = \"offload\" takes from a GPU"), "{refused}");
 }
 
 #[test]

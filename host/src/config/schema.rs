@@ -109,8 +109,10 @@ section! {
         /// grows with it; the gradient does not depend on it.
         micro_tokens: usize = 4096,
         /// Layers whose activations are computed again on the way back instead of being kept: "auto" (as few
-        /// as make the run fit into memory; on a GPU of a layer gate and up alone where that is enough), "none" or
-        /// "all". No number depends on it.
+        /// as make the run fit into memory; on a GPU of a layer gate and up alone where that is enough, and where all
+        /// are too few, the inputs of as many as necessary in the machine's memory meanwhile), "none", "all" (their
+        /// inputs as with "auto"), or "offload" (on a GPU: all, and every input in the machine's memory). No number
+        /// depends on it.
         recompute: Recompute = Recompute::Auto,
         /// Most memory to use, in GiB; 0 is what the machine has, or the GPU where the run computes on one. A run
         /// that needs more is refused.

@@ -66,7 +66,13 @@ words! {
 
 words! {
     /// Which layers are computed again on the way back instead of being kept.
-    Recompute { Auto, None, All }
+    Recompute {
+        Auto,
+        None,
+        All,
+        /// All, and what they are computed from is in the host's memory meanwhile.
+        Offload,
+    }
 }
 
 words! {

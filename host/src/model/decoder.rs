@@ -46,6 +46,9 @@ pub struct Options {
     /// On a GPU, so many of the layers above those keep all but gate and up, the largest part of their memory,
     /// which are computed again alone, bit for bit.
     pub recomputed_gates: usize,
+    /// On a GPU, so many of the lowest layers that keep only their input keep it in the host's memory until the way back
+    /// comes near.
+    pub offloaded_layers: usize,
 }
 
 impl Default for Options {
@@ -55,6 +58,7 @@ impl Default for Options {
             skipped_gradients: true,
             recomputed_layers: 0,
             recomputed_gates: 0,
+            offloaded_layers: 0,
         }
     }
 }

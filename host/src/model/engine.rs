@@ -81,14 +81,15 @@ impl Model {
     }
 
     /// Says how to compute, and sets memory aside for `bytes` of activations of texts of at most `positions`
-    /// tokens, so that they lie in one piece. A GPU's kernels are compiled.
+    /// tokens, so that they lie in one piece, and of the host for what a GPU offloads. Its kernels are compiled.
     ///
     /// # Errors
-    /// The device has no such memory left, or a kernel does not compile.
+    /// The device or the host has no such memory left, or a kernel does not compile.
     pub fn prepare(
         &mut self,
         options: Options,
         bytes: usize,
+        offloaded: usize,
         positions: usize,
         kernels: &[Kernel],
     ) -> Result<()> {
@@ -100,7 +101,7 @@ impl Model {
             }
             Self::Cuda(model) => {
                 model.options = options;
-                model.reserve(bytes, positions, kernels)
+                model.reserve(bytes, offloaded, positions, kernels)
             }
         }
     }
@@ -110,6 +111,14 @@ impl Model {
         match self {
             Self::Cpu(_) => (0, 0),
             Self::Cuda(model) => model.gpu().made(),
+        }
+    }
+
+    /// Times that the host waited for the GPU so far.
+    pub fn waits(&self) -> usize {
+        match self {
+            Self::Cpu(_) => 0,
+            Self::Cuda(model) => model.gpu().waits(),
         }
     }
 

@@ -78,7 +78,7 @@ impl Inference<'_> {
         };
         let mut model = Model::load(self.dir, self.device)?;
         if let Some(Plan { activations, positions, kernels, .. }) = &plan {
-            model.prepare(Options::default(), *activations, *positions, kernels)?;
+            model.prepare(Options::default(), *activations, 0, *positions, kernels)?;
         }
         let lora = self.lora.map(|lora| model.place(lora)).transpose()?;
         let (allocations, modules) = model.made();

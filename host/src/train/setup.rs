@@ -52,7 +52,8 @@ impl Run {
         let memory = material.memory(&device, weights)?;
         let mut model = Model::load(&material.dir, &device)?;
         let Material { config, text, registry, sources, lora, .. } = material;
-        model.prepare(memory.options, memory.activations, memory.positions, &memory.kernels)?;
+        let MemoryPlan { options, activations, offloaded, positions, ref kernels, .. } = memory;
+        model.prepare(options, activations, offloaded, positions, kernels)?;
         let adapters = model.place(lora)?;
         let libraries = registry.paths().map(Path::to_owned).collect();
         let device = device.name();

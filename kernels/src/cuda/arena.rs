@@ -73,12 +73,38 @@ fn rounded(bytes: usize) -> usize {
     bytes.max(1).div_ceil(ALIGNMENT) * ALIGNMENT
 }
 
+/// Where an arena's memory is.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// On the device, used by launches, which are in order.
+    Device,
+    /// The host's, page-locked, used by copies beside launches, which are in order too.
+    Pinned,
+}
+
+/// What a buffer that is a mapping of its own stands for: a range of an arena.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Spot {
+    /// Which arena and segment.
+    of: (usize, usize),
+    start: usize,
+    end: usize,
+}
+
+impl Spot {
+    /// Whether two would have bytes in common.
+    pub fn overlaps(&self, other: &Self) -> bool {
+        self.of == other.of && self.start < other.end && other.start < self.end
+    }
+}
+
 /// Memory of a device for buffers of any type. A clone is the same arena.
 #[derive(Clone)]
 pub struct Arena(Arc<Inner>);
 
 struct Inner {
     gpu: Gpu,
+    kind: Kind,
     /// What was set aside, and what had to be added because that was not enough.
     segments: Mutex<Vec<Segment>>,
 }
@@ -108,14 +134,22 @@ impl Arena {
     /// # Errors
     /// The device has no `bytes` left.
     pub fn new(gpu: &Gpu, bytes: usize) -> Result<Self> {
-        let first = Segment::new(gpu, bytes)?;
-        Ok(Self(Arc::new(Inner { gpu: gpu.clone(), segments: Mutex::new(vec![first]) })))
+        Self::of(Kind::Device, gpu, bytes)
+    }
+
+    pub(super) fn of(kind: Kind, gpu: &Gpu, bytes: usize) -> Result<Self> {
+        let segments = Mutex::new(vec![Segment::new(kind, gpu, bytes)?]);
+        Ok(Self(Arc::new(Inner { gpu: gpu.clone(), kind, segments })))
     }
 
     /// Without end, on a device that counts.
     pub fn counting(gpu: &Gpu) -> Self {
-        let first = Segment { memory: None, ranges: Ranges::counting() };
-        Self(Arc::new(Inner { gpu: gpu.clone(), segments: Mutex::new(vec![first]) }))
+        Self::counting_of(Kind::Device, gpu)
+    }
+
+    pub(super) fn counting_of(kind: Kind, gpu: &Gpu) -> Self {
+        let segments = Mutex::new(vec![Segment { memory: None, ranges: Ranges::counting() }]);
+        Self(Arc::new(Inner { gpu: gpu.clone(), kind, segments }))
     }
 
     /// Memory for `len` numbers, until it is dropped. Launches are in order, so what was given back may be
@@ -131,14 +165,16 @@ impl Arena {
         let mut place = Place { arena: self.clone(), segment, start, bytes };
         let address = match memory {
             Some(memory) => Ok(memory + start as u64),
-            None => self.0.gpu.place_apart(bytes),
+            None => self.0.gpu.place_apart(bytes, place.spot()),
         };
         match address {
             Ok(address) => {
                 #[cfg_attr(not(test), expect(unused_mut))]
                 let mut buffer = DeviceBuffer::new(address, len, Owner::Arena(place));
                 #[cfg(test)]
-                self.0.gpu.poison(&mut buffer)?;
+                if self.0.kind == Kind::Device {
+                    self.0.gpu.poison(&mut buffer)?;
+                }
                 Ok(buffer)
             }
             Err(error) => {
@@ -159,8 +195,9 @@ impl Arena {
         }
         // As much again as there is, within reason, if the device has it.
         let all: usize = segments.iter().map(|segment| segment.ranges.capacity).sum();
-        let larger = Segment::new(&self.0.gpu, all.clamp(SEGMENT, MOST).max(rounded(bytes)));
-        let mut segment = larger.or_else(|_| Segment::new(&self.0.gpu, rounded(bytes)))?;
+        let new = |bytes| Segment::new(self.0.kind, &self.0.gpu, bytes);
+        let larger = new(all.clamp(SEGMENT, MOST).max(rounded(bytes)));
+        let mut segment = larger.or_else(|_| new(rounded(bytes)))?;
         let start = segment.ranges.take(bytes).expect("the segment is large enough");
         let address = address(&segment);
         segments.push(segment);
@@ -172,24 +209,38 @@ impl Arena {
         self.segments().iter().map(|segment| segment.ranges.high_water()).sum()
     }
 
+    pub(super) fn gpu(&self) -> &Gpu {
+        &self.0.gpu
+    }
+
     fn segments(&self) -> MutexGuard<'_, Vec<Segment>> {
         self.0.segments.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Segment {
-    fn new(gpu: &Gpu, bytes: usize) -> Result<Self> {
-        let memory = if gpu.lends_pieces() && bytes > 0 { Some(gpu.alloc(bytes)?) } else { None };
+    fn new(kind: Kind, gpu: &Gpu, bytes: usize) -> Result<Self> {
+        let memory = match kind {
+            _ if !gpu.lends_pieces() || bytes == 0 => None,
+            Kind::Device => Some(gpu.alloc(bytes)?),
+            Kind::Pinned => Some(gpu.alloc_pinned(bytes)?),
+        };
         Ok(Self { memory, ranges: Ranges::new(bytes) })
     }
 }
 
 impl Place {
     pub(super) fn give_back(&mut self, address: u64) {
-        if !self.arena.0.gpu.lends_pieces() {
-            self.arena.0.gpu.give_back_apart(address);
+        let Inner { gpu, kind, .. } = &*self.arena.0;
+        if !gpu.lends_pieces() {
+            gpu.give_back_apart(address, *kind);
         }
         self.give_back_range();
+    }
+
+    fn spot(&self) -> Spot {
+        let of = (Arc::as_ptr(&self.arena.0).addr(), self.segment);
+        Spot { of, start: self.start, end: self.start + rounded(self.bytes) }
     }
 
     fn give_back_range(&mut self) {

@@ -1,15 +1,17 @@
 //! The device that computes nothing and holds nothing: going through a step on it finds out beforehand how
 //! much memory the step takes on a real one, since it is the very same code that goes through.
 
-use super::{Kernel, Properties};
+use super::{Device, Gpu, Kernel, Properties};
 use std::collections::HashMap;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 pub(super) struct Counter {
     pub properties: Properties,
     memory: Mutex<Memory>,
     /// Each once.
     launched: Mutex<Vec<Kernel>>,
+    launches: AtomicUsize,
 }
 
 #[derive(Default)]
@@ -27,7 +29,8 @@ const ALIGNMENT: u64 = 256;
 
 impl Counter {
     pub fn new(properties: Properties) -> Self {
-        Self { properties, memory: Mutex::default(), launched: Mutex::default() }
+        let (memory, launched) = (Mutex::default(), Mutex::default());
+        Self { properties, memory, launched, launches: AtomicUsize::new(0) }
     }
 
     pub fn allocate(&self, bytes: usize) -> u64 {
@@ -47,6 +50,7 @@ impl Counter {
     }
 
     pub fn launch(&self, kernel: &Kernel) {
+        self.launches.fetch_add(1, Ordering::Relaxed);
         let mut launched = self.launched.lock().unwrap_or_else(PoisonError::into_inner);
         if !launched.contains(kernel) {
             launched.push(*kernel);
@@ -67,9 +71,43 @@ impl Counter {
     }
 }
 
+impl Gpu {
+    /// A device that holds and computes nothing, to find out how much memory something takes on one like
+    /// `properties`: [`Gpu::most_allocated`], and of an arena [`Arena::high_water`]. What is downloaded from it
+    /// stays as it was.
+    pub fn counting(properties: Properties) -> Self {
+        Self(Arc::new(Device::Counter(Counter::new(properties))))
+    }
+
+    /// Of a device that counts: most bytes that were allocated at a time, what arenas lend not included.
+    pub fn most_allocated(&self) -> Option<usize> {
+        match &*self.0 {
+            Device::Counter(device) => Some(device.most()),
+            _ => None,
+        }
+    }
+
+    /// Of a device that counts: every kernel that was launched, for [`Gpu::prepare`] of another.
+    pub fn launched(&self) -> Vec<Kernel> {
+        match &*self.0 {
+            Device::Counter(device) => device.launched(),
+            _ => Vec::new(),
+        }
+    }
+
+    /// Of a device that counts: launches so far.
+    pub fn launches(&self) -> usize {
+        match &*self.0 {
+            Device::Counter(device) => device.launches.load(Ordering::Relaxed),
+            _ => 0,
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
-    use super::super::{Arena, Gpu, Properties};
+    use super::super::Arena;
+    use super::*;
 
     #[test]
     fn what_would_be_held_is_counted() {

@@ -1,6 +1,7 @@
 //! A CUDA device, through the driver's API. The driver's library is opened at run time, so one program
 //! runs with and without it.
 
+mod copies;
 mod events;
 
 pub(super) use events::Event;
@@ -12,6 +13,7 @@ use super::nvrtc::Nvrtc;
 use super::ring::Ring;
 use super::tensor_map::{Encoded, Layout};
 use super::{Error, Properties, Result};
+use copies::Copies;
 use cudarc::driver::{DriverError, result, sys};
 use rayon::prelude::*;
 use std::collections::HashMap;
@@ -36,12 +38,14 @@ pub(super) struct Driver {
     device: sys::CUdevice,
     context: sys::CUcontext,
     stream: sys::CUstream,
+    copies: Mutex<Copies>,
     uploads: Mutex<Uploads>,
     pub(super) landing: Landing,
     nvrtc: &'static Nvrtc,
     driver_version: i32,
     pub properties: Properties,
     allocated: AtomicUsize,
+    waits: AtomicUsize,
     modules: Mutex<HashMap<ModuleKey, LoadedModule>>,
 }
 
@@ -151,6 +155,7 @@ impl Driver {
         unsafe { result::ctx::set_current(context) }.map_err(|e| failed("context", e))?;
         let stream = result::stream::create(result::stream::StreamKind::NonBlocking)
             .map_err(|e| failed("stream", e))?;
+        let copies = Mutex::new(Copies::new()?);
         let page_locked = |bytes: usize| {
             // SAFETY: freed on drop, after all that uses it.
             let memory = unsafe { result::malloc_host(bytes, 0) };
@@ -162,17 +167,20 @@ impl Driver {
             (ring, Landing::new(page_locked(LANDING)?.cast(), LANDING))
         };
         let uploads = Mutex::new(Uploads { ring, events: Vec::new() });
-        let (allocated, modules) = (AtomicUsize::new(0), Mutex::default());
+        let (allocated, waits, modules) =
+            (AtomicUsize::new(0), AtomicUsize::new(0), Mutex::default());
         Ok(Self {
             device,
             context,
             stream,
+            copies,
             uploads,
             landing,
             nvrtc,
             driver_version,
             properties,
             allocated,
+            waits,
             modules,
         })
     }
@@ -211,63 +219,9 @@ impl Driver {
         }
     }
 
-    pub fn upload(&self, from: &[u8], to: u64) -> Result<()> {
-        self.enter()?;
-        let mut uploads = self.uploads.lock().unwrap_or_else(PoisonError::into_inner);
-        let Uploads { ring, events } = &mut *uploads;
-        let mut to = to;
-        for piece in from.chunks(ring.stretch()) {
-            let (taken, marks) = ring.take(piece.len());
-            let before = events.len();
-            events.extend(marks.map(|(_, event)| event));
-            if let Some(&event) = events[before..].last() {
-                // SAFETY: an event that was recorded.
-                unsafe { result::event::synchronize(event) }
-                    .map_err(|e| failed("a kernel before this upload", e))?;
-            }
-            let memory = ring.write(&taken, piece);
-            let event = match events.pop() {
-                Some(event) => event,
-                None => result::event::create(sys::CUevent_flags_enum::CU_EVENT_DISABLE_TIMING)
-                    .map_err(|e| failed("event", e))?,
-            };
-            // SAFETY: `to` has room, as the caller checked, and the stretch of the ring stays as it is until the
-            // event has come.
-            unsafe {
-                let numbers = std::slice::from_raw_parts(memory, piece.len());
-                let told = result::memcpy_htod_async(to, numbers, self.stream)
-                    .and_then(|()| result::event::record(event, self.stream));
-                told.map_err(|e| failed("upload", e))?;
-            }
-            ring.mark(taken, event);
-            to += piece.len() as u64;
-        }
-        Ok(())
-    }
-
-    pub fn download(&self, from: u64, to: &mut [u8]) -> Result<()> {
-        self.enter()?;
-        // SAFETY: as above; `to` is not touched any more once the stream is through.
-        unsafe { result::memcpy_dtoh_async(to, from, self.stream) }
-            .map_err(|e| failed("download", e))?;
-        self.synchronize()
-    }
-
-    pub fn copy(&self, from: u64, to: u64, bytes: usize) -> Result<()> {
-        self.enter()?;
-        // SAFETY: both have `bytes`, as the caller checked.
-        unsafe { result::memcpy_dtod_async(to, from, bytes, self.stream) }
-            .map_err(|e| failed("copy", e))
-    }
-
-    pub fn zero(&self, to: u64, bytes: usize) -> Result<()> {
-        self.enter()?;
-        // SAFETY: `to` has `bytes`.
-        unsafe { result::memset_d8_async(to, 0, bytes, self.stream) }.map_err(|e| failed("zero", e))
-    }
-
     pub fn synchronize(&self) -> Result<()> {
         self.enter()?;
+        self.waits.fetch_add(1, Ordering::Relaxed);
         // SAFETY: a stream that lives as long as self.
         unsafe { result::stream::synchronize(self.stream) }
             .map_err(|e| failed("a kernel before this call", e))
@@ -320,6 +274,11 @@ impl Driver {
     pub fn made(&self) -> (usize, usize) {
         let modules = self.modules.lock().unwrap_or_else(PoisonError::into_inner).len();
         (self.allocated.load(Ordering::Relaxed), modules)
+    }
+
+    /// Times that everything was waited for.
+    pub fn waits(&self) -> usize {
+        self.waits.load(Ordering::Relaxed)
     }
 
     pub fn prepare(&self, kernels: &[Kernel]) -> Result<()> {
@@ -444,9 +403,11 @@ impl Drop for Driver {
         let Uploads { ring, events } =
             self.uploads.get_mut().unwrap_or_else(PoisonError::into_inner);
         let (memory, marks) = ring.take_apart();
+        let copies = self.copies.get_mut().unwrap_or_else(PoisonError::into_inner);
         // SAFETY: nothing uses them any more: buffers hold the device, and launches are waited for.
         unsafe {
             let _ = result::stream::synchronize(self.stream);
+            copies.destroy();
             for module in modules.values() {
                 let _ = result::module::unload(module.handle);
             }

@@ -1,6 +1,7 @@
 //! The device that is none: kernels compiled by the system's C++ compiler and executed by emulation/, with
 //! a thread of CUDA as a fiber. Made to find mistakes, not to be fast.
 
+use super::arena::Spot;
 use super::emulation::FILES;
 use super::guarded::Guarded;
 use super::kernel::{Declared, Kernel, Module};
@@ -41,11 +42,28 @@ pub(super) struct Emulator {
     /// The ring's, and the landing's.
     _ring: Box<[u8]>,
     _landing: Box<[u8]>,
-    memory: Mutex<BTreeMap<u64, Guarded>>,
+    memory: Mutex<Allocations>,
     allocated: AtomicUsize,
+    /// Buffers of arenas so far.
+    placed: AtomicUsize,
+    pub(super) waits: AtomicUsize,
     modules: Mutex<HashMap<ModuleKey, Loaded>>,
     #[cfg(test)]
     pub fault: Option<super::Fault>,
+    /// Of the times that a stream is told to wait for the other, the one at which it does not.
+    #[cfg(test)]
+    pub forgotten: Option<usize>,
+    #[cfg(test)]
+    pub orders: AtomicUsize,
+}
+
+/// By address.
+pub(super) type Allocations = BTreeMap<u64, Allocation>;
+
+pub(super) struct Allocation {
+    pub memory: Guarded,
+    /// Of a buffer of an arena, the range that it would have on a GPU, and how many others had been placed before.
+    pub spot: Option<(Spot, usize)>,
 }
 
 /// The list of `emulation::Worker`s, which all modules share.
@@ -208,15 +226,21 @@ impl Emulator {
             _landing: landed,
             memory,
             allocated: AtomicUsize::new(0),
+            placed: AtomicUsize::new(0),
+            waits: AtomicUsize::new(0),
             modules,
             #[cfg(test)]
             fault: None,
+            #[cfg(test)]
+            forgotten: None,
+            #[cfg(test)]
+            orders: AtomicUsize::new(0),
         })
     }
 
     pub fn allocate(&self, bytes: usize) -> Result<u64> {
         self.allocated.fetch_add(1, Ordering::Relaxed);
-        self.place(bytes)
+        self.place(bytes, None)
     }
 
     /// Allocations, and modules loaded.
@@ -226,10 +250,11 @@ impl Emulator {
     }
 
     /// Memory with guards around it.
-    pub fn place(&self, bytes: usize) -> Result<u64> {
+    pub fn place(&self, bytes: usize, spot: Option<Spot>) -> Result<u64> {
         let memory = Guarded::new(bytes)?;
         let address = memory.address();
-        self.allocations().insert(address, memory);
+        let spot = spot.map(|spot| (spot, self.placed.fetch_add(1, Ordering::Relaxed)));
+        self.allocations().insert(address, Allocation { memory, spot });
         Ok(address)
     }
 
@@ -237,7 +262,7 @@ impl Emulator {
         self.allocations().remove(&address);
     }
 
-    fn allocations(&self) -> MutexGuard<'_, BTreeMap<u64, Guarded>> {
+    pub(super) fn allocations(&self) -> MutexGuard<'_, Allocations> {
         self.memory.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -356,8 +381,8 @@ impl Emulator {
         let allocations = self.allocations();
         let before = allocations.range(..=address).next_back();
         let after = allocations.range(address..).next();
-        let past = before.map(|(start, memory)| (address - start - memory.len() as u64, memory));
-        let ahead = after.map(|(start, memory)| (start - address, memory));
+        let past = before.map(|(start, a)| (address - start - a.memory.len() as u64, &a.memory));
+        let ahead = after.map(|(start, a)| (start - address, &a.memory));
         match (past, ahead) {
             (Some((past, memory)), ahead) if ahead.is_none_or(|(ahead, _)| past <= ahead) => {
                 format!(", {past} bytes past the end of a buffer of {} bytes", memory.len())
@@ -374,7 +399,7 @@ impl Emulator {
         let allocations = self.allocations();
         for (number, arg) in args.iter().enumerate().filter(|(_, arg)| arg.writable) {
             let buffer = allocations.range(..=arg.address).next_back();
-            if let Some(place) = buffer.and_then(|(_, memory)| memory.overrun()) {
+            if let Some(place) = buffer.and_then(|(_, a)| a.memory.overrun()) {
                 return Err(Error::Failed(format!(
                     "kernel {}: wrote outside argument {number}'s buffer, {place} (seed {})",
                     kernel.name, self.seed

@@ -135,6 +135,8 @@ pub struct DeviceBuffer<T: Plain> {
 /// Whom memory is given back to.
 pub(super) enum Owner {
     Device(Gpu),
+    /// It is page-locked memory of the host.
+    Pinned(Gpu),
     Arena(arena::Place),
 }
 
@@ -148,6 +150,7 @@ impl<T: Plain> Drop for DeviceBuffer<T> {
     fn drop(&mut self) {
         match &mut self.owner {
             Owner::Device(gpu) => gpu.free(self.address),
+            Owner::Pinned(gpu) => gpu.free_pinned(self.address),
             Owner::Arena(place) => place.give_back(self.address),
         }
     }

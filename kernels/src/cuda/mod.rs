@@ -14,7 +14,8 @@
 //!
 //! Launches, copies and zeroing are done one after the other, in the order of the calls. On a GPU the calls
 //! return before that; [`Gpu::download`] and [`Gpu::synchronize`] wait, and report an earlier launch's
-//! failure. A shape that does not fit is a mistake of the caller and panics, as in the CPU's ops; what
+//! failure. Beside them a second stream copies what is not needed for a while to the host's memory and back
+//! ([`Offload`]). A shape that does not fit is a mistake of the caller and panics, as in the CPU's ops; what
 //! the device refuses is an [`Error`].
 
 mod arena;
@@ -39,6 +40,7 @@ mod late;
 mod launch;
 mod memory;
 mod nvrtc;
+mod offload;
 #[cfg(test)]
 mod registers;
 mod ring;
@@ -59,6 +61,7 @@ pub use landing::Downloading;
 pub use launch::{Args, Argument};
 pub use memory::{DeviceBuffer, DeviceSlice, Plain};
 pub use nvrtc::Nvrtc;
+pub use offload::{Copying, Offload, Offloaded};
 pub use tensor_map::TensorMap;
 
 use std::sync::Arc;
@@ -149,17 +152,6 @@ impl Gpu {
         Ok(Self(Arc::new(Device::Emulator(emulator::Emulator::new(seed, true)?))))
     }
 
-    /// The emulated device, which puts every launch and every copy off until it is waited for: what relies on
-    /// something that it has not waited for gets wrong numbers.
-    ///
-    /// # Errors
-    /// As [`Gpu::emulated`].
-    pub fn emulated_late(seed: u64) -> Result<Self> {
-        let mut emulator = emulator::Emulator::new(seed, false)?;
-        emulator.late = Some(late::Late::default());
-        Ok(Self(Arc::new(Device::Emulator(emulator))))
-    }
-
     /// The emulated device, compiling one source with a fault in it.
     #[cfg(test)]
     pub(crate) fn emulated_with_fault(seed: u64, fault: Fault) -> Result<Self> {
@@ -178,29 +170,6 @@ impl Gpu {
         Ok(Self(Arc::new(Device::Emulator(emulator))))
     }
 
-    /// A device that holds and computes nothing, to find out how much memory something takes on one like
-    /// `properties`: [`Gpu::most_allocated`], and of an arena [`Arena::high_water`]. What is downloaded from it
-    /// stays as it was.
-    pub fn counting(properties: Properties) -> Self {
-        Self(Arc::new(Device::Counter(counter::Counter::new(properties))))
-    }
-
-    /// Of a device that counts: most bytes that were allocated at a time, what arenas lend not included.
-    pub fn most_allocated(&self) -> Option<usize> {
-        match &*self.0 {
-            Device::Counter(device) => Some(device.most()),
-            _ => None,
-        }
-    }
-
-    /// Of a device that counts: every kernel that was launched, for [`Gpu::prepare`] of another.
-    pub fn launched(&self) -> Vec<Kernel> {
-        match &*self.0 {
-            Device::Counter(device) => device.launched(),
-            _ => Vec::new(),
-        }
-    }
-
     /// Compiles kernels, several at a time, and loads them, so that no launch has to.
     ///
     /// # Errors
@@ -210,6 +179,16 @@ impl Gpu {
             Device::Driver(device) => device.prepare(kernels),
             Device::Emulator(device) => device.prepare(kernels),
             Device::Counter(_) => Ok(()),
+        }
+    }
+
+    /// Times that the host waited until everything was done, downloads among them. None for a device that only
+    /// counts.
+    pub fn waits(&self) -> usize {
+        match &*self.0 {
+            Device::Driver(device) => device.waits(),
+            Device::Emulator(device) => device.waits(),
+            Device::Counter(_) => 0,
         }
     }
 
@@ -269,19 +248,21 @@ impl Gpu {
         matches!(&*self.0, Device::Driver(_))
     }
 
-    /// Memory for a buffer of an arena that is no piece of it.
-    fn place_apart(&self, bytes: usize) -> Result<u64> {
+    /// Memory for a buffer of an arena that is no piece of it, but stands for one.
+    fn place_apart(&self, bytes: usize, spot: arena::Spot) -> Result<u64> {
         match &*self.0 {
             // The arena counts it. An address as good as any: nothing is ever there.
             Device::Counter(_) => Ok(1 << 40),
-            Device::Emulator(device) => device.place(bytes),
+            Device::Emulator(device) => device.place(bytes, Some(spot)),
             Device::Driver(device) => device.allocate(bytes),
         }
     }
 
-    fn give_back_apart(&self, address: u64) {
-        if !matches!(&*self.0, Device::Counter(_)) {
-            self.free(address);
+    fn give_back_apart(&self, address: u64, kind: arena::Kind) {
+        match &*self.0 {
+            Device::Counter(_) => {}
+            Device::Emulator(device) if kind == arena::Kind::Pinned => device.free_pinned(address),
+            Device::Emulator(_) | Device::Driver(_) => self.free(address),
         }
     }
 

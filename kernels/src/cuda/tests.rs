@@ -6,6 +6,7 @@ use crate::testing::{random, random_bf16, widen};
 use half::bf16;
 
 mod hopper;
+mod streams;
 
 const SEEDS: u64 = 8;
 

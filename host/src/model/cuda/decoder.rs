@@ -16,7 +16,9 @@ use crate::model::targets::Site;
 use crate::{Result, signals};
 use half::bf16;
 use std::sync::{Arc, Mutex, PoisonError};
-use uft_kernels::cuda::{Arena, DeviceBuffer, DeviceSlice, Downloading, Gpu, Kernel};
+use uft_kernels::cuda::{
+    Arena, Copying, DeviceBuffer, DeviceSlice, Downloading, Gpu, Kernel, Offload, Offloaded,
+};
 use uft_kernels::logprob::cuda::{self as logprob, Head, LowRank};
 use uft_kernels::rope::{Rope, cuda::Table};
 use uft_kernels::{embedding, rmsnorm};
@@ -30,6 +32,8 @@ pub struct Decoder {
     pub options: Options,
     pub(super) gpu: Gpu,
     pub(super) arena: Arena,
+    /// Where blocks' inputs wait for the way back, if not in the arena.
+    pub(super) offload: Offload,
     /// `[P, H]`, zeros beyond V.
     pub(super) embedding: DeviceBuffer<bf16>,
     /// `[P, H]`, or the embedding where they are tied.
@@ -66,6 +70,10 @@ enum Kept {
     Tape(Box<LayerTape>),
     /// `[T, H]`: the block is computed again on the way back.
     Input(DeviceBuffer<bf16>),
+    /// The same in the host's memory.
+    Offloaded(Offloaded<bf16>),
+    /// The same on its way back from there.
+    Fetched(Copying<bf16>),
 }
 
 impl Tape {
@@ -86,18 +94,30 @@ pub(super) struct Top {
 }
 
 impl Decoder {
-    /// Sets so many bytes of the device aside for activations, for texts of at most `positions` tokens, and compiles
-    /// kernels.
-    pub fn reserve(&mut self, bytes: usize, positions: usize, kernels: &[Kernel]) -> Result<()> {
+    /// Sets so many bytes of the device aside for activations, and of the host for what is offloaded, for texts of at most
+    /// `positions` tokens, and compiles kernels.
+    pub fn reserve(
+        &mut self,
+        bytes: usize,
+        offloaded: usize,
+        positions: usize,
+        kernels: &[Kernel],
+    ) -> Result<()> {
         self.gpu.prepare(kernels)?;
         self.angles(positions)?;
         self.arena = Arena::new(&self.gpu, bytes)?;
+        self.offload = Offload::new(&self.gpu, offloaded)?;
         Ok(())
     }
 
     /// Most bytes of activations so far.
     pub fn activations(&self) -> usize {
         self.arena.high_water()
+    }
+
+    /// Most bytes that were offloaded at a time so far.
+    pub fn offloaded(&self) -> usize {
+        self.offload.high_water()
     }
 
     pub fn gpu(&self) -> &Gpu {
@@ -197,18 +217,26 @@ impl Decoder {
     }
 
     /// What to do with the blocks' tapes, lowest first: none is kept below the lowest adapter, the lowest of those
-    /// above leave only their input, and the next all but gate and up.
+    /// above leave only their input, and the next all but gate and up. An input that is offloaded leaves the device
+    /// while the next block is computed.
     fn keep<'t>(
-        &self,
+        &'t self,
         lora: &Adapters,
         layers: &'t mut Vec<Kept>,
         mut part: impl FnMut(LayerTape) -> Result<LayerTape> + 't,
     ) -> impl FnMut(LayerTape) -> Result<()> + 't {
         let mut below = self.options.lowest_layer(lora.shape());
-        let Options { recomputed_layers, recomputed_gates, .. } = self.options;
+        let Options { recomputed_layers, recomputed_gates, offloaded_layers, .. } = self.options;
+        let mut leaving: Option<Copying<bf16>> = None;
         move |tape| {
             let tape = part(tape)?;
+            leaving.take().map(Copying::wait).transpose()?;
             match below {
+                0 if layers.len() < offloaded_layers.min(recomputed_layers) => {
+                    let (input, copying) = self.offload.send(tape.into_input())?;
+                    layers.push(Kept::Offloaded(input));
+                    leaving = Some(copying);
+                }
                 0 if layers.len() < recomputed_layers => {
                     layers.push(Kept::Input(tape.into_input()));
                 }
@@ -324,9 +352,13 @@ impl Decoder {
 
         let lowest = self.layers.len() - layers.len();
         // A block's tape is given back as soon as the way back has passed it.
-        while let Some(kept) = layers.pop() {
+        let mut next = self.fetched(layers.pop())?;
+        for layer in self.layers[lowest..].iter().rev() {
             signals::check()?;
-            let layer = &self.layers[lowest + layers.len()];
+            let kept =
+                next.expect("every block from the lowest adapter upwards has left something");
+            // What the block below left in the host's memory comes while this one is on its way back.
+            next = self.fetched(layers.pop())?;
             let input_needed = layer.index > lowest || !self.options.skipped_gradients;
             let tape = match kept {
                 Kept::Tape(mut tape) => {
@@ -334,6 +366,8 @@ impl Decoder {
                     *tape
                 }
                 Kept::Input(x) => layer.again(x, &batch, lora, with)?,
+                Kept::Fetched(copying) => layer.again(copying.wait()?, &batch, lora, with)?,
+                Kept::Offloaded(_) => unreachable!("it is fetched before its turn"),
             };
             match layer.backward(d, &tape, &batch, input_needed, lora, grads, with)? {
                 Some(below) => d = below,
@@ -341,6 +375,13 @@ impl Decoder {
             }
         }
         Ok(())
+    }
+
+    /// Has a block's input fetched, if that is where it is.
+    fn fetched(&self, kept: Option<Kept>) -> Result<Option<Kept>> {
+        let Some(Kept::Offloaded(input)) = kept else { return Ok(kept) };
+        let room = self.arena.take(input.len())?;
+        Ok(Some(Kept::Fetched(self.offload.fetch(input, room)?)))
     }
 
     pub(super) fn context<'a>(&'a self, angles: &'a Table) -> Context<'a> {

@@ -83,9 +83,19 @@ impl Counted {
         self.model.activations()
     }
 
+    /// Bytes of the host's memory that a pass offloads at most.
+    pub fn offloaded(&self) -> usize {
+        self.model.offloaded()
+    }
+
     /// Every kernel of the passes so far.
     pub fn kernels(&self) -> Vec<Kernel> {
         self.model.gpu().launched()
+    }
+
+    /// Launches of the passes so far.
+    pub fn launches(&self) -> usize {
+        self.model.gpu().launches()
     }
 
     /// [`Decoder::logps`], without adapters and with them.

@@ -12,7 +12,7 @@ use half::slice::HalfFloatSliceExt;
 use std::path::Path;
 use std::sync::Mutex;
 use uft_kernels::attention::cuda::Schedule;
-use uft_kernels::cuda::{Arena, DeviceBuffer, Gpu};
+use uft_kernels::cuda::{Arena, DeviceBuffer, Gpu, Offload};
 use uft_kernels::layout::Layout;
 use uft_kernels::logprob::cuda::padded as padded_vocabulary;
 use uft_kernels::matmul::Weight;
@@ -80,6 +80,10 @@ impl Loader<'_, '_> {
             arena: match self.gpu.most_allocated() {
                 Some(_) => Arena::counting(self.gpu),
                 None => Arena::new(self.gpu, 0)?,
+            },
+            offload: match self.gpu.most_allocated() {
+                Some(_) => Offload::counting(self.gpu),
+                None => Offload::new(self.gpu, 0)?,
             },
             options: Options::default(),
             config,

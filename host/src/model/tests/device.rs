@@ -308,10 +308,10 @@ fn a_pass_takes_what_was_counted() {
             alone.step(own).unwrap();
             beside.step_with_others(own, all).unwrap();
             model.options = options;
-            model.reserve(0, 128, &[]).unwrap();
+            model.reserve(0, 0, 128, &[]).unwrap();
             results(&model, &batch.own, &placed, &dlogp);
             assert_eq!(model.activations(), alone.peak(), "{name}");
-            model.reserve(0, 128, &[]).unwrap();
+            model.reserve(0, 0, 128, &[]).unwrap();
             let batch = with_others(name);
             let (tape, _) = model.forward_with_others(batch, &placed).unwrap();
             way_back(&model, tape, &placed, &dlogp);

@@ -34,7 +34,7 @@ fn every_pass_takes_what_its_shadow_says() {
                         fused_log_probs,
                         skipped_gradients,
                         recomputed_layers,
-                        recomputed_gates: 0,
+                        ..Options::default()
                     };
                     model.options = options;
                     let what = format!("{name} {targets} {options:?}");

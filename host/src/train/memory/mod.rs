@@ -7,6 +7,7 @@
 
 mod largest;
 mod on_gpu;
+mod ways;
 
 use super::micro;
 use super::setup::Stage;
@@ -14,16 +15,16 @@ use crate::config::schema::Config;
 use crate::config::{Gain, Recompute, Reference};
 use crate::data::{Example, Source};
 use crate::machine::{self, in_mebibytes, mebibytes};
-use crate::model::inference::last_that;
+
 use crate::model::memory::{Shadow, Weights};
 use crate::model::{Device, Lora, ModelConfig, Options};
 use crate::{Error, ErrorKind, Result};
 use comfy_table::{CellAlignment, Table, presets};
 use largest::{Largest, Sizes};
 use on_gpu::{Held, OnGpu};
-use std::cell::Cell;
 use uft_kernels::cuda::Kernel;
 use uft_kernels::memory as kernels;
+use ways::Limits;
 
 /// Of the machine's memory, so much is filled before layers are computed again to save some: a plan is
 /// good to a tenth.
@@ -48,6 +49,8 @@ pub struct MemoryPlan {
     pub reference_tokens: usize,
     /// Bytes to set aside for activations.
     pub activations: usize,
+    /// Bytes of page-locked memory to set aside for what a GPU offloads.
+    pub offloaded: usize,
     /// Tokens of the longest text.
     pub positions: usize,
     /// What a GPU is going to launch.
@@ -77,6 +80,8 @@ struct Choice {
     kernels: usize,
     /// On a GPU.
     held: Held,
+    /// Of the machine's memory, for inputs of layers on a GPU.
+    offloaded: usize,
 }
 
 impl MemoryPlan {
@@ -85,11 +90,19 @@ impl MemoryPlan {
     pub fn new(planner: &Planner) -> Result<Self> {
         let train = &planner.config.train;
         let resident = machine::resident();
+        if matches!((train.recompute, planner.device), (Recompute::Offload, Device::Cpu)) {
+            return Err(Error::config(
+                "[train] recompute = \"offload\" takes from a GPU what the machine's memory can hold; on the CPU take \
+                 \"all\"",
+            ));
+        }
         let limit = (train.memory > 0.0).then_some((train.memory * f64::from(1 << 30)) as usize);
         let machine = machine::available().map(|bytes| bytes as usize);
         let (machine, gpu) = match planner.device {
             Device::Cpu => (machine.into_iter().chain(limit).min(), None),
             Device::Gpu(gpu) => {
+                // A GPU that is not there is in another machine.
+                let machine = machine.filter(|_| gpu.most_allocated().is_none());
                 (machine, Some((gpu.free_memory()? as usize).min(limit.unwrap_or(usize::MAX))))
             }
         };
@@ -111,25 +124,18 @@ impl MemoryPlan {
                 ),
             ));
         }
-        let fits = |choice: &Choice, share: f64| {
-            let (needed, available) = match gpu {
-                None => (fixed + choice.total(), machine),
-                Some(_) => (choice.held.total() + choice.total(), gpu),
-            };
-            available.is_none_or(|available| needed as f64 <= share * available as f64)
-        };
-        let comfortable = if gpu.is_some() { COMFORTABLE_ON_GPU } else { COMFORTABLE };
-        let choice = planner.choose(&largest, |choice| fits(choice, comfortable))?;
-        let refused = !fits(&choice, 1.0);
+        let limits = Limits { fixed, machine, gpu };
+        let choice = planner.choose(&largest, &limits)?;
+        let (fits, fits_beside) = (limits.allow(&choice, 1.0), limits.allow_beside(&choice));
         let most = largest.most_rows();
         let reference_tokens = planner.reference_tokens(&largest, &choice)?;
         if reference_tokens > train.micro_tokens {
             largest.forward.push(largest.reference.size(reference_tokens));
         }
 
-        let Choice { options, activations, chunk, kernels, held } = choice;
+        let Choice { options, activations, chunk, kernels, held, offloaded } = choice;
         let reached = planner.reached_layers();
-        let Options { recomputed_layers, recomputed_gates, .. } = options;
+        let Options { recomputed_layers, recomputed_gates, offloaded_layers, .. } = options;
         let recomputed = match recomputed_layers + recomputed_gates {
             0 => "no layer computed again".to_owned(),
             n => format!("{n} of {reached} layers computed again on the way back"),
@@ -137,6 +143,10 @@ impl MemoryPlan {
         let recomputed = match recomputed_gates {
             0 => recomputed,
             n => format!("{recomputed}, of {n} gate and up alone"),
+        };
+        let recomputed = match offloaded_layers {
+            0 => recomputed,
+            n => format!("{recomputed}, with the input of {n} in the machine's memory meanwhile"),
         };
         let reference = match reference_tokens > train.micro_tokens {
             true => format!(", of the reference's log-probs {reference_tokens} rows"),
@@ -147,13 +157,16 @@ impl MemoryPlan {
             most.rows, most.targets
         );
         let gpu = match planner.device {
-            Device::Gpu(device) => Some(OnGpu {
-                name: device.properties().name.clone(),
-                held,
-                activations,
-                note: pass,
-                available: gpu.unwrap_or_default(),
-            }),
+            Device::Gpu(device) => {
+                parts.push(("inputs of layers", offloaded, "page-locked, for the GPU".into()));
+                Some(OnGpu {
+                    name: device.properties().name.clone(),
+                    held,
+                    activations,
+                    note: pass,
+                    available: gpu.unwrap_or_default(),
+                })
+            }
             Device::Cpu => {
                 parts.push(("activations", activations - chunk, pass));
                 parts.push(("log-prob chunk", chunk, "what it adds to them".into()));
@@ -170,6 +183,7 @@ impl MemoryPlan {
             options,
             reference_tokens,
             activations,
+            offloaded,
             positions: planner.positions(),
             kernels: match planner.device {
                 Device::Gpu(device) => planner.kernels_on_gpu(&largest, options, device)?,
@@ -177,14 +191,19 @@ impl MemoryPlan {
             },
             gpu,
         };
-        if !refused {
+        if fits && fits_beside {
             return Ok(plan);
         }
         log::info!("{}", plan.table());
-        let would_fit = planner.would_fit(&sizes, |choice| fits(choice, 1.0));
+        let would_fit = planner.would_fit(&sizes, &limits);
         let (needed, whose, available) = match &plan.gpu {
             None => (plan.total(), "memory", machine.unwrap_or_default()),
-            Some(gpu) => (gpu.total(), "the GPU's memory", gpu.available),
+            Some(gpu) if !fits => (gpu.total(), "the GPU's memory", gpu.available),
+            Some(_) => {
+                let available = (COMFORTABLE * machine.unwrap_or_default() as f64) as usize;
+                let whose = "memory beside the GPU's, some of it page-locked,";
+                (fixed + offloaded, whose, available)
+            }
         };
         Err(Error::new(
             ErrorKind::OutOfMemory,
@@ -293,47 +312,6 @@ impl Planner<'_> {
         Options::new(&self.config.train.without)
     }
 
-    /// The ways to compute, each with less memory and more work than the one before.
-    fn ways(&self) -> Vec<Options> {
-        let (reached, options) = (self.reached_layers(), self.options());
-        let gates = match self.device {
-            Device::Cpu => 0,
-            Device::Gpu(_) => reached,
-        };
-        let without_gates =
-            (0..=gates).map(|recomputed_gates| Options { recomputed_gates, ..options });
-        let layers = (1..=reached).map(|recomputed_layers| {
-            let recomputed_gates = gates.saturating_sub(recomputed_layers);
-            Options { recomputed_layers, recomputed_gates, ..options }
-        });
-        without_gates.chain(layers).collect()
-    }
-
-    /// Layers that the way back reaches.
-    fn reached_layers(&self) -> usize {
-        self.model.layers - self.options().lowest_layer(self.lora)
-    }
-
-    /// The way with the least work that fits, or as the configuration says.
-    fn choose(&self, largest: &Largest, fits: impl Fn(&Choice) -> bool) -> Result<Choice> {
-        let ways = self.ways();
-        let (mut first, mut last) = (0, ways.len() - 1);
-        match self.config.train.recompute {
-            Recompute::None => last = 0,
-            Recompute::All => first = last,
-            Recompute::Auto => {}
-        }
-        // Each takes less memory than the one before.
-        while first < last {
-            let middle = first + (last - first) / 2;
-            match fits(&self.choice(largest, ways[middle])?) {
-                true => last = middle,
-                false => first = middle + 1,
-            }
-        }
-        self.choice(largest, ways[first])
-    }
-
     fn largest(&self, sizes: &Sizes, micro_tokens: usize) -> Largest {
         let on_gpu = matches!(self.device, Device::Gpu(_));
         let enough = micro::enough(self.model.hidden, on_gpu);
@@ -373,7 +351,7 @@ impl Planner<'_> {
         let (activations, without_chunk) = (peak(true), peak(false));
         let chunk = activations - without_chunk;
         let kernels = self.kernels(largest, &options);
-        Choice { options, activations, chunk, kernels, held: Held::default() }
+        Choice { options, activations, chunk, kernels, held: Held::default(), offloaded: 0 }
     }
 
     fn kernels(&self, largest: &Largest, options: &Options) -> usize {
@@ -392,49 +370,6 @@ impl Planner<'_> {
         let largest_product = products.into_iter().max().unwrap_or(0);
         largest_product.max(kernels::attention(heads, largest.longest()))
             + kernels::rotation(heads, self.positions())
-    }
-
-    /// What to change so that the run fits, in words.
-    fn would_fit(&self, sizes: &Sizes, fits: impl Fn(&Choice) -> bool) -> String {
-        let train = &self.config.train;
-        let all = *self.ways().last().expect("a way to compute");
-        let with = |micro_tokens: usize| {
-            let largest = self.largest(sizes, micro_tokens);
-            self.choice(&largest, all).is_ok_and(|choice| fits(&choice))
-        };
-        let recompute = match train.recompute {
-            Recompute::None => " with recompute = \"all\"",
-            _ => "",
-        };
-        if train.recompute == Recompute::None && with(train.micro_tokens) {
-            return "recompute = \"auto\" or \"all\" in [train] would fit".into();
-        }
-        if with(1) {
-            let micro_tokens = last_that(1..train.micro_tokens, with);
-            return format!("[train] micro_tokens = {micro_tokens}{recompute} would fit");
-        }
-        // Groups alone are too long.
-        let longest = self.examples().map(|(_, e)| e.group.longest()).max().unwrap_or(0);
-        let rows = Cell::new(0);
-        let up_to = |length: usize| {
-            let shorter = sizes.alone(self.sources).filter(|(longest, _)| *longest <= length);
-            let steps: Vec<_> = shorter.map(|(_, size)| size).collect();
-            let largest = Largest { steps, ..Largest::default() };
-            let fit = self.choice(&largest.reduced(), all).is_ok_and(|choice| fits(&choice));
-            if fit {
-                rows.set(largest.most_rows().rows);
-            }
-            fit
-        };
-        if up_to(2) {
-            let max_length = last_that(2..longest, up_to);
-            return format!(
-                "[train] max_length = {max_length} with micro_tokens = {}{recompute} would fit; longer rows are left \
-                 out, or cut with [text] long_rows = \"cut-prompt\"",
-                rows.get().max(1)
-            );
-        }
-        "the weights and the adapter alone are too large; take a smaller model or rank, or a larger machine".into()
     }
 }
 

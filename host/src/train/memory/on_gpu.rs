@@ -65,7 +65,8 @@ impl Planner<'_> {
         }
         let activations = counted.peak();
         let held = Held { weights: counted.weights(), trained: counted.trained() };
-        Ok(Choice { options, activations, chunk: 0, kernels: 0, held })
+        let offloaded = counted.offloaded();
+        Ok(Choice { options, activations, chunk: 0, kernels: 0, held, offloaded })
     }
 
     /// Most rows of a reference pass's micro-batch with which it takes no more than what is planned anyway. It keeps
