@@ -112,3 +112,19 @@ fn load(inference: Inference, prompt: usize, tokens: usize) -> Result<Loaded> {
     };
     inference.load(&continuation(prompt, tokens), &[fewer, shorter])
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::{refused, total};
+    use super::*;
+
+    #[test]
+    fn fewer_tokens_or_a_shorter_prompt_are_what_would_fit() {
+        let fits = |prompt, tokens| total(&[Forward::Continuation { prompt, tokens }]);
+        let message = refused(fits(40, 200), |inference| load(inference, 40, 300));
+        assert!(message.ends_with(" available: --max-tokens 200 would fit"), "{message}");
+        let message = refused(fits(20, 1), |inference| load(inference, 40, 300));
+        let says = " available: a prompt of 20 tokens with --max-tokens 1 would fit";
+        assert!(message.ends_with(says), "{message}");
+    }
+}

@@ -109,3 +109,48 @@ pub fn main() {
         std::process::exit(error.kind.exit_code());
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use crate::model::inference::Loaded;
+    use crate::model::{Device, Forward, Inference, ModelConfig};
+    use crate::{ErrorKind, Result};
+    use std::path::{Path, PathBuf};
+    use uft_kernels::cuda::{Gpu, Properties};
+
+    fn dir() -> PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/models/llama")
+    }
+
+    pub fn config() -> ModelConfig {
+        ModelConfig::load(&dir()).unwrap()
+    }
+
+    /// A GPU with so much memory, which only counts.
+    fn counting(memory: usize) -> Gpu {
+        Gpu::counting(Properties {
+            name: "none".into(),
+            compute_capability: (8, 0),
+            memory: memory as u64,
+            multiprocessors: 1,
+            shared_bytes: 163 << 10,
+        })
+    }
+
+    /// Bytes that passes take.
+    pub fn total(passes: &[Forward]) -> usize {
+        let (dir, config, gpu) = (dir(), config(), counting(0));
+        let device = Device::Gpu(gpu.clone());
+        let inference = Inference { dir: &dir, config: &config, lora: None, device: &device };
+        inference.plan(&gpu, passes).unwrap().total()
+    }
+
+    /// What is said where a GPU has so much.
+    pub fn refused(memory: usize, load: impl FnOnce(Inference) -> Result<Loaded>) -> String {
+        let (dir, config, device) = (dir(), config(), Device::Gpu(counting(memory)));
+        let inference = Inference { dir: &dir, config: &config, lora: None, device: &device };
+        let refused = load(inference).err().expect("it does not fit");
+        assert_eq!(refused.kind, ErrorKind::OutOfMemory);
+        refused.message
+    }
+}

@@ -234,3 +234,50 @@ fn floats(values: &[f32]) -> Value {
         .map(|v| serde_json::from_str::<Value>(&v.to_string()).unwrap_or(Value::Null))
         .collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::{refused, total};
+    use super::*;
+    use crate::group::{Branch, Segment};
+    use uft_core::Feedback;
+
+    fn scored(row: usize, tokens: usize) -> Scored {
+        let trained = std::iter::once(0..tokens).collect();
+        let segments = vec![Segment { feedback: Feedback::Demonstration, trained }];
+        let branches = vec![Branch { tokens: vec![3; tokens], segments }];
+        Scored { row, first_response: 0, group: Group { prompt: vec![5; 10], branches } }
+    }
+
+    #[test]
+    fn batches_are_as_large_as_they_may_be() {
+        let batches = |micro_tokens| -> Vec<Vec<usize>> {
+            let items = [4, 4, 9, 1, 1, 1];
+            super::batches(&items, micro_tokens, |rows| *rows).map(<[_]>::to_vec).collect()
+        };
+        assert_eq!(batches(8), [vec![4, 4], vec![9], vec![1, 1, 1]]);
+        assert_eq!(batches(1), [[4], [4], [9], [1], [1], [1]]);
+        assert_eq!(batches(100), [[4, 4, 9, 1, 1, 1]]);
+    }
+
+    #[test]
+    fn smaller_batches_or_shorter_rows_are_what_would_fit() {
+        let rows: Vec<Scored> =
+            [30, 30, 30, 90].into_iter().enumerate().map(|(row, n)| scored(row, n)).collect();
+        let heads = super::super::tests::config().heads;
+        let pass = |rows: &[Scored]| {
+            let groups: Vec<&Group> = rows.iter().map(|scored| &scored.group).collect();
+            let longest = groups.iter().map(|group| group.longest()).max().unwrap();
+            let size = Size::of(&Packed::new(&groups), &heads);
+            total(&[Forward::LogProbs { size, positions: longest }])
+        };
+        // Two rows together, as long as one alone.
+        let message = refused(pass(&rows[3..]), |inference| load(inference, &rows, 4096));
+        let (_, advice) = message.split_once(" available: --micro-tokens ").expect(&message);
+        let micro_tokens: usize = advice.strip_suffix(" would fit").unwrap().parse().unwrap();
+        assert!((80..120).contains(&micro_tokens), "{message}");
+        let message = refused(pass(&rows[..1]), |inference| load(inference, &rows, 4096));
+        let says = " available: without rows of more than 99 tokens, --micro-tokens 1 would fit";
+        assert!(message.ends_with(says), "{message}");
+    }
+}

@@ -156,3 +156,29 @@ impl Planner<'_> {
         "the weights and the adapter alone are too large; take a smaller model or rank, or a larger machine".into()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::Held;
+    use super::*;
+
+    #[test]
+    fn what_is_page_locked_leaves_a_tenth_of_the_machine_free() {
+        let choice = |offloaded| Choice {
+            options: Options::default(),
+            activations: 400,
+            chunk: 0,
+            kernels: 0,
+            held: Held { weights: 500, trained: 50 },
+            offloaded,
+        };
+        let limits = Limits { fixed: 10, machine: Some(100), gpu: Some(1000) };
+        assert!(limits.allow(&choice(1 << 20), 0.95), "it is not the GPU's");
+        assert!(!limits.allow(&choice(0), 0.94));
+        assert!(limits.allow_beside(&choice(80)) && !limits.allow_beside(&choice(81)));
+        let full = Limits { fixed: 100, ..limits };
+        assert!(full.allow_beside(&choice(0)) && !full.allow_beside(&choice(1)));
+        let unknown = Limits { machine: None, ..full };
+        assert!(unknown.allow_beside(&choice(1 << 40)));
+    }
+}
