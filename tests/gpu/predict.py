@@ -57,15 +57,15 @@ class Product:
         self.least = operations(columns * 256 // tile.get("width", 256), depth, tokens)
 
 
-def attention(products, own, met, speed, keys_own=False):
+def attention(products, own, met, speed, keys_own=False, tokens=TOKENS, hidden=HIDDEN, keys=KEYS):
     """So many products for each pair of a tile of `own` rows and one of `met`; of queries a row is a head of one token."""
-    sharing = HIDDEN // KEYS
+    sharing = hidden // keys
     tasks, steps = 0, 0
-    tokens, others = (own, met // sharing) if keys_own else (own // sharing, met)
-    for first in range(0, TEXT, tokens):
-        seen = TEXT - first if keys_own else first + tokens
+    mine, others = (own, met // sharing) if keys_own else (own // sharing, met)
+    for first in range(0, TEXT, mine):
+        seen = TEXT - first if keys_own else first + mine
         tasks, steps = tasks + 1, steps + ceil(seen / others)
-    alike = TOKENS // TEXT * KEYS // HEAD_DIM
+    alike = tokens // TEXT * keys // HEAD_DIM
     step = products * 2 * own * met * HEAD_DIM * PROCESSORS / speed
     return START + alike * (steps * step + tasks * (BLOCK if keys_own else TASK)) / PROCESSORS
 

@@ -2,16 +2,14 @@
 projection, texts of 4096 tokens, as predict.py has it for Mistral-7B. Weights and optimizer leave about 10 GiB, so that most layers
 are computed again on the way back, and what they are computed from waits in the machine's memory where that is too much, too.
 docs/kernels.md has the table that this prints; the choices are those of `uft check`, and a test holds them to it."""
-from predict import AT_A_TIME, COPY, GRADIENT, RANK, STREAM, operations, product
+from predict import AT_A_TIME, BACKWARD, COPY, FORWARD, GRADIENT, RANK, STREAM, TEXT, attention, product
 
-HIDDEN, KEYS, FEED, LAYERS, VOCABULARY, LENGTH = 5120, 1024, 27648, 64, 152064, 4096
+HIDDEN, KEYS, FEED, LAYERS, VOCABULARY, LENGTH = 5120, 1024, 27648, 64, 152064, TEXT
 # As model.py has shapes.
 SHAPE = dict(hidden_size=HIDDEN, intermediate_size=FEED, num_hidden_layers=LAYERS, num_attention_heads=40, num_key_value_heads=8,
              head_dim=128, vocab_size=VOCABULARY)
 # What an H100 of 80 GB has left for a program, in GiB.
 MEMORY = 78
-# Attention's operations a second, forward and back, as docs/kernels.md expects of the portable kernels.
-FORWARD, BACK = 320e12, 250e12
 # Bytes a second between the GPU and page-locked memory, each way, through PCIe 5.0.
 LINK = 50e9
 # Tokens of a micro-batch; of the layers that have not all kept, those whose gate and up alone are computed again and those that are
@@ -27,17 +25,18 @@ def step(tokens, gates, whole, offloaded):
     def moved(width, share=STREAM):
         return 2 * tokens * width / COPY / share
 
-    # Half of the pairs of a text are masked.
-    pairs = tokens * LENGTH / 2
+    def attend(*how, **which):
+        return attention(*how, **which, tokens=tokens, hidden=HIDDEN, keys=KEYS)
+
     # All of a layer but its last product, which nothing needs again.
     again = (linear(HIDDEN, HIDDEN) + 2 * linear(KEYS, HIDDEN) + linear(HIDDEN, HIDDEN, read=4)
              + linear(FEED, HIDDEN, width=128, written=6, adapters=2, projected=2)
-             + 4 * pairs * HIDDEN / FORWARD
+             + attend(2, 128, 128, FORWARD)
              + 2 * moved(2 * HIDDEN) + moved(3 * HIDDEN, GRADIENT) + moved(FEED / 128 * RANK * 2))
     forward = again + linear(HIDDEN, FEED, read=4)
     back = (linear(FEED, HIDDEN, written=12, read=8) + linear(HIDDEN, 2 * FEED, adapters=2)
             + linear(HIDDEN, HIDDEN) + linear(HIDDEN, HIDDEN + 2 * KEYS, adapters=3)
-            + 10 * pairs * HIDDEN / BACK
+            + attend(4, 128, 64, BACKWARD, keys_own=True) + attend(3, 128, 128, BACKWARD)
             + 2 * moved(4 * HIDDEN) + moved(2 * (HIDDEN + KEYS))
             + moved(3 * HIDDEN + FEED, GRADIENT) + moved(3 * HIDDEN + 2 * KEYS + 2 * FEED, GRADIENT))
     gate_and_up = 2 * linear(FEED, HIDDEN) + moved(2 * HIDDEN)
