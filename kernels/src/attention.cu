@@ -8,8 +8,10 @@
 //
 // Contract: q, out, dout, dq: bf16 [T, heads, HEAD_DIM]; k, v, dk, dv: bf16 [T, kv_heads, HEAD_DIM]; lse, delta:
 // f32 [T, heads], lse the natural logarithm. Outputs are overwritten. Products take bf16 and sum in f32; p and ds
-// are rounded to bf16 on their way into the second product. Compiled per HEAD_DIM (even, at most 128) and SHARING
-// (query heads per key head, at most 64). Blocks are independent of each other and every sum has one order.
+// are rounded to bf16 on their way into the second product. Blocks are independent of each other and every sum has one order.
+//
+// Constants from outside (attention/cuda/tiling.rs): HEAD_DIM, even and at most 128; SHARING, the query heads per key head, at
+// most MET; rows of a block's own tile, FORWARD_ROWS and BACKWARD_ROWS, and of a tile it meets, FORWARD_COLUMNS and MET.
 //
 // Rows. The SHARING query heads that read one key head are stacked: row r of a tile of queries is token r / SHARING,
 // head r % SHARING. One tile of keys serves them all, short texts fill their tiles better, and dk and dv need no sum
@@ -36,13 +38,10 @@
 
 #include "tiles.cuh"
 
-// 16-row fragments per warp: as many as the registers hold, since each saves reading the met tile once more.
-constexpr int FORWARD_FRAGMENTS = 2;
-constexpr int BACKWARD_FRAGMENTS = DIM <= 64 ? 2 : 1;
-constexpr int FORWARD_ROWS = 16 * FORWARD_FRAGMENTS * WARPS;
-constexpr int BACKWARD_ROWS = 16 * BACKWARD_FRAGMENTS * WARPS;
-// Columns of scores that a warp has in registers at a time; on the way back twice, as p and as ds.
-constexpr int FORWARD_COLUMNS = DIM <= 96 ? 64 : 48;
+// 16-row fragments per warp.
+constexpr int FORWARD_FRAGMENTS = FORWARD_ROWS / (16 * WARPS);
+constexpr int BACKWARD_FRAGMENTS = BACKWARD_ROWS / (16 * WARPS);
+// Columns of scores that a warp has in registers at a time on the way back, where it has them twice, as p and as ds.
 constexpr int COLUMNS_OF_KEYS = 32 / BACKWARD_FRAGMENTS;
 constexpr int COLUMNS_OF_QUERIES = 64 / BACKWARD_FRAGMENTS;
 

@@ -22,7 +22,7 @@ TOOLS = ["racecheck", "memcheck", "synccheck", "initcheck"]
 # Tests that are small enough to be executed a hundred times slower, a few of every kernel.
 SANITIZED = ["cuda::hardware::", "hopper::hardware::", "matmul::cuda::tests::nt_", "matmul::cuda::tests::nn_", "matmul::cuda::tests::few_",
              "adapter::tests::gradients_agree", "attention::cuda::tests::agrees_with_f64_over_many_tiles",
-             "attention::cuda::tests::every_order", "logprob::cuda::tests::company", "rmsnorm::cuda::tests::forward",
+             "attention::cuda::tests::every_order", "attention::cuda::hopper::tests::every_order", "logprob::cuda::tests::company", "rmsnorm::cuda::tests::forward",
              "rmsnorm::cuda::tests::backward", "rope::cuda::", "swiglu::cuda::", "embedding::cuda::", "elementwise::cuda::", "adamw::cuda::"]
 # Peers that need no compilation, and the head's, which counts.
 AT_ONCE = ["mm", "copy", "sdpa", "gradient_of_b", "decode", "log_probs"]

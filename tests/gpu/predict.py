@@ -2,10 +2,13 @@
 rank 16 on every projection, 16,384 tokens in texts of 4096, nothing computed again. docs/kernels.md has the table that this prints.
 
 Products on Hopper go tile by tile: as many rounds as the fullest multiprocessor has tiles, each its slices of 64 of the depth and then
-its pieces on their way out, which nothing overlaps but the next tile's loads. What moves bytes takes a share of a copy's speed."""
+its pieces on their way out, which nothing overlaps but the next tile's loads. Attention goes task by task, each all tiles that it
+meets and what nothing overlaps: the first tile's softmax and the writing, where a block has one task alone also the loads before it.
+What moves bytes takes a share of a copy's speed."""
 from math import ceil
 
-TOKENS, HIDDEN, KEYS, FEED, LAYERS = 16384, 4096, 1024, 14336, 32
+TOKENS, TEXT, HIDDEN, KEYS, FEED, LAYERS = 16384, 4096, 4096, 1024, 14336, 32
+HEAD_DIM = 128
 # The head takes so many tokens at a time.
 VOCABULARY, AT_A_TIME = 32000, 1024
 # Of an H100: operations and bytes a second that others have measured, multiprocessors.
@@ -13,6 +16,10 @@ CEILING, COPY, PROCESSORS = 798e12, 3.0e12, 132
 # Guesses, to be replaced by what the first run says: the loop's operations a second, seconds to write a piece of 64 x 64 for each
 # warpgroup, to wait for one that is added to or read, and until the first tile's loads are there.
 LOOP, WRITE, READ, START = 840e12, 0.35e-6, 0.25e-6, 6e-6
+# Likewise of attention: two warpgroups that take turns, and as much work beside the products as forward has (FlashAttention-3 reaches
+# 650 where no task is short), or products of 64 columns of which both operands come from shared memory; seconds of a task in a
+# block with several, and of a block with one.
+FORWARD, BACKWARD, TASK, BLOCK = 620e12, 600e12, 1.5e-6, 2.5e-6
 # Shares of a copy's speed, for kernels that stream and for an adapter's gradients.
 STREAM, GRADIENT = 0.85, 0.80
 
@@ -32,6 +39,24 @@ def operations(columns, depth, tokens=TOKENS):
 def moved(width, share=STREAM):
     """Two bytes for each of so many numbers a token."""
     return 2 * TOKENS * width / COPY / share
+
+
+def attention(products, own, met, speed, keys_own=False):
+    """So many products for each pair of a tile of `own` rows and one of `met`; of queries a row is a head of one token."""
+    sharing = HIDDEN // KEYS
+    tasks, steps = 0, 0
+    tokens, others = (own, met // sharing) if keys_own else (own // sharing, met)
+    for first in range(0, TEXT, tokens):
+        seen = TEXT - first if keys_own else first + tokens
+        tasks, steps = tasks + 1, steps + ceil(seen / others)
+    alike = TOKENS // TEXT * KEYS // HEAD_DIM
+    step = products * 2 * own * met * HEAD_DIM * PROCESSORS / speed
+    return START + alike * (steps * step + tasks * (BLOCK if keys_own else TASK)) / PROCESSORS
+
+
+def visible(products):
+    """Operations of so many products over all pairs that see each other, at the ceiling."""
+    return products * 2 * HIDDEN * TOKENS * (TEXT + 1) / 2 / CEILING
 
 
 # Name, calls a layer, seconds of a call, and seconds at the ceiling; None where docs/kernels.md has it already.
@@ -54,10 +79,15 @@ HOPPER = [
     ("`hopper_nn`: the head, 1024 tokens", TOKENS / AT_A_TIME / LAYERS,
      product(HIDDEN, VOCABULARY, adapters=0, tokens=AT_A_TIME), operations(HIDDEN, VOCABULARY, AT_A_TIME)),
 ]
-# Of a layer: attention as docs/kernels.md expects it, norms, what is normed and activated again for the adapters, copies, the rotation's
+ATTENTION = [
+    ("`hopper_attention_forward`", 1, attention(2, 128, 128, FORWARD), visible(2)),
+    ("`hopper_attention_backward_keys`", 1, attention(4, 128, 64, BACKWARD, keys_own=True), visible(4)),
+    ("`hopper_attention_backward_queries`", 1, attention(3, 128, 128, BACKWARD), visible(3)),
+]
+# Of a layer: delta of attention, norms, what is normed and activated again for the adapters, copies, the rotation's
 # way back, and the adapters' short sides and gradients.
 PORTABLE = [
-    ("attention", 1.7e-3 + 5.6e-3),
+    ("attention's delta", moved(2 * HIDDEN)),
     ("norms, forward, back and again", 4 * moved(2 * HIDDEN) + 2 * moved(4 * HIDDEN)),
     ("activation again", moved(3 * FEED)),
     ("copies", 2 * moved(2 * HIDDEN)),
@@ -71,15 +101,21 @@ ONCE = 2 * 2 * TOKENS * VOCABULARY / COPY / STREAM + 0.6e-3
 
 
 def main():
-    total = sum(calls * seconds for _, calls, seconds, _ in HOPPER) * LAYERS
-    floor = sum(calls * seconds for _, calls, _, seconds in HOPPER) * LAYERS
     print("| on Hopper | ms, at the ceiling | expected | measured | ms of a step |\n| --- | --- | --- | --- | --- |")
-    for name, calls, seconds, least in HOPPER:
+    for name, calls, seconds, least in HOPPER + ATTENTION:
         print(f"| {name} | {least * 1e3:.3f} | {seconds * 1e3:.3f} | — | {calls * seconds * LAYERS * 1e3:.1f} |")
-    print(f"products: {total * 1e3:.0f} ms of a step, {floor / total:.1%} of the ceiling")
+    of_step = 0
+    for what, kernels in ("products", HOPPER), ("attention", ATTENTION):
+        total = sum(calls * seconds for _, calls, seconds, _ in kernels) * LAYERS
+        floor = sum(calls * seconds for _, calls, _, seconds in kernels) * LAYERS
+        print(f"{what}: {total * 1e3:.0f} ms of a step, {floor / total:.1%} of the ceiling")
+        of_step += total
+    ahead, back = ATTENTION[0][2], sum(seconds for _, _, seconds, _ in ATTENTION[1:]) + PORTABLE[0][1]
+    print(f"attention forward: {visible(2) * CEILING / ahead / 1e12:.0f} TFLOP/s")
+    print(f"attention backward, as of five products: {visible(5) * CEILING / back / 1e12:.0f} TFLOP/s")
     for name, seconds in PORTABLE:
         print(f"{name}: {seconds * LAYERS * 1e3:.1f} ms of a step")
-    step = total + sum(seconds for _, seconds in PORTABLE) * LAYERS + ONCE
+    step = of_step + sum(seconds for _, seconds in PORTABLE) * LAYERS + ONCE
     print(f"a step: {step * 1e3:.0f} ms, {TOKENS / step:.0f} tokens a second")
 
 

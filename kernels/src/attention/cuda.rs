@@ -1,8 +1,10 @@
 //! Attention on a GPU: [`super`]'s functions with bf16 for the numbers and f32 for log-sum-exps. Where a
 //! batch's texts lie is a [`Schedule`] here, made from the layout once for all layers.
 //!
-//! A group has the same bits whatever it is packed with, in both directions.
+//! A group has the same bits whatever it is packed with, in both directions. On compute capability 9.0 heads of 64 and 128 get
+//! kernels of their own ([`hopper`]); the schedule knows which it is for.
 
+pub(crate) mod hopper;
 mod schedule;
 mod tiling;
 
@@ -14,22 +16,12 @@ use crate::cuda::{DeviceSlice, Gpu, Kernel, Result, Source};
 use half::bf16;
 use tiling::{DECODE_ROWS, PART_KEYS, THREADS, Tiling};
 
-const HEADERS: &[(&str, &str)] = &[("tiles.cuh", include_str!("tiles.cuh"))];
+const ROWS: (&str, &str) = ("rows.cuh", include_str!("rows.cuh"));
+const HEADERS: &[(&str, &str)] = &[ROWS, ("tiles.cuh", include_str!("tiles.cuh"))];
 static SOURCE: Source =
     Source { name: "attention.cu", text: include_str!("../attention.cu"), headers: HEADERS };
 static DECODE: Source =
     Source { name: "decode.cu", text: include_str!("decode.cu"), headers: HEADERS };
-
-const fn kernel(
-    source: &'static Source,
-    name: &'static str,
-    head_dim: usize,
-    sharing: usize,
-) -> Kernel {
-    Kernel::new(source, name, THREADS)
-        .define("HEAD_DIM", head_dim as i64)
-        .define("SHARING", sharing as i64)
-}
 
 /// head_dim and query heads per key head of the models that the kernels are checked for.
 const SHAPES: [(usize, usize); 13] = [
@@ -50,16 +42,16 @@ const SHAPES: [(usize, usize); 13] = [
 
 /// Every kernel for the shapes of heads of known models; others are compiled as they are needed.
 pub static KERNELS: [Kernel; 6 * SHAPES.len()] = {
-    let mut all = [kernel(&SOURCE, "attention_forward", 64, 1); 6 * SHAPES.len()];
+    let mut all = [Tiling::new(64, 1).kernel("attention_forward"); 6 * SHAPES.len()];
     let mut i = 0;
     while i < SHAPES.len() {
-        let (head_dim, sharing) = SHAPES[i];
-        all[6 * i] = kernel(&SOURCE, "attention_forward", head_dim, sharing);
-        all[6 * i + 1] = kernel(&SOURCE, "attention_backward_delta", head_dim, sharing);
-        all[6 * i + 2] = kernel(&SOURCE, "attention_backward_keys", head_dim, sharing);
-        all[6 * i + 3] = kernel(&SOURCE, "attention_backward_queries", head_dim, sharing);
-        all[6 * i + 4] = kernel(&DECODE, "attention_decode", head_dim, sharing);
-        all[6 * i + 5] = kernel(&DECODE, "attention_decode_combine", head_dim, sharing);
+        let tiling = Tiling::new(SHAPES[i].0, SHAPES[i].1);
+        all[6 * i] = tiling.kernel("attention_forward");
+        all[6 * i + 1] = tiling.kernel("attention_backward_delta");
+        all[6 * i + 2] = tiling.kernel("attention_backward_keys");
+        all[6 * i + 3] = tiling.kernel("attention_backward_queries");
+        all[6 * i + 4] = tiling.decode_kernel("attention_decode");
+        all[6 * i + 5] = tiling.decode_kernel("attention_decode_combine");
         i += 1;
     }
     all
@@ -80,7 +72,7 @@ pub fn forward(
     out: &mut DeviceSlice<bf16>,
     lse: &mut DeviceSlice<f32>,
 ) -> Result<()> {
-    let Schedule { heads, forward: table, .. } = schedule;
+    let Schedule { heads, tiling, forward: table, .. } = schedule;
     assert_queries(schedule, &[("q", q), ("out", out)]);
     assert_keys(schedule, &[("k", k), ("v", v)]);
     assert_per_head(schedule, &[("lse", lse)]);
@@ -88,12 +80,14 @@ pub fn forward(
     if table.blocks == 0 {
         return Ok(());
     }
-    let (tiles, runs) = (&tables[table.tiles.clone()], &tables[table.runs.clone()]);
+    if let Some(hopper) = schedule.hopper {
+        return hopper.forward(gpu, q, k, v, schedule, tables, out, lse);
+    }
+    let (tiles, runs) = table.of(tables);
     let (kv_heads, window) = (heads.kv_heads as i32, schedule.window as i32);
     let args = args![q, k, v, out, lse, tiles, runs, kv_heads, window, heads.scale()];
-    let kernel = kernel(&SOURCE, "attention_forward", heads.head_dim, heads.sharing());
-    let bytes = Tiling::of(heads)?.forward_bytes();
-    gpu.launch(&kernel, [table.blocks, heads.kv_heads as u32, 1], bytes, args)
+    let grid = [table.blocks, heads.kv_heads as u32, 1];
+    gpu.launch(&tiling.kernel("attention_forward"), grid, tiling.forward_bytes(), args)
 }
 
 /// The gradients of [`forward`], from its `out` and `lse`; shapes as there, `dout` and `dq` like `q`, `dk`
@@ -116,7 +110,7 @@ pub fn backward(
     dk: &mut DeviceSlice<bf16>,
     dv: &mut DeviceSlice<bf16>,
 ) -> Result<()> {
-    let heads = &schedule.heads;
+    let Schedule { heads, tiling, .. } = schedule;
     assert_queries(schedule, &[("dout", dout), ("q", q), ("out", out), ("dq", dq)]);
     assert_keys(schedule, &[("k", k), ("v", v), ("dk", dk), ("dv", dv)]);
     assert_per_head(schedule, &[("lse", lse), ("delta", delta)]);
@@ -124,28 +118,31 @@ pub fn backward(
     if schedule.rows == 0 {
         return Ok(());
     }
-    let kernel = |name| kernel(&SOURCE, name, heads.head_dim, heads.sharing());
     let rows = schedule.rows * heads.heads;
     let warps = THREADS as usize / 32;
     let grid = [rows.div_ceil(warps) as u32, 1, 1];
     let args = args![dout, out, &mut *delta, rows as i64];
-    gpu.launch(&kernel("attention_backward_delta"), grid, 0, args)?;
+    gpu.launch(&tiling.kernel("attention_backward_delta"), grid, 0, args)?;
 
-    let (kv_heads, window) = (heads.kv_heads as i32, schedule.window as i32);
-    let tiling = Tiling::of(heads)?;
     let delta: &DeviceSlice<f32> = delta;
+    if let Some(hopper) = schedule.hopper {
+        return hopper.backward(gpu, dout, q, k, v, lse, schedule, tables, delta, dq, dk, dv);
+    }
+    let (kv_heads, window) = (heads.kv_heads as i32, schedule.window as i32);
     let table = &schedule.backward_keys;
-    let (tiles, runs) = (&tables[table.tiles.clone()], &tables[table.runs.clone()]);
+    let (tiles, runs) = table.of(tables);
     let grid = [table.blocks, heads.kv_heads as u32, 1];
     let args =
         args![dout, q, k, v, lse, delta, dk, dv, tiles, runs, kv_heads, window, heads.scale()];
-    gpu.launch(&kernel("attention_backward_keys"), grid, tiling.backward_keys_bytes(), args)?;
+    let kernel = tiling.kernel("attention_backward_keys");
+    gpu.launch(&kernel, grid, tiling.backward_keys_bytes(), args)?;
 
     let table = &schedule.backward_queries;
-    let (tiles, runs) = (&tables[table.tiles.clone()], &tables[table.runs.clone()]);
+    let (tiles, runs) = table.of(tables);
     let grid = [table.blocks, heads.kv_heads as u32, 1];
     let args = args![dout, q, k, v, lse, delta, dq, tiles, runs, kv_heads, window, heads.scale()];
-    gpu.launch(&kernel("attention_backward_queries"), grid, tiling.backward_queries_bytes(), args)
+    let kernel = tiling.kernel("attention_backward_queries");
+    gpu.launch(&kernel, grid, tiling.backward_queries_bytes(), args)
 }
 
 /// One new token against a cache. `q`, `out`: `[heads, D]`; `k_cache`, `v_cache`: `[n, kv_heads, D]` or
@@ -181,7 +178,6 @@ pub fn decode(
 
     let keys = visible(n, window);
     let parts = keys.div_ceil(PART_KEYS);
-    let kernel = |name| kernel(&DECODE, name, heads.head_dim, heads.sharing());
     let (sums, statistics) = partial.split_at_mut(parts * width);
     let grid =
         [parts, heads.kv_heads, heads.sharing().div_ceil(DECODE_ROWS)].map(|blocks| blocks as u32);
@@ -197,10 +193,10 @@ pub fn decode(
         kv_heads,
         heads.scale()
     ];
-    gpu.launch(&kernel("attention_decode"), grid, tiling.decode_bytes(), args)?;
+    gpu.launch(&tiling.decode_kernel("attention_decode"), grid, tiling.decode_bytes(), args)?;
     let grid = [heads.heads as u32, 1, 1];
     let args = args![&*sums, &*statistics, out, parts as i32];
-    gpu.launch(&kernel("attention_decode_combine"), grid, 0, args)
+    gpu.launch(&tiling.decode_kernel("attention_decode_combine"), grid, 0, args)
 }
 
 /// Numbers that [`decode`] needs for its partial sums; more keys never need less.

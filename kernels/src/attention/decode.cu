@@ -16,12 +16,11 @@
 //
 // Shared memory: q [16, DIM], 2 × (k [64, DIM], v [64, DIM]); at the end, over the latter, per warp f32
 // sums [16, DIM], top [16], sum [16].
+//
+// Constants from outside (attention/cuda/tiling.rs): HEAD_DIM, SHARING, MET, ROWS (16), PART_KEYS.
 
 #include "device.cuh"
 #include "tiles.cuh"
-
-constexpr int PART_KEYS = 256;
-constexpr int ROWS = 16;
 
 // Keys first_key .. first_key + keys - 1 of the cache are visible.
 KERNEL(THREADS) attention_decode(const bf16* q, const bf16* k_cache, const bf16* v_cache, float* partial, float* statistics,

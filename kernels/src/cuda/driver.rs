@@ -352,18 +352,27 @@ impl Driver {
                 return Err(Error::Failed(format!("a tensor map of {other:?} is not foreseen")));
             }
         };
-        let (sides, pitch) = ([layout.columns, layout.rows], [layout.pitch]);
-        let (sides_of_box, steps) = ([layout.box_columns, layout.box_rows], [1, 1]);
+        let (columns, rows) = (layout.columns, layout.rows);
+        let (box_columns, box_rows) = (layout.box_columns, layout.box_rows);
+        // Two dimensions, or three; what is behind them is not read.
+        let (dimensions, sides, pitches, sides_of_box) = match layout.heads {
+            None => (2, [columns, rows, 0], [layout.pitch, 0], [box_columns, box_rows, 0]),
+            Some((heads, box_heads)) => {
+                let pitches = [layout.head_pitch(), layout.pitch];
+                (3, [columns, heads, rows], pitches, [box_columns, box_heads, box_rows])
+            }
+        };
+        let steps = [1; 3];
         let mut map = sys::CUtensorMap { opaque: [0; 16] };
-        // SAFETY: arrays of two numbers a dimension, one for the stride; nothing is read at the address.
+        // SAFETY: arrays of a number a dimension, one less of strides; nothing is read at the address.
         let encoded = unsafe {
             sys::cuTensorMapEncodeTiled(
                 &raw mut map,
                 of,
-                2,
+                dimensions,
                 layout.address as *mut c_void,
                 sides.as_ptr(),
-                pitch.as_ptr(),
+                pitches.as_ptr(),
                 sides_of_box.as_ptr(),
                 steps.as_ptr(),
                 sys::CUtensorMapInterleave_enum::CU_TENSOR_MAP_INTERLEAVE_NONE,

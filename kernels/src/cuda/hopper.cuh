@@ -212,7 +212,18 @@ DEVICE void tma_load(void* shared, const TensorMap& map, Barrier* barrier, int c
 #endif
 }
 
-// The same for all blocks of the cluster whose bits are in `ranks`, at the same place in each and at its barrier there.
+// The same of a map of heads: the box at `column` of head `head` of row `row` and on.
+DEVICE void tma_load(void* shared, const TensorMap& map, Barrier* barrier, int column, int head, int row) {
+#ifdef __CUDACC_RTC__
+    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];"
+                 :: "r"(shared_address(shared)), "l"(&map), "r"(shared_address(barrier)), "r"(column), "r"(head), "r"(row)
+                 : "memory");
+#else
+    emulation::tma_load_heads(shared, map, barrier, column, head, row);
+#endif
+}
+
+// The same as the first for all blocks of the cluster whose bits are in `ranks`, at the same place in each and at its barrier there.
 DEVICE void tma_load_multicast(void* shared, const TensorMap& map, Barrier* barrier, int column, int row, uint32_t ranks) {
 #ifdef __CUDACC_RTC__
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "

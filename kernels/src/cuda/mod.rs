@@ -85,6 +85,7 @@ pub const HOPPER_KERNELS: &[&[Kernel]] = &[
     &crate::matmul::cuda::hopper::KERNELS,
     &crate::matmul::cuda::fused::KERNELS,
     crate::logprob::cuda::HOPPER_KERNELS,
+    &crate::attention::cuda::hopper::KERNELS,
 ];
 
 /// A device. A clone is the same one.

@@ -35,25 +35,39 @@ pub(super) struct Layout {
     pub pitch: u64,
     pub box_rows: u32,
     pub box_columns: u32,
+    /// Where rows are heads side by side, `columns` each: how many, and how many of them a box has. Its rows are then the
+    /// heads of a row and those of the next.
+    pub heads: Option<(u64, u32)>,
     /// Bytes.
     pub element: u32,
     pub of: Type,
 }
 
 impl Layout {
-    fn of<T: Plain>(slice: &DeviceSlice<T>, rows: usize, columns: usize, box_rows: u32) -> Self {
+    fn of<T: Plain>(
+        slice: &DeviceSlice<T>,
+        [rows, heads, columns]: [usize; 3],
+        box_rows: u32,
+    ) -> Self {
         let element = size_of::<T>() as u32;
-        assert_eq!(slice.len(), rows * columns, "a tensor map of [{rows}, {columns}]");
+        let width = heads * columns;
+        assert_eq!(slice.len(), rows * width, "a tensor map of [{rows}, {width}]");
         Self {
             address: slice.address(),
             rows: rows as u64,
             columns: columns as u64,
-            pitch: columns as u64 * u64::from(element),
+            pitch: width as u64 * u64::from(element),
             box_rows,
             box_columns: ROW / element,
+            heads: None,
             element,
             of: T::TYPE,
         }
+    }
+
+    /// Bytes from head to head.
+    pub fn head_pitch(&self) -> u64 {
+        self.columns * u64::from(self.element)
     }
 
     /// Refuses what the driver would.
@@ -65,13 +79,20 @@ impl Layout {
         if rows == 0 || columns == 0 || rows > 1 << 32 || columns > 1 << 32 {
             return refuse("sides are between 1 and 2^32".into());
         }
-        if !address.is_multiple_of(16) || !pitch.is_multiple_of(16) {
+        let apart = self.heads.map_or(pitch, |_| self.head_pitch());
+        if !address.is_multiple_of(16) || !pitch.is_multiple_of(16) || !apart.is_multiple_of(16) {
             return refuse(format!(
-                "rows begin at {address:#x}, every {pitch} bytes, which must be multiples of 16"
+                "rows begin at {address:#x}, every {apart} bytes, which must be multiples of 16"
             ));
         }
-        if box_rows == 0 || box_rows > MOST_BOX_ROWS {
-            return refuse(format!("a box of {box_rows} rows, {MOST_BOX_ROWS} at most"));
+        let (heads, box_heads) = self.heads.unwrap_or((1, 1));
+        if heads == 0 || heads > 1 << 32 {
+            return refuse(format!("{heads} heads"));
+        }
+        for side in [box_rows, box_heads] {
+            if side == 0 || side > MOST_BOX_ROWS {
+                return refuse(format!("a box of {side} rows, {MOST_BOX_ROWS} at most"));
+            }
         }
         Ok(())
     }
@@ -79,8 +100,9 @@ impl Layout {
     /// `emulation::TensorMap`.
     fn decoded(&self, writable: bool) -> Encoded {
         let pair = |low: u32, high: u32| u64::from(high) << 32 | u64::from(low);
+        let (heads, box_heads) = self.heads.unwrap_or((0, 1));
         let mut words = [0; 16];
-        words[..7].copy_from_slice(&[
+        words[..9].copy_from_slice(&[
             MAGIC,
             self.address,
             self.rows,
@@ -88,6 +110,8 @@ impl Layout {
             self.pitch,
             pair(self.box_rows, self.box_columns),
             pair(self.element, writable.into()),
+            heads,
+            pair(box_heads, 0),
         ]);
         Encoded(words)
     }
@@ -107,7 +131,25 @@ impl Gpu {
         [rows, columns]: [usize; 2],
         box_rows: u32,
     ) -> Result<TensorMap<'a>> {
-        self.encode(Layout::of(slice, rows, columns, box_rows), false)
+        self.encode(Layout::of(slice, [rows, 1, columns], box_rows), false)
+    }
+
+    /// Of a matrix `[rows, heads, head_dim]` that is read, in boxes of `box_rows` rows with `box_heads` heads each, of which
+    /// they have as many columns as have 128 bytes.
+    ///
+    /// # Errors
+    /// As [`Gpu::tensor_map`], of heads.
+    ///
+    /// # Panics
+    /// As [`Gpu::tensor_map`].
+    pub fn tensor_map_of_heads<'a, T: Plain>(
+        &self,
+        slice: &'a DeviceSlice<T>,
+        sides: [usize; 3],
+        [box_rows, box_heads]: [u32; 2],
+    ) -> Result<TensorMap<'a>> {
+        let heads = Some((sides[1] as u64, box_heads));
+        self.encode(Layout { heads, ..Layout::of(slice, sides, box_rows) }, false)
     }
 
     /// Of a matrix that is written.
@@ -123,7 +165,7 @@ impl Gpu {
         [rows, columns]: [usize; 2],
         box_rows: u32,
     ) -> Result<TensorMap<'a>> {
-        self.encode(Layout::of(slice, rows, columns, box_rows), true)
+        self.encode(Layout::of(slice, [rows, 1, columns], box_rows), true)
     }
 
     fn encode<'a>(&self, layout: Layout, writable: bool) -> Result<TensorMap<'a>> {

@@ -42,7 +42,7 @@ fn texts(
     let (dout, mut out) = (bench.random(queries)?, bench.empty(queries)?);
     let (mut dq, mut dk, mut dv) = (bench.empty(queries)?, bench.empty(keys)?, bench.empty(keys)?);
     let (mut lse, mut delta) = (bench.empty(rows * heads.heads)?, bench.empty(rows * heads.heads)?);
-    let schedule = Schedule::new(layout, &heads, window)?;
+    let schedule = Schedule::new(gpu, layout, &heads, window)?;
     let tables = gpu.uploaded(schedule.numbers())?;
     let peer = |direction: &str| {
         let (count, shape) = (heads.heads, (heads.kv_heads, heads.head_dim));

@@ -93,7 +93,7 @@ impl DeviceLayout {
         let mut schedules: Vec<(Option<usize>, Schedule, DeviceBuffer<i32>)> = Vec::new();
         for window in &config.windows {
             if !schedules.iter().any(|(known, ..)| known == window) {
-                let schedule = Schedule::new(layout, &config.heads, *window)?;
+                let schedule = Schedule::new(gpu, layout, &config.heads, *window)?;
                 let numbers = schedule.numbers();
                 let mut room = arena.take(tables.max(numbers.len()))?;
                 gpu.upload(numbers, &mut room[..numbers.len()])?;

@@ -67,7 +67,7 @@ impl Read for Loader<'_, '_> {
 
 impl Loader<'_, '_> {
     fn model(&mut self, config: ModelConfig) -> Result<Decoder> {
-        expect_widths(&config)?;
+        expect_widths(&config, self.gpu)?;
         let Weights { embedding, head, norm, layers } = self.weights(&config)?;
         Ok(Decoder {
             embedding,
@@ -123,7 +123,7 @@ impl Loader<'_, '_> {
 }
 
 /// Kernels read 16 bytes at a time, so that rows are multiples of 8 numbers.
-fn expect_widths(config: &ModelConfig) -> Result<()> {
+fn expect_widths(config: &ModelConfig, gpu: &Gpu) -> Result<()> {
     let heads = &config.heads;
     let normed = if config.qk_norm { heads.head_dim } else { 0 };
     let widths = [
@@ -139,6 +139,6 @@ fn expect_widths(config: &ModelConfig) -> Result<()> {
         )));
     }
     // What attention does not take it says itself.
-    Schedule::new(&Layout::new(&[(1, Vec::new())]), heads, None)?;
+    Schedule::new(gpu, &Layout::new(&[(1, Vec::new())]), heads, None)?;
     Ok(())
 }

@@ -3,10 +3,12 @@
 
 use super::super::Heads;
 use super::super::text::{Block, Text};
+use super::hopper;
 use super::tiling::Tiling;
-use crate::cuda::Result;
+use crate::cuda::{DeviceSlice, Gpu, Result};
 use crate::layout::{Group, Layout};
 use std::cmp::Reverse;
+use std::collections::BinaryHeap;
 use std::ops::Range;
 
 /// A window that hides nothing. Far from overflowing when positions are added to it.
@@ -17,12 +19,17 @@ const UNBOUNDED: usize = 1 << 30;
 #[derive(Clone, Debug)]
 pub struct Schedule {
     pub(super) heads: Heads,
+    pub(super) tiling: Tiling,
+    /// On a device and for heads that its kernels are for.
+    pub(super) hopper: Option<hopper::Tiling>,
     pub(super) rows: usize,
     /// At most [`UNBOUNDED`].
     pub(super) window: usize,
     pub(super) forward: Table,
     pub(super) backward_keys: Table,
     pub(super) backward_queries: Table,
+    /// What follows each task of queries in its block, where [`Self::hopper`]'s kernels ask for it.
+    next: Range<usize>,
     numbers: Vec<i32>,
 }
 
@@ -33,9 +40,10 @@ const RUN: usize = 3;
 /// Where a kernel's `tiles` and `runs` lie in [`Schedule::numbers`].
 #[derive(Clone, Debug)]
 pub(super) struct Table {
+    /// How many tiles.
     pub(super) blocks: u32,
-    pub(super) tiles: Range<usize>,
-    pub(super) runs: Range<usize>,
+    tiles: Range<usize>,
+    runs: Range<usize>,
 }
 
 /// Consecutive tokens of a text.
@@ -59,9 +67,12 @@ pub fn most_numbers(layout: &Layout, heads: &Heads) -> usize {
     let Ok(tiling) = Tiling::of(heads) else { return 0 };
     // Queries meet a prompt and their own text, keys their own text, a prompt's also every branch.
     let of_text = |len: usize| {
-        let queries =
-            len.div_ceil(tiling.forward_tokens()) + len.div_ceil(tiling.backward_tokens());
-        queries * (TASK + 2 * RUN) + len.div_ceil(tiling.backward_rows()) * (TASK + RUN)
+        let (ahead, back) = (tiling.forward_tokens(), tiling.backward_tokens());
+        let forward = len.div_ceil(ahead);
+        let backward = if back == ahead { 0 } else { len.div_ceil(back) };
+        (forward + backward) * (TASK + 2 * RUN)
+            + forward * heads.kv_heads
+            + len.div_ceil(tiling.backward_rows()) * (TASK + RUN)
     };
     let of_group = |group: &Group| {
         let lengths = group.branches.iter().map(|branch| branch.len).chain([group.prompt_len]);
@@ -72,32 +83,65 @@ pub fn most_numbers(layout: &Layout, heads: &Heads) -> usize {
 }
 
 impl Schedule {
-    /// For a batch of this layout, and layers with these heads and this window.
+    /// For a batch of this layout on this device, and layers with these heads and this window.
     ///
     /// # Errors
     /// The kernels have no such heads.
     ///
     /// # Panics
     /// The layout or the heads contradict themselves, or the window is 0.
-    pub fn new(layout: &Layout, heads: &Heads, window: Option<usize>) -> Result<Self> {
+    pub fn new(gpu: &Gpu, layout: &Layout, heads: &Heads, window: Option<usize>) -> Result<Self> {
+        Self::of(hopper::Tiling::of(gpu, heads), layout, heads, window)
+    }
+
+    /// The same for these kernels.
+    pub(super) fn of(
+        hopper: Option<hopper::Tiling>,
+        layout: &Layout,
+        heads: &Heads,
+        window: Option<usize>,
+    ) -> Result<Self> {
         heads.assert_valid();
         super::super::assert_window(window);
         layout.assert_covers_rows_once();
         let tiling = Tiling::of(heads)?;
         let window = window.unwrap_or(UNBOUNDED).min(UNBOUNDED);
         let mut numbers = Vec::new();
-        let forward = query_tasks(layout, tiling.forward_tokens(), window);
-        let keys = key_tasks(layout, tiling.backward_rows(), window);
-        let queries = query_tasks(layout, tiling.backward_tokens(), window);
+        let (ahead, keys, back) = match hopper {
+            Some(hopper) => (hopper.tokens(), hopper::OWN, hopper.tokens()),
+            None => (tiling.forward_tokens(), tiling.backward_rows(), tiling.backward_tokens()),
+        };
+        let tasks = sorted(query_tasks(layout, ahead, window));
+        let forward = Table::push(&tasks, &mut numbers);
+        let backward_queries = match back == ahead {
+            true => forward.clone(),
+            false => Table::push(&sorted(query_tasks(layout, back, window)), &mut numbers),
+        };
+        let keys = sorted(key_tasks(layout, keys, window));
+        let backward_keys = Table::push(&keys, &mut numbers);
+        let start = numbers.len();
+        if let Some(hopper) = hopper {
+            let tiles =
+                tasks.iter().map(|task| hopper.tiles_of(task.met.iter().map(|run| run.tokens)));
+            numbers.extend(successors(&tiles.collect::<Vec<_>>(), heads.kv_heads, hopper.blocks()));
+        }
         Ok(Self {
             heads: *heads,
+            tiling,
+            hopper,
             rows: layout.rows(),
             window,
-            forward: Table::push(forward, &mut numbers),
-            backward_keys: Table::push(keys, &mut numbers),
-            backward_queries: Table::push(queries, &mut numbers),
+            forward,
+            backward_keys,
+            backward_queries,
+            next: start..numbers.len(),
             numbers,
         })
+    }
+
+    /// `next` of a schedule's numbers.
+    pub(super) fn next<'a>(&self, tables: &'a DeviceSlice<i32>) -> &'a DeviceSlice<i32> {
+        &tables[self.next.clone()]
     }
 
     /// What the device needs: to be uploaded, and passed to the launches as `tables`.
@@ -107,13 +151,20 @@ impl Schedule {
 }
 
 impl Table {
-    /// Writes the tasks down, those with the most work first: the last blocks that run should be short.
-    fn push(mut tasks: Vec<Task>, numbers: &mut Vec<i32>) -> Self {
-        tasks.sort_by_key(|task| Reverse(task.met.iter().map(|run| run.tokens).sum::<usize>()));
+    /// `tiles` and `runs` of a schedule's numbers.
+    pub(super) fn of<'a>(
+        &self,
+        tables: &'a DeviceSlice<i32>,
+    ) -> (&'a DeviceSlice<i32>, &'a DeviceSlice<i32>) {
+        (&tables[self.tiles.clone()], &tables[self.runs.clone()])
+    }
+
+    /// Writes the tasks down.
+    fn push(tasks: &[Task], numbers: &mut Vec<i32>) -> Self {
         let number = |n: usize| i32::try_from(n).expect("attention: a batch of 2^31 rows");
         let start = numbers.len();
         let mut runs = 0;
-        for Task { own, met } in &tasks {
+        for Task { own, met } in tasks {
             let ends = [own.row, own.position, own.tokens, runs, runs + met.len()];
             numbers.extend(ends.map(number));
             runs += met.len();
@@ -125,6 +176,33 @@ impl Table {
         let blocks = number(tasks.len()) as u32;
         Self { blocks, tiles: start..middle, runs: middle..numbers.len() }
     }
+}
+
+/// Those with the most work first: the last blocks that run should be short.
+fn sorted(mut tasks: Vec<Task>) -> Vec<Task> {
+    tasks.sort_by_key(|task| Reverse(task.met.iter().map(|run| run.tokens).sum::<usize>()));
+    tasks
+}
+
+/// Which task follows each in the same block, or -1: task h n + t is key head h of tile t of n, which meets `tiles[t]` tiles. The
+/// first tasks begin a block each, and every other goes to the one that is done first, so that key heads follow each other
+/// and their keys stay in the level 2 cache.
+fn successors(tiles: &[usize], kv_heads: usize, blocks: usize) -> Vec<i32> {
+    let mut next = vec![-1; tiles.len() * kv_heads];
+    // When a block is done, its number, the task that it has then.
+    let mut running: BinaryHeap<Reverse<(usize, usize, usize)>> = BinaryHeap::new();
+    for task in 0..next.len() {
+        // What a block does besides takes about as long as a tile.
+        let work = 1 + tiles[task % tiles.len()];
+        if task < blocks {
+            running.push(Reverse((work, task, task)));
+            continue;
+        }
+        let Reverse((done, block, last)) = running.pop().expect("at least one block");
+        next[last] = i32::try_from(task).expect("attention: 2^31 tasks");
+        running.push(Reverse((done + work, block, task)));
+    }
+    next
 }
 
 /// Blocks of queries, each with the keys that some of them see.
@@ -234,7 +312,7 @@ mod tests {
             let alone = groups.iter().map(|group| Layout::new(std::slice::from_ref(group)));
             assert_eq!(most, alone.map(|layout| most_numbers(&layout, &heads)).sum());
             for window in [None, Some(1), Some(40), Some(200)] {
-                let schedule = Schedule::new(&Layout::new(&groups), &heads, window).unwrap();
+                let schedule = Schedule::of(None, &Layout::new(&groups), &heads, window).unwrap();
                 let numbers = schedule.numbers().len();
                 assert!(numbers <= most, "{numbers} numbers, {most} planned");
                 assert!(
@@ -245,12 +323,35 @@ mod tests {
         }
     }
 
+    /// Every task once, each block about as much as another.
+    #[test]
+    fn blocks_share_the_tasks_evenly() {
+        let (kv_heads, blocks) = (3, 13);
+        let tiles: Vec<usize> = (1..=40).rev().collect();
+        let next = successors(&tiles, kv_heads, blocks);
+        let (mut seen, mut loads) = (vec![0; next.len()], vec![]);
+        for block in 0..blocks {
+            let (mut task, mut load) = (block as i32, 0);
+            while let Ok(at) = usize::try_from(task) {
+                seen[at] += 1;
+                load += 1 + tiles[at % tiles.len()];
+                task = next[at];
+            }
+            loads.push(load);
+        }
+        assert!(seen.iter().all(|times| *times == 1));
+        let mean = loads.iter().sum::<usize>() / blocks;
+        assert!(loads.iter().all(|load| load.abs_diff(mean) <= 8), "{loads:?}");
+        assert_eq!(successors(&tiles[..2], 2, 13), [-1; 4], "no more tasks than blocks");
+        assert!(successors(&[], 2, 13).is_empty());
+    }
+
     /// A batch of one long text, whose tables must stay small.
     #[test]
     fn long_texts_have_few_numbers() {
         let heads = Heads { heads: 32, kv_heads: 8, head_dim: 128 };
         let layout = Layout::new(&[(0, vec![32 * 1024])]);
-        let schedule = Schedule::new(&layout, &heads, None).unwrap();
+        let schedule = Schedule::of(None, &layout, &heads, None).unwrap();
         assert!(schedule.numbers().len() < 32 * 1024);
         let task = schedule.forward.tiles.clone().step_by(5).next().unwrap();
         assert_eq!(schedule.numbers[task + 1], 32 * 1024 - 32, "the longest block comes first");

@@ -9,28 +9,28 @@ mod faults;
 mod full_size;
 
 /// One batch.
-struct Case {
-    layout: Layout,
-    heads: Heads,
-    window: Option<usize>,
-    q: Vec<bf16>,
-    k: Vec<bf16>,
-    v: Vec<bf16>,
-    dout: Vec<bf16>,
+pub(super) struct Case {
+    pub layout: Layout,
+    pub heads: Heads,
+    pub window: Option<usize>,
+    pub q: Vec<bf16>,
+    pub k: Vec<bf16>,
+    pub v: Vec<bf16>,
+    pub dout: Vec<bf16>,
 }
 
 /// What the kernels make of it.
 #[derive(PartialEq)]
-struct Found {
-    out: Vec<bf16>,
-    lse: Vec<f32>,
-    dq: Vec<bf16>,
-    dk: Vec<bf16>,
-    dv: Vec<bf16>,
+pub(super) struct Found {
+    pub out: Vec<bf16>,
+    pub lse: Vec<f32>,
+    pub dq: Vec<bf16>,
+    pub dk: Vec<bf16>,
+    pub dv: Vec<bf16>,
 }
 
 impl Case {
-    fn new(layout: Layout, heads: Heads, window: Option<usize>) -> Self {
+    pub fn new(layout: Layout, heads: Heads, window: Option<usize>) -> Self {
         let rows = layout.rows();
         let (queries, keys) = (rows * heads.query_width(), rows * heads.key_width());
         // Scores with a spread of a few units, as after training.
@@ -41,7 +41,7 @@ impl Case {
     }
 
     /// Rows `rows` of this batch as a batch of their own.
-    fn part(&self, layout: Layout, rows: std::ops::Range<usize>) -> Self {
+    pub fn part(&self, layout: Layout, rows: std::ops::Range<usize>) -> Self {
         assert_eq!(layout.rows(), rows.len());
         let pick = |x: &[bf16], width: usize| x[rows.start * width..rows.end * width].to_vec();
         let (queries, keys) = (self.heads.query_width(), self.heads.key_width());
@@ -59,12 +59,21 @@ impl Case {
         self.run_on(&gpu(seed)).unwrap_or_else(|error| panic!("{error}"))
     }
 
+    /// By the portable kernels, whatever the device.
     fn run_on(&self, gpu: &Gpu) -> Result<Found> {
-        let [q, k, v, dout] = [&self.q, &self.k, &self.v, &self.dout].map(|x| gpu.uploaded(x));
-        run_on(gpu, &self.layout, &self.heads, self.window, [&q?, &k?, &v?, &dout?])
+        self.run_by(gpu, &self.schedule(None)?)
     }
 
-    fn reference<R: Real>(&self, round: fn(R) -> R) -> Reference<R> {
+    pub fn run_by(&self, gpu: &Gpu, schedule: &Schedule) -> Result<Found> {
+        let [q, k, v, dout] = [&self.q, &self.k, &self.v, &self.dout].map(|x| gpu.uploaded(x));
+        run_by(gpu, schedule, [&q?, &k?, &v?, &dout?])
+    }
+
+    pub fn schedule(&self, hopper: Option<hopper::Tiling>) -> Result<Schedule> {
+        Schedule::of(hopper, &self.layout, &self.heads, self.window)
+    }
+
+    pub fn reference<R: Real>(&self, round: fn(R) -> R) -> Reference<R> {
         let inputs = [&self.q, &self.k, &self.v, &self.dout].map(|x| cast::<R>(&widen(x)));
         let [q, k, v, dout] = &inputs;
         rounded_reference([q, k, v, dout], &self.layout, &self.heads, self.window, round)
@@ -72,7 +81,11 @@ impl Case {
 
     #[track_caller]
     fn check(&self, seed: u64) {
-        let found = self.run(seed);
+        self.assert_accurate(&self.run(seed));
+    }
+
+    #[track_caller]
+    pub fn assert_accurate(&self, found: &Found) {
         let plain = self.reference::<f32>(|x| bf16::from_f32(x).to_f32());
         let exact = self.reference::<f64>(|x| x);
         let name = |what: &str| format!("{what} {:?} window {:?}", self.heads, self.window);
@@ -85,22 +98,19 @@ impl Case {
 }
 
 /// Forward and backward of `[q, k, v, dout]`.
-fn run_on(
+fn run_by(
     gpu: &Gpu,
-    layout: &Layout,
-    heads: &Heads,
-    window: Option<usize>,
+    schedule: &Schedule,
     [q, k, v, dout]: [&DeviceSlice<bf16>; 4],
 ) -> Result<Found> {
-    let schedule = Schedule::new(layout, heads, window)?;
     let tables = gpu.uploaded(schedule.numbers())?;
     let (mut out, mut dq) = (gpu.alloc(q.len())?, gpu.alloc(q.len())?);
     let (mut dk, mut dv) = (gpu.alloc(k.len())?, gpu.alloc(k.len())?);
-    let statistics = layout.rows() * heads.heads;
+    let statistics = schedule.rows * schedule.heads.heads;
     let (mut lse, mut delta) = (gpu.alloc(statistics)?, gpu.alloc(statistics)?);
-    forward(gpu, q, k, v, &schedule, &tables, &mut out, &mut lse)?;
+    forward(gpu, q, k, v, schedule, &tables, &mut out, &mut lse)?;
     backward(
-        gpu, dout, q, k, v, &out, &lse, &schedule, &tables, &mut delta, &mut dq, &mut dk, &mut dv,
+        gpu, dout, q, k, v, &out, &lse, schedule, &tables, &mut delta, &mut dq, &mut dk, &mut dv,
     )?;
     Ok(Found {
         out: gpu.downloaded(&out)?,
@@ -184,23 +194,32 @@ fn every_order_of_threads_gives_the_same_bits() {
 
 #[test]
 fn a_group_has_the_same_bits_alone_and_in_company() {
-    let groups: [(usize, Vec<usize>); 4] =
-        [(37, vec![5, 0, 61, 1]), (0, vec![70, 3]), (9, vec![]), (100, vec![31, 33])];
     let heads = Heads { heads: 6, kv_heads: 2, head_dim: 32 };
     for window in [None, Some(20)] {
-        let case = Case::new(Layout::new(&groups), heads, window);
-        let together = case.run(1);
-        for (group, content) in case.layout.groups.iter().zip(&groups) {
-            let rows = group.rows();
-            let alone = case.part(Layout::new(std::slice::from_ref(content)), rows.clone()).run(2);
-            let (queries, keys) = (heads.query_width(), heads.key_width());
-            let of = |width: usize| rows.start * width..rows.end * width;
-            assert!(alone.out == together.out[of(queries)]);
-            assert!(alone.lse == together.lse[of(heads.heads)]);
-            assert!(alone.dq == together.dq[of(queries)]);
-            assert!(alone.dk == together.dk[of(keys)]);
-            assert!(alone.dv == together.dv[of(keys)]);
-        }
+        assert_same_alone_and_in_company(heads, window, |case, seed| case.run(seed));
+    }
+}
+
+pub(super) fn assert_same_alone_and_in_company(
+    heads: Heads,
+    window: Option<usize>,
+    run: impl Fn(&Case, u64) -> Found,
+) {
+    let groups: [(usize, Vec<usize>); 4] =
+        [(37, vec![5, 0, 61, 1]), (0, vec![70, 3]), (9, vec![]), (100, vec![31, 33])];
+    let case = Case::new(Layout::new(&groups), heads, window);
+    let together = run(&case, 1);
+    for (group, content) in case.layout.groups.iter().zip(&groups) {
+        let rows = group.rows();
+        let alone = case.part(Layout::new(std::slice::from_ref(content)), rows.clone());
+        let alone = run(&alone, 2);
+        let (queries, keys) = (heads.query_width(), heads.key_width());
+        let of = |width: usize| rows.start * width..rows.end * width;
+        assert!(alone.out == together.out[of(queries)]);
+        assert!(alone.lse == together.lse[of(heads.heads)]);
+        assert!(alone.dq == together.dq[of(queries)]);
+        assert!(alone.dk == together.dk[of(keys)]);
+        assert!(alone.dv == together.dv[of(keys)]);
     }
 }
 

@@ -1,22 +1,22 @@
-//! The sizes of attention.cu's tiles, and the shared memory they take.
+//! The sizes of the tiles of attention.cu and decode.cu, which get them as constants, and the shared memory they take.
 
 use super::super::Heads;
-use crate::cuda::{Error, Result};
+use super::{DECODE, SOURCE};
+use crate::cuda::{Error, Kernel, Result};
 
 /// Threads of every block.
 pub(super) const THREADS: u32 = 128;
-/// Rows of a tile that is met.
+/// Rows of a tile that is met, but for that of the way forward.
 const MET: usize = 64;
 /// Query heads that a block of the decoding kernel has at most.
 pub(super) const DECODE_ROWS: usize = 16;
 /// Keys that a block of the decoding kernel meets.
 pub(super) const PART_KEYS: usize = 256;
 
-/// What the kernels' constants of the same names come to for a shape of heads.
+/// What the kernels are compiled for.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Tiling {
-    /// DIM: head_dim with zeros behind it.
-    dim: usize,
+    head_dim: usize,
     sharing: usize,
 }
 
@@ -34,14 +34,45 @@ impl Tiling {
             let message = format!("attention: {sharing} query heads share a key head, {limit}");
             return Err(Error::Failed(message));
         }
-        Ok(Self { dim: head_dim.next_multiple_of(16), sharing })
+        Ok(Self::new(head_dim, sharing))
     }
 
+    pub(super) const fn new(head_dim: usize, sharing: usize) -> Self {
+        Self { head_dim, sharing }
+    }
+
+    /// A kernel of attention.cu.
+    pub(super) const fn kernel(self, name: &'static str) -> Kernel {
+        Kernel::new(&SOURCE, name, THREADS)
+            .define("HEAD_DIM", self.head_dim as i64)
+            .define("SHARING", self.sharing as i64)
+            .define("FORWARD_ROWS", Self::FORWARD_ROWS as i64)
+            .define("FORWARD_COLUMNS", self.forward_columns() as i64)
+            .define("BACKWARD_ROWS", self.backward_rows() as i64)
+            .define("MET", MET as i64)
+    }
+
+    /// A kernel of decode.cu.
+    pub(super) const fn decode_kernel(self, name: &'static str) -> Kernel {
+        Kernel::new(&DECODE, name, THREADS)
+            .define("HEAD_DIM", self.head_dim as i64)
+            .define("SHARING", self.sharing as i64)
+            .define("ROWS", DECODE_ROWS as i64)
+            .define("PART_KEYS", PART_KEYS as i64)
+            .define("MET", MET as i64)
+    }
+
+    // Of rows of the own tile a warp has as many as the registers hold, since each saves reading the met tile once more.
     const FORWARD_ROWS: usize = 128;
 
+    /// Columns of scores that a warp has in registers at a time on the way forward: the keys of a tile.
+    const fn forward_columns(self) -> usize {
+        if self.dim() <= 96 { 64 } else { 48 }
+    }
+
     /// Rows of a block of queries or keys on the way back.
-    pub(super) fn backward_rows(self) -> usize {
-        if self.dim <= 64 { 128 } else { 64 }
+    pub(super) const fn backward_rows(self) -> usize {
+        if self.dim() <= 64 { 128 } else { 64 }
     }
 
     /// Tokens of a block of queries on the way forward.
@@ -55,8 +86,7 @@ impl Tiling {
     }
 
     pub(super) fn forward_bytes(self) -> u32 {
-        let columns = if self.dim <= 96 { 64 } else { 48 };
-        self.bytes(Self::FORWARD_ROWS + 4 * columns)
+        self.bytes(Self::FORWARD_ROWS + 4 * self.forward_columns())
     }
 
     pub(super) fn backward_keys_bytes(self) -> u32 {
@@ -74,7 +104,12 @@ impl Tiling {
 
     /// Of so many rows.
     fn bytes(self, rows: usize) -> u32 {
-        (rows * self.dim * size_of::<u16>()) as u32
+        (rows * self.dim() * size_of::<u16>()) as u32
+    }
+
+    /// DIM: head_dim with zeros behind it.
+    const fn dim(self) -> usize {
+        self.head_dim.next_multiple_of(16)
     }
 }
 

@@ -11,7 +11,7 @@
 namespace emulation {
 
 struct Block;
-// What a thread and a cluster have under way on Hopper: emulation_hopper.h.
+// What a thread and a cluster have under way on Hopper: hopper_state.h.
 struct ThreadEngine;
 struct ClusterEngine;
 

@@ -12,7 +12,7 @@ inline void check_box(const char* name, const TensorMap& map, unsigned offset) {
     if (offset % 128) fail("%s: the box at byte %u of shared memory is not aligned to 128 bytes", name, offset);
 }
 
-inline unsigned box_bytes(const TensorMap& map) { return map.box_rows * map.box_columns * map.element; }
+inline unsigned box_bytes(const TensorMap& map) { return map.box_rows * map.box_heads * map.box_columns * map.element; }
 
 // What threads wrote to a stretch and engines see.
 inline void fence_async(const void* from, unsigned bytes) {
@@ -22,14 +22,16 @@ inline void fence_async(const void* from, unsigned bytes) {
 
 // The box in pieces, 16 bytes or at the matrix's edges an element: move(place in shared memory, in global memory or null
 // outside the matrix, bytes).
-template <class Move> void for_box(const TensorMap& map, int column, int row, unsigned offset, Move move) {
+template <class Move> void for_box(const TensorMap& map, int column, int head, int row, unsigned offset, Move move) {
     unsigned each = 16 / map.element;
-    for (unsigned r = 0; r < map.box_rows; r++)
+    int64_t heads = map.heads ? map.heads : 1;
+    for (unsigned r = 0; r < map.box_rows * map.box_heads; r++)
         for (unsigned c = 0; c < map.box_columns; c += each) {
-            int64_t x = int64_t(column) + c, y = int64_t(row) + r;
+            int64_t x = int64_t(column) + c, y = int64_t(row) + r / map.box_heads, z = int64_t(head) + r % map.box_heads;
             unsigned at = swizzle128(offset + (r * map.box_columns + c) * map.element);
-            bool row_inside = y >= 0 && y < int64_t(map.rows);
-            unsigned char* global = (unsigned char*)map.address + y * int64_t(map.pitch) + x * map.element;
+            bool row_inside = y >= 0 && y < int64_t(map.rows) && z >= 0 && z < heads;
+            unsigned char* global = (unsigned char*)map.address + y * int64_t(map.pitch) +
+                                    (z * int64_t(map.columns) + x) * map.element;
             if (row_inside && x >= 0 && x + each <= int64_t(map.columns)) {
                 move(at, global, 16u);
             } else {
@@ -41,7 +43,7 @@ template <class Move> void for_box(const TensorMap& map, int column, int row, un
         }
 }
 
-inline void tma_load(void* to, const TensorMap& map, uint64_t* barrier, int column, int row, unsigned ranks) {
+inline void load_box(void* to, const TensorMap& map, uint64_t* barrier, int column, int head, int row, unsigned ranks) {
     Fiber& me = self();
     Cluster& cluster = *me.block->cluster;
     ClusterEngine& all = engine();
@@ -59,15 +61,25 @@ inline void tma_load(void* to, const TensorMap& map, uint64_t* barrier, int colu
         memset(seen, POISON, bytes);
         uint64_t* signal = (uint64_t*)at_rank("tma_load", barrier, rank);
         grow(all.landings, all.landing_count, all.landing_capacity);
-        all.landings[all.landing_count++] = {map, column, row, &block, offset, signal, &me};
+        all.landings[all.landing_count++] = {map, column, head, row, &block, offset, signal, &me};
     }
+}
+
+inline void tma_load(void* to, const TensorMap& map, uint64_t* barrier, int column, int row, unsigned ranks) {
+    if (map.heads) fail("tma_load: two numbers for a tensor map of heads");
+    load_box(to, map, barrier, column, 0, row, ranks);
+}
+
+inline void tma_load_heads(void* to, const TensorMap& map, uint64_t* barrier, int column, int head, int row) {
+    if (!map.heads) fail("tma_load: three numbers for a tensor map without heads");
+    load_box(to, map, barrier, column, head, row, 1u << self().block->rank);
 }
 
 inline void land(Cluster& cluster, const Landing& it) {
     BarrierState* state = state_of(*it.block, it.by, "tma_load", it.barrier, true);
     if (!state) return;
     unsigned char *shared = it.block->shared, *seen = engine(cluster).blocks[it.block->rank].seen;
-    for_box(it.map, it.column, it.row, it.offset, [&](unsigned at, const unsigned char* global, unsigned bytes) {
+    for_box(it.map, it.column, it.head, it.row, it.offset, [&](unsigned at, const unsigned char* global, unsigned bytes) {
         if (global) memcpy(shared + at, global, bytes);
         else memset(shared + at, 0, bytes);
         memcpy(seen + at, shared + at, bytes);
@@ -92,7 +104,7 @@ inline bool land_some(Cluster& cluster, bool must) {
 
 inline void leave(const Leaving& it) {
     const unsigned char* seen = engine().blocks[self().block->rank].seen;
-    for_box(it.map, it.column, it.row, it.offset, [&](unsigned at, unsigned char* global, unsigned bytes) {
+    for_box(it.map, it.column, 0, it.row, it.offset, [&](unsigned at, unsigned char* global, unsigned bytes) {
         if (global) memcpy(global, seen + at, bytes);
     });
 }

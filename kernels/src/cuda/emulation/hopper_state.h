@@ -2,11 +2,14 @@
 #pragma once
 #include "emulation.h"
 
-// A matrix of rows with `pitch` bytes between them, and the box that is copied of it: tensor_map.rs fills it in.
+// A matrix of rows with `pitch` bytes between them, and the box that is copied of it: tensor_map.rs fills it in. Where a row is
+// `heads` (not 0) of `columns` each, the box has the `box_heads` heads of a row after each other, then those of the next.
 struct __attribute__((aligned(64))) TensorMap {
     uint64_t magic, address, rows, columns, pitch;
     uint32_t box_rows, box_columns, element, writable;
-    uint64_t unused[9];
+    uint64_t heads;
+    uint32_t box_heads, zero;
+    uint64_t unused[7];
 };
 static_assert(sizeof(TensorMap) == 128);
 
@@ -29,7 +32,7 @@ constexpr unsigned INITIALISED = 0xba55;
 // A box under way to shared memory.
 struct Landing {
     TensorMap map;
-    int column, row;
+    int column, head, row;
     Block* block;
     unsigned offset;
     uint64_t* barrier;

@@ -159,6 +159,22 @@ HOPPER_KERNEL(32, 1) copies(TENSOR_MAP x, TENSOR_MAP y, int boxes) {
     if (lane == 0) tma_store_wait<0>();
 }
 
+// y [18, 64]: a box of 6 rows with 3 heads each.
+HOPPER_KERNEL(32, 1) heads(TENSOR_MAP x, bf16* y, int column, int head, int row) {
+    unsigned char* shared = dynamic_shared();
+    Barrier* barrier = (Barrier*)(shared + matrix_bytes(18));
+    const int lane = lane_index();
+    if (lane == 0) {
+        barrier_init(barrier, 1);
+        fence_barrier_init();
+        barrier_arrive_expecting(barrier, matrix_bytes(18));
+        tma_load(shared, x, barrier, column, head, row);
+    }
+    __syncwarp();
+    barrier_wait(barrier, 0);
+    for (int i = lane; i < 18 * 8; i += 32) store16(y + 8 * i, load16(shared + swizzled<8>(i / 8, i % 8)));
+}
+
 // Two warpgroups write to `out` in turns, which named barriers give them.
 HOPPER_KERNEL(256, 1) turns(float* out, int count) {
     float* shared = (float*)dynamic_shared();

@@ -218,6 +218,31 @@ fn boxes_are_copied_with_zeros_outside() {
     }
 }
 
+/// Boxes of heads at every edge.
+fn heads_are_right(gpu: &Gpu) -> bool {
+    let sides @ [rows, heads, columns] = [20, 5, 72];
+    let x = random_bf16(rows * heads * columns, 1);
+    let from = gpu.uploaded(&x).unwrap();
+    [(0, 0, 0), (64, 3, 5), (8, 4, 17)].into_iter().all(|(column, head, row)| {
+        let mut y = gpu.alloc::<bf16>(18 * 64).unwrap();
+        let map = gpu.tensor_map_of_heads(&from, sides, [6, 3]).unwrap();
+        let args = args![map, &mut y, column as i32, head as i32, row as i32];
+        gpu.launch(&kernel("heads", 32), [1, 1, 1], 18 * 128 + 8, args).unwrap();
+        let y = gpu.downloaded(&y).unwrap();
+        (0..18 * 64).all(|at| {
+            let (i, c) = (at / 64, column + at % 64);
+            let (r, h) = (row + i / 3, head + i % 3);
+            let inside = r < rows && h < heads && c < columns;
+            y[at] == if inside { x[(r * heads + h) * columns + c] } else { bf16::ZERO }
+        })
+    })
+}
+
+#[test]
+fn boxes_of_heads_come_as_rows() {
+    assert!(always(|seed| heads_are_right(&emulated(seed))));
+}
+
 fn turns_are_right(gpu: &Gpu) -> bool {
     let mut out = gpu.alloc::<f32>(128).unwrap();
     let launched = gpu.launch(&kernel("turns", 256), [1, 1, 1], 512, args![&mut out, 6]);
@@ -249,6 +274,11 @@ mod hardware {
     #[test]
     fn boxes_come_swizzled_and_go_with_what_is_outside_left_out() {
         assert!(always(|seed| copies_are_right(&gpu(seed))));
+    }
+
+    #[test]
+    fn boxes_of_three_sides_come_as_rows() {
+        assert!(always(|seed| heads_are_right(&gpu(seed))));
     }
 
     #[test]
@@ -318,6 +348,9 @@ fn launches_and_tensor_maps_that_do_not_fit_are_refused() {
     assert!(said(gpu.tensor_map(&x[1..9], [1, 8], 64)).contains("must be multiples of 16"));
     assert!(said(gpu.tensor_map(&x, [12, 64], 257)).contains("a box of 257 rows"));
     assert!(said(gpu.tensor_map(&x[..0], [0, 64], 64)).contains("sides are between"));
+    let of_heads = |sides, boxes| said(gpu.tensor_map_of_heads(&x, sides, boxes));
+    assert!(of_heads([32, 2, 12], [8, 2]).contains("every 24 bytes"));
+    assert!(of_heads([12, 4, 16], [8, 257]).contains("a box of 257 rows"));
     let mut out = gpu.alloc::<f32>(128).unwrap();
     let map = gpu.tensor_map(&x, [12, 64], 32).unwrap();
     let said = gpu.launch(&kernel("wrong", 128), [3, 1, 1], 0, args![map, &mut out, 0]);
@@ -333,7 +366,7 @@ fn launches_and_tensor_maps_that_do_not_fit_are_refused() {
 fn every_wrapper_compiles_for_hopper() {
     let usage = super::super::registers::usage;
     let found = usage(Nvrtc::find().unwrap(), &kernel("pipeline", 384), "sm_90a").unwrap();
-    assert_eq!(found.len(), 7);
+    assert_eq!(found.len(), 8);
     assert!(found.values().all(|usage| usage.stack == 0 && usage.spilled == 0), "{found:?}");
     assert_eq!(found["pipeline"].registers, 168, "a third of a block's, which setmaxnreg changes");
 }

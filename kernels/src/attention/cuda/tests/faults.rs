@@ -27,8 +27,10 @@ const fn fault(
 impl Fault {
     /// A device with the fault in its sources.
     fn planted(&self, seed: u64) -> Gpu {
-        let (_, text) = [("attention.cu", SOURCE.text), ("decode.cu", DECODE.text), HEADERS[0]]
+        let sources = [("attention.cu", SOURCE.text), ("decode.cu", DECODE.text)];
+        let (_, text) = sources
             .into_iter()
+            .chain(HEADERS.iter().copied())
             .find(|(name, _)| *name == self.file)
             .expect("a file of attention");
         let place = text.find(self.place).expect("the place is in the file");
@@ -88,16 +90,11 @@ fn a_wrong_bound_of_the_mask_shows() {
     assert_all_show(&[
         fault("tiles.cuh", "DEVICE void hide", "column < seen.first", "column <= seen.first"),
         fault("tiles.cuh", "DEVICE void hide", "column >= seen.end", "column > seen.end"),
-        fault("tiles.cuh", "DEVICE Columns keys_of", "last - window + 1", "last - window"),
-        fault("tiles.cuh", "DEVICE Columns queries_of", "first + window", "first + window + 1"),
-        fault(
-            "tiles.cuh",
-            "DEVICE bool sees_all",
-            "<= queries.position",
-            "<= queries.position + 1",
-        ),
+        fault("rows.cuh", "DEVICE Columns keys_of", "last - window + 1", "last - window"),
+        fault("rows.cuh", "DEVICE Columns queries_of", "first + window", "first + window + 1"),
+        fault("rows.cuh", "DEVICE bool sees_all", "<= queries.position", "<= queries.position + 1"),
     ]);
-    let far = fault("tiles.cuh", "DEVICE bool sees_none", ">= window", ">= window - 1");
+    let far = fault("rows.cuh", "DEVICE bool sees_none", ">= window", ">= window - 1");
     assert_all_show_in(FAR, &[far]);
 }
 

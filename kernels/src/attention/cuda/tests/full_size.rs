@@ -3,7 +3,7 @@
 
 use super::super::super::tests::visible_rows;
 use super::*;
-use crate::testing::{Endless, assert_written, places};
+use crate::testing::{Endless, assert_written, hopper_gpu, places};
 use rayon::prelude::*;
 
 /// A batch whose numbers are repeated, and what the kernels make of it.
@@ -28,15 +28,28 @@ struct Row<R> {
 }
 
 impl Large {
-    fn new(layout: Layout, heads: Heads, window: Option<usize>) -> Self {
-        let gpu = gpu(1);
+    /// By the portable kernels, and by Hopper's where the device has them.
+    fn both(gpu: &Gpu, layout: &Layout, heads: Heads, window: Option<usize>) -> Vec<Self> {
+        let ways = [None, hopper::Tiling::of(gpu, &heads)];
+        let ways = ways.into_iter().enumerate().filter(|(i, way)| *i == 0 || way.is_some());
+        ways.map(|(_, way)| Self::new(gpu, way, layout.clone(), heads, window)).collect()
+    }
+
+    fn new(
+        gpu: &Gpu,
+        way: Option<hopper::Tiling>,
+        layout: Layout,
+        heads: Heads,
+        window: Option<usize>,
+    ) -> Self {
+        let schedule = Schedule::of(way, &layout, &heads, window).unwrap();
         let [q, k, v, dout] = [1, 2, 3, 4].map(Endless::new);
         let rows = layout.rows();
         let (queries, keys) = (rows * heads.query_width(), rows * heads.key_width());
         let run = || {
-            let on = |x: &Endless, len| x.uploaded(&gpu, len).unwrap();
+            let on = |x: &Endless, len| x.uploaded(gpu, len).unwrap();
             let (q, k, v, dout) = (on(&q, queries), on(&k, keys), on(&v, keys), on(&dout, queries));
-            super::run_on(&gpu, &layout, &heads, window, [&q, &k, &v, &dout]).unwrap()
+            run_by(gpu, &schedule, [&q, &k, &v, &dout]).unwrap()
         };
         let found = run();
         assert!(run() == found, "another run has other bits");
@@ -192,12 +205,28 @@ impl Large {
     }
 }
 
+/// Both ways.
+fn check(
+    gpu: &Gpu,
+    layout: &Layout,
+    heads: Heads,
+    window: Option<usize>,
+    rows: usize,
+    keys: &[usize],
+) {
+    for large in Large::both(gpu, layout, heads, window) {
+        large.check(rows, keys);
+    }
+}
+
 #[test]
 fn drawn_rows_agree_with_f64() {
     let heads = Heads { heads: 4, kv_heads: 2, head_dim: 32 };
     let pair = Layout::new(&[(100, vec![70, 40])]);
-    Large::new(pair, heads, None).check(12, &[0, 99, 150]);
-    Large::new(Layout::new(&[(0, vec![200])]), heads, Some(70)).check(12, &[0, 120]);
+    check(&gpu(1), &pair, heads, None, 12, &[0, 99, 150]);
+    check(&gpu(1), &Layout::new(&[(0, vec![200])]), heads, Some(70), 12, &[0, 120]);
+    let heads = Heads { head_dim: 64, ..heads };
+    check(&hopper_gpu(1), &pair, heads, None, 12, &[0, 99, 150]);
 }
 
 /// Mistral-7B's heads.
@@ -208,7 +237,8 @@ const HEADS_OF_7B: Heads = Heads { heads: 32, kv_heads: 8, head_dim: 128 };
 fn texts_of_16k_and_32k_tokens_agree_with_f64() {
     for tokens in [16_384, 32_768] {
         // A key near the end is seen by few.
-        Large::new(Layout::new(&[(0, vec![tokens])]), HEADS_OF_7B, None).check(24, &[tokens - 500]);
+        let layout = Layout::new(&[(0, vec![tokens])]);
+        check(&gpu(1), &layout, HEADS_OF_7B, None, 24, &[tokens - 500]);
     }
 }
 
@@ -216,12 +246,20 @@ fn texts_of_16k_and_32k_tokens_agree_with_f64() {
 #[ignore = "needs a GPU"]
 fn a_window_over_16k_tokens_agrees_with_f64() {
     let layout = Layout::new(&[(0, vec![16_384])]);
-    Large::new(layout, HEADS_OF_7B, Some(1024)).check(24, &[3000, 16_000]);
+    check(&gpu(1), &layout, HEADS_OF_7B, Some(1024), 24, &[3000, 16_000]);
 }
 
 #[test]
 #[ignore = "needs a GPU"]
 fn pairs_with_shared_prompts_agree_with_f64() {
     let layout = Layout::new(&vec![(1024, vec![1024; 2]); 5]);
-    Large::new(layout, HEADS_OF_7B, None).check(24, &[1023, 3 * 1024 - 1, 5000]);
+    check(&gpu(1), &layout, HEADS_OF_7B, None, 24, &[1023, 3 * 1024 - 1, 5000]);
+}
+
+/// Heads of 64, as many to a key head as Qwen2.5-0.5B has.
+#[test]
+#[ignore = "needs a GPU"]
+fn heads_of_64_over_16k_tokens_agree_with_f64() {
+    let heads = Heads { heads: 14, kv_heads: 2, head_dim: 64 };
+    check(&gpu(1), &Layout::new(&[(0, vec![16_384])]), heads, None, 24, &[15_000]);
 }

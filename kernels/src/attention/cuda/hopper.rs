@@ -1,0 +1,293 @@
+//! Attention on Hopper (hopper_*.cu): what [`super::forward`] and [`super::backward`] are on a device of compute capability 9.0,
+//! for heads of 64 and 128.
+
+#[cfg(test)]
+mod tests;
+
+use super::super::Heads;
+use super::{ROWS, SHAPES, Schedule};
+use crate::args;
+use crate::cuda::{DeviceSlice, Gpu, HOPPER, Kernel, Result, Source, TILE, TensorMap};
+use half::bf16;
+
+const HEADERS: &[(&str, &str)] =
+    &[HOPPER, TILE, ROWS, ("hopper_tiles.cuh", include_str!("../hopper_tiles.cuh"))];
+static FORWARD: Source = Source {
+    name: "hopper_forward.cu",
+    text: include_str!("../hopper_forward.cu"),
+    headers: HEADERS,
+};
+static BACKWARD_KEYS: Source = Source {
+    name: "hopper_backward_keys.cu",
+    text: include_str!("../hopper_backward_keys.cu"),
+    headers: HEADERS,
+};
+static BACKWARD_QUERIES: Source = Source {
+    name: "hopper_backward_queries.cu",
+    text: include_str!("../hopper_backward_queries.cu"),
+    headers: HEADERS,
+};
+
+/// Threads of every block: a warpgroup that copies and two that multiply.
+const THREADS: u32 = 384;
+/// Rows of a block's own tile, 64 for each warpgroup that multiplies.
+pub(super) const OWN: usize = 128;
+/// Keys of a tile that queries meet, and stacked queries of one that keys meet. Of the latter there is room for fewer in
+/// registers: both dk and dv are there.
+const KEYS: usize = 128;
+const QUERIES: usize = 64;
+/// Numbers that say what a tile of queries is of, and one that is met.
+const OF_QUERIES: usize = 5;
+const OF_TILE: usize = 3;
+
+/// What the kernels are compiled for, and the device they run on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Tiling {
+    head_dim: usize,
+    sharing: usize,
+    multiprocessors: u32,
+}
+
+/// How many of `SHAPES` the kernels take.
+const COUNT: usize = {
+    let (mut count, mut i) = (0, 0);
+    while i < SHAPES.len() {
+        count += Tiling::takes(SHAPES[i].0) as usize;
+        i += 1;
+    }
+    count
+};
+
+/// Every kernel for the shapes of heads of known models.
+pub static KERNELS: [Kernel; 3 * COUNT] = {
+    const fn of(head_dim: usize, sharing: usize) -> Tiling {
+        Tiling { head_dim, sharing, multiprocessors: 0 }
+    }
+    let mut all = [of(64, 1).forward_kernel(); 3 * COUNT];
+    let (mut count, mut i) = (0, 0);
+    while i < SHAPES.len() {
+        let (head_dim, sharing) = SHAPES[i];
+        if Tiling::takes(head_dim) {
+            let tiling = of(head_dim, sharing);
+            all[count] = tiling.forward_kernel();
+            all[count + 1] = tiling.backward_keys_kernel();
+            all[count + 2] = tiling.backward_queries_kernel();
+            count += 3;
+        }
+        i += 1;
+    }
+    all
+};
+
+impl Tiling {
+    /// None where the portable kernels are used.
+    pub(super) fn of(gpu: &Gpu, heads: &Heads) -> Option<Self> {
+        let (head_dim, sharing) = (heads.head_dim, heads.sharing());
+        let properties = gpu.properties();
+        let (hopper, multiprocessors) =
+            (properties.compute_capability == (9, 0), properties.multiprocessors);
+        (hopper && Self::takes(head_dim)).then_some(Self { head_dim, sharing, multiprocessors })
+    }
+
+    /// Heads whose rows are whole panels of 64 numbers. Others would multiply zeros.
+    const fn takes(head_dim: usize) -> bool {
+        head_dim == 64 || head_dim == 128
+    }
+
+    /// Tokens of a block of queries.
+    pub(super) fn tokens(self) -> usize {
+        OWN / self.sharing
+    }
+
+    /// Tiles of keys that queries meet in runs of so many.
+    pub(super) fn tiles_of(self, runs: impl Iterator<Item = usize>) -> usize {
+        runs.map(|tokens| tokens.div_ceil(KEYS)).sum()
+    }
+
+    /// Blocks that run at once.
+    pub(super) fn blocks(self) -> usize {
+        self.multiprocessors as usize
+    }
+
+    /// Tiles that are on their way or being read, as many as there is room for.
+    const fn forward_stages(self) -> usize {
+        if self.head_dim == 64 { 4 } else { 2 }
+    }
+
+    const fn backward_keys_stages(self) -> usize {
+        4
+    }
+
+    const fn backward_queries_stages(self) -> usize {
+        if self.head_dim == 64 { 4 } else { 2 }
+    }
+
+    const fn kernel(self, source: &'static Source, name: &'static str, stages: usize) -> Kernel {
+        Kernel::new(source, name, THREADS)
+            .define("HEAD_DIM", self.head_dim as i64)
+            .define("SHARING", self.sharing as i64)
+            .define("ROWS", OWN as i64)
+            .define("STAGES", stages as i64)
+    }
+
+    const fn forward_kernel(self) -> Kernel {
+        let kernel = self.kernel(&FORWARD, "hopper_attention_forward", self.forward_stages());
+        kernel.define("KEYS", KEYS as i64)
+    }
+
+    const fn backward_keys_kernel(self) -> Kernel {
+        let (name, stages) = ("hopper_attention_backward_keys", self.backward_keys_stages());
+        self.kernel(&BACKWARD_KEYS, name, stages).define("QUERIES", QUERIES as i64)
+    }
+
+    const fn backward_queries_kernel(self) -> Kernel {
+        let (name, stages) = ("hopper_attention_backward_queries", self.backward_queries_stages());
+        self.kernel(&BACKWARD_QUERIES, name, stages).define("KEYS", KEYS as i64)
+    }
+
+    const fn forward_bytes(self) -> u32 {
+        let stages = self.forward_stages();
+        self.bytes(2 * OWN + 2 * stages * KEYS, 2 + 4 * stages, OF_QUERIES + stages * OF_TILE)
+    }
+
+    const fn backward_keys_bytes(self) -> u32 {
+        let stages = self.backward_keys_stages();
+        let statistics = 2 * QUERIES;
+        let rows = 2 * OWN + 2 * stages * QUERIES;
+        self.bytes(rows, 1 + 2 * stages, stages * (statistics + OF_TILE))
+    }
+
+    const fn backward_queries_bytes(self) -> u32 {
+        let stages = self.backward_queries_stages();
+        self.bytes(3 * OWN + 2 * stages * KEYS, 2 + 2 * stages, OF_QUERIES + stages * OF_TILE)
+    }
+
+    /// Of rows of tiles, barriers and numbers.
+    const fn bytes(self, rows: usize, barriers: usize, numbers: usize) -> u32 {
+        let rows = rows * self.head_dim * size_of::<bf16>();
+        (rows + barriers * size_of::<u64>() + numbers * size_of::<i32>()) as u32
+    }
+
+    /// A map of queries or their like, in boxes of a tile of `rows`.
+    fn queries<'a>(
+        self,
+        gpu: &Gpu,
+        x: &'a DeviceSlice<bf16>,
+        schedule: &Schedule,
+        rows: usize,
+    ) -> Result<TensorMap<'a>> {
+        let (tokens, Heads { heads, head_dim, .. }) = (schedule.rows, schedule.heads);
+        let boxes = [rows / self.sharing, self.sharing].map(|side| side as u32);
+        gpu.tensor_map_of_heads(x, [tokens, heads, head_dim], boxes)
+    }
+
+    /// A map of keys or values, in boxes of a tile of `rows`.
+    fn keys<'a>(
+        self,
+        gpu: &Gpu,
+        x: &'a DeviceSlice<bf16>,
+        schedule: &Schedule,
+        rows: usize,
+    ) -> Result<TensorMap<'a>> {
+        let (tokens, Heads { kv_heads, head_dim, .. }) = (schedule.rows, schedule.heads);
+        gpu.tensor_map_of_heads(x, [tokens, kv_heads, head_dim], [rows as u32, 1])
+    }
+
+    /// A block for each multiprocessor, which has one task after the other, or for each task.
+    fn grid(self, schedule: &Schedule) -> [u32; 3] {
+        let tasks = schedule.forward.blocks * schedule.heads.kv_heads as u32;
+        [tasks.min(self.multiprocessors), 1, 1]
+    }
+
+    /// As [`super::forward`], whose checks are made; there is at least one row.
+    pub(super) fn forward(
+        self,
+        gpu: &Gpu,
+        q: &DeviceSlice<bf16>,
+        k: &DeviceSlice<bf16>,
+        v: &DeviceSlice<bf16>,
+        schedule: &Schedule,
+        tables: &DeviceSlice<i32>,
+        out: &mut DeviceSlice<bf16>,
+        lse: &mut DeviceSlice<f32>,
+    ) -> Result<()> {
+        let Schedule { heads, forward: table, .. } = schedule;
+        let q = self.queries(gpu, q, schedule, OWN)?;
+        let (k, v) = (self.keys(gpu, k, schedule, KEYS)?, self.keys(gpu, v, schedule, KEYS)?);
+        let (tiles, runs) = table.of(tables);
+        let (kv_heads, window) = (heads.kv_heads as i32, schedule.window as i32);
+        let (next, count) = (schedule.next(tables), table.blocks as i32);
+        let args =
+            args![q, k, v, out, lse, tiles, runs, next, count, kv_heads, window, heads.scale()];
+        gpu.launch(&self.forward_kernel(), self.grid(schedule), self.forward_bytes(), args)
+    }
+
+    /// As [`super::backward`], whose checks are made and which has made `delta`; there is at least one row.
+    pub(super) fn backward(
+        self,
+        gpu: &Gpu,
+        dout: &DeviceSlice<bf16>,
+        q: &DeviceSlice<bf16>,
+        k: &DeviceSlice<bf16>,
+        v: &DeviceSlice<bf16>,
+        lse: &DeviceSlice<f32>,
+        schedule: &Schedule,
+        tables: &DeviceSlice<i32>,
+        delta: &DeviceSlice<f32>,
+        dq: &mut DeviceSlice<bf16>,
+        dk: &mut DeviceSlice<bf16>,
+        dv: &mut DeviceSlice<bf16>,
+    ) -> Result<()> {
+        let heads = &schedule.heads;
+        let (kv_heads, window) = (heads.kv_heads as i32, schedule.window as i32);
+        let maps = |queries: usize, keys: usize| -> Result<[TensorMap; 4]> {
+            Ok([
+                self.queries(gpu, dout, schedule, queries)?,
+                self.queries(gpu, q, schedule, queries)?,
+                self.keys(gpu, k, schedule, keys)?,
+                self.keys(gpu, v, schedule, keys)?,
+            ])
+        };
+        let ([on_dout, on_q, on_k, on_v], table) = (maps(QUERIES, OWN)?, &schedule.backward_keys);
+        let (tiles, runs) = table.of(tables);
+        let args = args![
+            on_dout,
+            on_q,
+            on_k,
+            on_v,
+            lse,
+            delta,
+            dk,
+            dv,
+            tiles,
+            runs,
+            kv_heads,
+            window,
+            heads.scale(),
+        ];
+        let grid = [table.blocks, heads.kv_heads as u32, 1];
+        gpu.launch(&self.backward_keys_kernel(), grid, self.backward_keys_bytes(), args)?;
+
+        let ([on_dout, on_q, on_k, on_v], table) = (maps(OWN, KEYS)?, &schedule.backward_queries);
+        let (tiles, runs) = table.of(tables);
+        let (next, count) = (schedule.next(tables), table.blocks as i32);
+        let args = args![
+            on_dout,
+            on_q,
+            on_k,
+            on_v,
+            lse,
+            delta,
+            dq,
+            tiles,
+            runs,
+            next,
+            count,
+            kv_heads,
+            window,
+            heads.scale(),
+        ];
+        let (kernel, bytes) = (self.backward_queries_kernel(), self.backward_queries_bytes());
+        gpu.launch(&kernel, self.grid(schedule), bytes, args)
+    }
+}
