@@ -30,7 +30,7 @@ pub struct Largest {
     pub forward: Vec<Size>,
     /// What a reference pass is over.
     pub reference: Reference,
-    /// Of the steps that are drawn those that are about as large as the largest, each once.
+    /// Of the steps that are drawn, each once.
     pub large: Vec<Size>,
     /// As `with_others`, all of them.
     pub large_with_others: Vec<[Size; 2]>,
@@ -150,9 +150,8 @@ impl Largest {
                 largest.reference.include(most + beside.rows, longest, without);
             }
         }
-        let most = largest.most_rows().rows;
-        largest.large = some_of(each.into_iter().filter(|size| 8 * size.rows >= 7 * most));
-        largest.large_with_others = some_of(each_with_others);
+        largest.large = last_of(each);
+        largest.large_with_others = last_of(each_with_others);
         // All held-out rows are one step.
         let Some(Stage { train, .. }) = stages.first() else { return largest };
         let all = |source: usize| {
@@ -211,11 +210,9 @@ impl Largest {
     }
 }
 
-/// At most [`SHAPES`].
-fn some_of<T>(all: impl IntoIterator<Item = T>) -> Vec<T> {
-    let all: Vec<T> = all.into_iter().collect();
-    let each = all.len().div_ceil(SHAPES).max(1);
-    all.into_iter().step_by(each).collect()
+/// At most [`SHAPES`], those with the most rows.
+fn last_of<T>(rising: BTreeSet<T>) -> Vec<T> {
+    rising.into_iter().rev().take(SHAPES).collect()
 }
 
 /// The micro-batches of a step.
