@@ -8,16 +8,20 @@
 // logprob_logits     computes a tile [TILE_M tokens, TILE_N entries] of the logits in registers, as `nt` of matmul.cu does,
 //                    and leaves of it, for each token and each strip of 64 entries (what one warp holds), the largest
 //                    logit and Σ e^(logit - largest). Whoever holds the target's entry notes its logit. With `weights`
-//                    it also leaves e^(logit - largest of the strip), in bf16.
-// logprob_combine    goes through a token's strips in a fixed order: logp, and ln Σ e^logit.
-// logprob_gradients  turns weights into g in place: -weight · e^(largest of the strip - ln Σ e^logit), and at the target
+//                    it also leaves e^(logit - c) in bf16, c as logprob.cuh says, and 0 for the target.
+// logprob_combine    goes through a token's strips in a fixed order: logp, and e^(c - ln Σ e^logit), with which weights become
+//                    probabilities. Where c differs from strip to strip, which takes logits beyond ±44, it makes the weights
+//                    of that token those of one c.
+// logprob_gradients  turns weights into dlogp · g in place, for products that know nothing of all this: -p, and at the target
 //                    1 - p = -expm1(logp), from f32: of a nearly certain token, the difference of two bf16 would have
 //                    no digit left.
 //
+// On Hopper g W needs no such pass: hopper_logprob_backward takes the weights as they are and scales sums instead.
+//
 // Why weights and not logits lie in memory: a logit of 20 in bf16 is wrong by 1/16 and its probability by 6 %; a
 // weight is wrong by 2⁻⁹ whatever the logit. Why they lie there at all, when the logits could be computed again once
-// ln Σ is known: that is a third product with the vocabulary, 2 H flops an entry, against writing, rewriting and
-// reading 2 bytes of it. With H = 4096 a GPU of 400 TFLOP/s and 3 TB/s needs 20 ps against 2.7. The host takes a
+// ln Σ is known: that is a third product with the vocabulary, 2 H flops an entry, against writing and reading 2 bytes of it.
+// With H = 4096 a GPU of 800 TFLOP/s and 3 TB/s needs 10 ps against 1.3. The host takes a
 // bounded number of tokens at a time (Head::tokens), over the whole vocabulary, so that the product g W sums in registers
 // and is rounded once.
 //
@@ -62,14 +66,15 @@ KERNEL(THREADS) logprob_logits(const bf16* h, const bf16* w, int hidden, const b
                 }
             largest = quad_max(largest);
             float shift = shift_of(largest), sum = 0.0f;
+            float scale = exp_fast(shift - weight_shift(largest));
 #pragma unroll
             for (int j = 0; j < ACROSS; j++) {
-                float low = exp2_fast((sums[i][j][2 * half] - shift) * LOG2_E);
-                float high = exp2_fast((sums[i][j][2 * half + 1] - shift) * LOG2_E);
+                float low = exp_fast(sums[i][j][2 * half] - shift), high = exp_fast(sums[i][j][2 * half + 1] - shift);
                 sum += low + high;
                 int column = first_column + 8 * j;
                 if (weights && row < tokens && column < pitch)
-                    *reinterpret_cast<uint32_t*>(weights + size_t(row) * pitch + column) = pack_bf16(low, high);
+                    *reinterpret_cast<uint32_t*>(weights + size_t(row) * pitch + column) =
+                        pack_bf16(column == target ? 0.0f : low * scale, column + 1 == target ? 0.0f : high * scale);
             }
             sum = quad_sum(sum);
             if (lane % 4 == 0 && row < tokens && strip < strip_count)
@@ -81,46 +86,58 @@ KERNEL(THREADS) logprob_logits(const bf16* h, const bf16* w, int hidden, const b
 DEVICE float2 together(float2 a, float2 b) {
     float largest = fmaxf(a.x, b.x);
     if (largest == NEG_INFINITY) return a;
-    return make_float2(largest, a.y * exp2_fast((a.x - largest) * LOG2_E) + b.y * exp2_fast((b.x - largest) * LOG2_E));
+    return make_float2(largest, a.y * exp_fast(a.x - largest) + b.y * exp_fast(b.x - largest));
 }
 
-// logp, lse [tokens]: a warp a token.
+// values · factor, eight of them.
+DEVICE void scale8(bf16* at, float factor) {
+    float values[8];
+    unpack8(load16(at), values);
+#pragma unroll
+    for (int i = 0; i < 8; i++) values[i] *= factor;
+    store16(at, pack8(values));
+}
+
+// logp, scales [tokens]: a warp a token. weights [tokens, pitch], or null.
 KERNEL(128) logprob_combine(const float* strips, const float* target_logits, const uint32_t* targets, float* logp,
-                            float* lse, int tokens, int vocab) {
+                            float* scales, bf16* weights, int tokens, int vocab, int pitch) {
     int row = int(blockIdx.x) * 4 + warp_index(), lane = lane_index();
     if (row >= tokens) return;
     int strip_count = divide_up(vocab, STRIP);
     auto of_row = reinterpret_cast<const float2*>(strips) + size_t(row) * strip_count;
     float2 sum = make_float2(NEG_INFINITY, 0.0f);
-    for (int strip = lane; strip < strip_count; strip += WARP) sum = together(sum, of_row[strip]);
+    float shifted = 0.0f;
+    for (int strip = lane; strip < strip_count; strip += WARP) {
+        sum = together(sum, of_row[strip]);
+        if (weight_shift(of_row[strip].x) != 0.0f) shifted = 1.0f;
+    }
 #pragma unroll
     for (int distance = WARP / 2; distance > 0; distance /= 2)
         sum = together(sum, make_float2(__shfl_xor_sync(ALL_LANES, sum.x, distance),
                                         __shfl_xor_sync(ALL_LANES, sum.y, distance)));
+    shifted = warp_max(shifted);
+    float log_sum = logf(sum.y), shift = shifted != 0.0f ? sum.x : 0.0f;
+    if (weights && shifted != 0.0f)
+        for (int column = 8 * lane; column < pitch; column += 8 * WARP)
+            scale8(weights + size_t(row) * pitch + column,
+                   exp_fast(weight_shift(of_row[column / STRIP].x) - shift));
     if (lane != 0) return;
     // Of a target outside the vocabulary there is no logit.
     float target = targets[row] < uint32_t(vocab) ? target_logits[row] : __uint_as_float(0x7fffffff);
-    float log_sum = logf(sum.y);
     // In this order a nearly certain token keeps its precision.
     logp[row] = (target - sum.x) - log_sum;
-    lse[row] = sum.x + log_sum;
+    scales[row] = exp_fast((shift - sum.x) - log_sum);
 }
 
 // weights [tokens, pitch] → dlogp · g in place; `dlogp` [tokens], or null for 1. A block a token.
-KERNEL(256) logprob_gradients(bf16* weights, const float* strips, const float* lse, const float* logp,
-                              const uint32_t* targets, const float* dlogp, int vocab, int pitch) {
+KERNEL(256) logprob_gradients(bf16* weights, const float* scales, const float* logp, const uint32_t* targets,
+                              const float* dlogp, int pitch) {
     size_t row = blockIdx.x;
-    int target = int(targets[row]), strip_count = divide_up(vocab, STRIP);
-    float factor = dlogp ? dlogp[row] : 1.0f, total = lse[row];
-    float of_target = -factor * expm1f(logp[row]);
-    for (int column = int(threadIdx.x) * 8; column < pitch; column += 256 * 8) {
-        float largest = strips[(row * strip_count + column / STRIP) * 2];
-        float scale = -factor * exp2_fast((largest - total) * LOG2_E), values[8];
-        bf16* at = weights + row * pitch + column;
-        unpack8(load16(at), values);
-#pragma unroll
-        for (int i = 0; i < 8; i++)
-            values[i] = column + i == target ? of_target : scale * values[i];
-        store16(at, pack8(values));
-    }
+    float factor = dlogp ? dlogp[row] : 1.0f, of_others = -factor * scales[row];
+    for (int column = int(threadIdx.x) * 8; column < pitch; column += 256 * 8)
+        scale8(weights + row * pitch + column, of_others);
+    // Whoever wrote there does so once more.
+    uint32_t target = targets[row];
+    if (target < uint32_t(pitch) && threadIdx.x == target / 8 % 256)
+        weights[row * pitch + target] = to_bf16(-factor * expm1f(logp[row]));
 }

@@ -1,7 +1,7 @@
 // Products of activations with a frozen weight, an adapter's up-projection inside:
 //
-//     nt   y [m, n] = x [m, k] w [n, k]ᵀ + u [m, r] b [n, r]ᵀ (+ bias [n]) (+ y)      a linear layer
-//     nn   dx[m, k] = dy[m, n] w [n, k]  + du[m, r] a [r, k]               (+ dx)     its gradient to the input
+//     nt   y [m, n] = x [m, k] w [n, k]ᵀ + u [m, r] b [n, r]ᵀ (+ bias [n]) (+ before [m, n])      a linear layer
+//     nn   dx[m, k] = dy[m, n] w [n, k]  + du[m, r] a [r, k]               (+ dx)                its gradient to the input
 //
 // Both are `out [rows, columns] = left [rows, depth] right`, summed in f32 over the depth and then over a second, short
 // pair of factors (Hu et al. 2021, "LoRA"): an adapter costs one more step of the same loop instead of reading and
@@ -16,9 +16,9 @@
 
 static_assert(TILE_M * TILE_N * sizeof(float) <= STAGES * STAGE_BYTES, "the sums take the place of the ring");
 
-// out (+)= sums + bias, through shared memory.
+// out = sums + bias + before, through shared memory.
 DEVICE void write_tile(unsigned char* shared, const float (&sums)[DOWN][ACROSS][4], Corner corner, const bf16* bias,
-                       bf16* out, int rows, int columns, bool add) {
+                       const bf16* before, bf16* out, int rows, int columns) {
     auto [row, column] = corner_of_warp();
     int lane = lane_index();
 #pragma unroll
@@ -44,31 +44,32 @@ DEVICE void write_tile(unsigned char* shared, const float (&sums)[DOWN][ACROSS][
             values[4 * half] = four.x, values[4 * half + 1] = four.y;
             values[4 * half + 2] = four.z, values[4 * half + 3] = four.w;
         }
-        bf16* to = out + size_t(out_row) * columns + out_column;
+        size_t at = size_t(out_row) * columns + out_column;
         if (bias) add_to(values, load16(bias + out_column));
-        if (add) add_to(values, load16(to));
-        store16(to, pack8(values));
+        if (before) add_to(values, load16(before + at));
+        store16(out + at, pack8(values));
     }
 }
 
 template <bool TRANSPOSED>
-DEVICE void product(Factors weight, Factors adapter, const bf16* bias, bf16* out, int rows, int columns, bool add) {
+DEVICE void product(Factors weight, Factors adapter, const bf16* bias, const bf16* before, bf16* out, int rows,
+                    int columns) {
     unsigned char* ring = dynamic_shared();
     Corner corner = corner_of(blockIdx.x, rows, columns);
     float sums[DOWN][ACROSS][4] = {};
     sum_products<TRANSPOSED>(ring, corner, weight, adapter, rows, columns, sums);
     // The sums are about to take the place of slices that others may still read.
     __syncthreads();
-    write_tile(ring, sums, corner, bias, out, rows, columns, add);
+    write_tile(ring, sums, corner, bias, before, out, rows, columns);
 }
 
-// rows, columns: of y; `rank` 0: no adapter; `bias` may be null; `add`: y is added to.
+// rows, columns: of y; `rank` 0: no adapter; `bias` and `before` may be null; `add`: what is added to is y itself.
 KERNEL(THREADS) nt(const bf16* x, const bf16* w, int depth, const bf16* u, const bf16* b, int rank, const bf16* bias,
-                   bf16* y, int rows, int columns, int add) {
-    product<true>({x, w, depth}, {u, b, rank}, bias, y, rows, columns, add != 0);
+                   const bf16* before, bf16* y, int rows, int columns, int add) {
+    product<true>({x, w, depth}, {u, b, rank}, bias, add ? y : before, y, rows, columns);
 }
 
 KERNEL(THREADS) nn(const bf16* dy, const bf16* w, int depth, const bf16* du, const bf16* a, int rank, bf16* dx,
                    int rows, int columns, int add) {
-    product<false>({dy, w, depth}, {du, a, rank}, nullptr, dx, rows, columns, add != 0);
+    product<false>({dy, w, depth}, {du, a, rank}, nullptr, add ? dx : nullptr, dx, rows, columns);
 }

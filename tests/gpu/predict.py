@@ -14,21 +14,25 @@ VOCABULARY, AT_A_TIME = 32000, 1024
 # Of an H100: operations and bytes a second that others have measured, multiprocessors.
 CEILING, COPY, PROCESSORS = 798e12, 3.0e12, 132
 # Guesses, to be replaced by what the first run says: the loop's operations a second, seconds to write a piece of 64 x 64 for each
-# warpgroup, to wait for one that is added to or read, and until the first tile's loads are there.
-LOOP, WRITE, READ, START = 840e12, 0.35e-6, 0.25e-6, 6e-6
+# warpgroup, to wait for one that is added to or read, to multiply one by an adapter's rank, and until the first tile's loads are there.
+LOOP, WRITE, READ, PROJECT, START = 840e12, 0.35e-6, 0.25e-6, 0.15e-6, 6e-6
 # Likewise of attention: two warpgroups that take turns, and as much work beside the products as forward has (FlashAttention-3 reaches
 # 650 where no task is short), or products of 64 columns of which both operands come from shared memory; seconds of a task in a
 # block with several, and of a block with one.
 FORWARD, BACKWARD, TASK, BLOCK = 620e12, 600e12, 1.5e-6, 2.5e-6
 # Shares of a copy's speed, for kernels that stream and for an adapter's gradients.
 STREAM, GRADIENT = 0.85, 0.80
+# Of a slice of 64, what an adapter of rank 16 multiplies.
+RANK = 16
+ADAPTER = RANK / 64
 
 
-def product(columns, depth, width=256, written=4, read=0, adapters=1, tokens=TOKENS):
-    """A tile of 256 columns of the weight makes `width` of the output; `written` and `read` are its pieces."""
+def product(columns, depth, width=256, written=4, read=0, adapters=1, projected=0, tokens=TOKENS):
+    """A tile of 256 columns of the weight makes `width` of the output; `written`, `read` and `projected` are its pieces."""
     tiles = ceil(tokens / 256) * ceil(columns / width)
-    slices = ceil(depth / 64) + adapters
-    tile = slices * (2 * 128 * 256 * 64) * PROCESSORS / LOOP + written * WRITE + read * READ
+    slices = ceil(depth / 64) + adapters * ADAPTER
+    pieces = written * WRITE + read * READ + projected * PROJECT
+    tile = slices * (2 * 128 * 256 * 64) * PROCESSORS / LOOP + pieces
     return START + ceil(tiles / (PROCESSORS // 2)) * tile
 
 
@@ -39,6 +43,18 @@ def operations(columns, depth, tokens=TOKENS):
 def moved(width, share=STREAM):
     """Two bytes for each of so many numbers a token."""
     return 2 * TOKENS * width / COPY / share
+
+
+class Product:
+    """`alone`: the same without adapters."""
+
+    def __init__(self, name, calls, columns, depth, tokens=TOKENS, alone=None, **tile):
+        self.name, self.calls = name, calls
+        self.seconds = product(columns, depth, tokens=tokens, **tile)
+        alone = {"adapters": 0, "projected": 0} | (alone or {})
+        self.without = product(columns, depth, tokens=tokens, **(tile | alone))
+        # A tile that is half gate and half up makes two outputs.
+        self.least = operations(columns * 256 // tile.get("width", 256), depth, tokens)
 
 
 def attention(products, own, met, speed, keys_own=False):
@@ -59,64 +75,69 @@ def visible(products):
     return products * 2 * HIDDEN * TOKENS * (TEXT + 1) / 2 / CEILING
 
 
-# Name, calls a layer, seconds of a call, and seconds at the ceiling; None where docs/kernels.md has it already.
+# Name, calls a layer, columns and depth.
+OF_HEAD = TOKENS / AT_A_TIME / LAYERS
 HOPPER = [
-    ("`hopper_nt_rope`: q", 1, product(HIDDEN, HIDDEN), operations(HIDDEN, HIDDEN)),
-    ("`hopper_nt_rope`: k", 1, product(KEYS, HIDDEN), operations(KEYS, HIDDEN)),
-    ("`hopper_nt`: v", 1, product(KEYS, HIDDEN), operations(KEYS, HIDDEN)),
-    ("`hopper_nt`: o, added", 1, product(HIDDEN, HIDDEN, read=4), operations(HIDDEN, HIDDEN)),
-    ("`hopper_nt_swiglu`: gate and up", 1, product(FEED, HIDDEN, width=128, written=6, adapters=2), operations(2 * FEED, HIDDEN)),
-    ("`hopper_nt`: down, added", 1, product(HIDDEN, FEED, read=4), operations(HIDDEN, FEED)),
-    ("`hopper_nn_swiglu_backward`: down", 1, product(FEED, HIDDEN, written=8, read=8), operations(FEED, HIDDEN)),
-    ("`hopper_nn`: gate", 1, product(HIDDEN, FEED), operations(HIDDEN, FEED)),
-    ("`hopper_nn`: up, added", 1, product(HIDDEN, FEED, read=4), operations(HIDDEN, FEED)),
-    ("`hopper_nn`: o", 1, product(HIDDEN, HIDDEN), operations(HIDDEN, HIDDEN)),
-    ("`hopper_nn`: q", 1, product(HIDDEN, HIDDEN), operations(HIDDEN, HIDDEN)),
-    ("`hopper_nn`: k, v, added", 2, product(HIDDEN, KEYS, read=4), operations(HIDDEN, KEYS)),
-    # Exponentials take about as long as a piece that is read.
-    ("`hopper_logprob_logits`, 1024 tokens", TOKENS / AT_A_TIME / LAYERS,
-     product(VOCABULARY, HIDDEN, read=4, adapters=0, tokens=AT_A_TIME), operations(VOCABULARY, HIDDEN, AT_A_TIME)),
-    ("`hopper_nn`: the head, 1024 tokens", TOKENS / AT_A_TIME / LAYERS,
-     product(HIDDEN, VOCABULARY, adapters=0, tokens=AT_A_TIME), operations(HIDDEN, VOCABULARY, AT_A_TIME)),
+    Product("`hopper_nt_rope`: q", 1, HIDDEN, HIDDEN),
+    Product("`hopper_nt_rope`: k", 1, KEYS, HIDDEN),
+    Product("`hopper_nt`: v", 1, KEYS, HIDDEN),
+    Product("`hopper_nt`: o, and the residual", 1, HIDDEN, HIDDEN, read=4),
+    Product("`hopper_nt_swiglu`: gate and up, and u of down", 1, FEED, HIDDEN, width=128, written=6, adapters=2, projected=2),
+    Product("`hopper_nt`: down, and the residual", 1, HIDDEN, FEED, read=4),
+    Product("`hopper_nn_swiglu_backward`: down, and its input", 1, FEED, HIDDEN, written=12, read=8, alone={"written": 8}),
+    Product("`hopper_nn`: gate and up", 1, HIDDEN, 2 * FEED, adapters=2),
+    Product("`hopper_nn`: o", 1, HIDDEN, HIDDEN),
+    Product("`hopper_nn`: q, k and v", 1, HIDDEN, HIDDEN + 2 * KEYS, adapters=3),
+    # Exponentials take about as long as a piece that is read, and so does the target's row of W.
+    Product("`hopper_logprob_logits`, 1024 tokens", OF_HEAD, VOCABULARY, HIDDEN, read=4, adapters=0, tokens=AT_A_TIME),
+    Product("`hopper_logprob_backward`, 1024 tokens", OF_HEAD, HIDDEN, VOCABULARY, read=4, adapters=0, tokens=AT_A_TIME),
 ]
+# Name, calls a layer, seconds of a call, and seconds at the ceiling.
 ATTENTION = [
     ("`hopper_attention_forward`", 1, attention(2, 128, 128, FORWARD), visible(2)),
     ("`hopper_attention_backward_keys`", 1, attention(4, 128, 64, BACKWARD, keys_own=True), visible(4)),
     ("`hopper_attention_backward_queries`", 1, attention(3, 128, 128, BACKWARD), visible(3)),
 ]
-# Of a layer: delta of attention, norms, what is normed and activated again for the adapters, copies, the rotation's
-# way back, and the adapters' short sides and gradients.
+# Of a layer: delta of attention, norms, the rotation's way back.
 PORTABLE = [
     ("attention's delta", moved(2 * HIDDEN)),
-    ("norms, forward, back and again", 4 * moved(2 * HIDDEN) + 2 * moved(4 * HIDDEN)),
-    ("activation again", moved(3 * FEED)),
-    ("copies", 2 * moved(2 * HIDDEN)),
+    ("norms, forward and back", 2 * moved(2 * HIDDEN) + 2 * moved(4 * HIDDEN)),
     ("rotation, back", moved(2 * (HIDDEN + KEYS))),
-    ("u", moved(6 * HIDDEN + FEED, GRADIENT)),
-    ("dA", moved(6 * HIDDEN + FEED, GRADIENT)),
+]
+# Of a layer, what adapters read: the inputs of q, k and v together, of o, and of gate and up together; u of down comes in parts of 128
+# columns, four bytes each, from the product that makes its input. All outputs for dB and du.
+ADAPTERS = [
+    ("u", moved(3 * HIDDEN, GRADIENT) + moved(FEED / 128 * RANK * 2)),
+    ("dA", moved(3 * HIDDEN + FEED, GRADIENT)),
     ("dB and du", moved(3 * HIDDEN + 2 * KEYS + 2 * FEED, GRADIENT)),
 ]
-# Once a step: the weights of the head's softmax become slopes, AdamW.
-ONCE = 2 * 2 * TOKENS * VOCABULARY / COPY / STREAM + 0.6e-3
+# Once a step: strips of the head's softmax, AdamW.
+ONCE = 2 * TOKENS * VOCABULARY / 64 * 8 / COPY / STREAM + 0.6e-3
 
 
 def main():
     print("| on Hopper | ms, at the ceiling | expected | measured | ms of a step |\n| --- | --- | --- | --- | --- |")
-    for name, calls, seconds, least in HOPPER + ATTENTION:
+    products = [(it.name, it.calls, it.seconds, it.least) for it in HOPPER]
+    for name, calls, seconds, least in products + ATTENTION:
         print(f"| {name} | {least * 1e3:.3f} | {seconds * 1e3:.3f} | — | {calls * seconds * LAYERS * 1e3:.1f} |")
     of_step = 0
-    for what, kernels in ("products", HOPPER), ("attention", ATTENTION):
+    for what, kernels in ("products", products), ("attention", ATTENTION):
         total = sum(calls * seconds for _, calls, seconds, _ in kernels) * LAYERS
         floor = sum(calls * seconds for _, calls, _, seconds in kernels) * LAYERS
         print(f"{what}: {total * 1e3:.0f} ms of a step, {floor / total:.1%} of the ceiling")
         of_step += total
+    head = HOPPER[-2].seconds + HOPPER[-1].seconds
+    print(f"head, forward and back: {4 * AT_A_TIME * VOCABULARY * HIDDEN / head / 1e12:.0f} TFLOP/s")
     ahead, back = ATTENTION[0][2], sum(seconds for _, _, seconds, _ in ATTENTION[1:]) + PORTABLE[0][1]
     print(f"attention forward: {visible(2) * CEILING / ahead / 1e12:.0f} TFLOP/s")
     print(f"attention backward, as of five products: {visible(5) * CEILING / back / 1e12:.0f} TFLOP/s")
-    for name, seconds in PORTABLE:
+    for name, seconds in PORTABLE + ADAPTERS:
         print(f"{name}: {seconds * LAYERS * 1e3:.1f} ms of a step")
-    step = of_step + sum(seconds for _, seconds in PORTABLE) * LAYERS + ONCE
+    step = of_step + sum(seconds for _, seconds in PORTABLE + ADAPTERS) * LAYERS + ONCE
+    inside = sum(it.calls * (it.seconds - it.without) for it in HOPPER) * LAYERS
+    adapters = inside + sum(seconds for _, seconds in ADAPTERS) * LAYERS
     print(f"a step: {step * 1e3:.0f} ms, {TOKENS / step:.0f} tokens a second")
+    print(f"adapters: {adapters * 1e3:.1f} ms, {adapters / step:.1%} of the step, {inside * 1e3:.1f} ms of it inside products")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 projection, texts of 4096 tokens, as predict.py has it for Mistral-7B. Weights and optimizer leave about 10 GiB, so that most layers
 are computed again on the way back, and what they are computed from waits in the machine's memory where that is too much, too.
 docs/kernels.md has the table that this prints; the choices are those of `uft check`, and a test holds them to it."""
-from predict import AT_A_TIME, COPY, GRADIENT, STREAM, operations, product
+from predict import AT_A_TIME, COPY, GRADIENT, RANK, STREAM, operations, product
 
 HIDDEN, KEYS, FEED, LAYERS, VOCABULARY, LENGTH = 5120, 1024, 27648, 64, 152064, 4096
 # As model.py has shapes.
@@ -16,7 +16,7 @@ FORWARD, BACK = 320e12, 250e12
 LINK = 50e9
 # Tokens of a micro-batch; of the layers that have not all kept, those whose gate and up alone are computed again and those that are
 # whole; and how many inputs of these wait in the machine's memory.
-CHOICES = [(4096, 61, 0, 0), (8192, 21, 43, 0), (16384, 0, 64, 14), (32768, 0, 64, 56)]
+CHOICES = [(4096, 61, 0, 0), (8192, 22, 42, 0), (16384, 0, 64, 8), (32768, 0, 64, 50)]
 
 
 def step(tokens, gates, whole, offloaded):
@@ -31,19 +31,19 @@ def step(tokens, gates, whole, offloaded):
     pairs = tokens * LENGTH / 2
     # All of a layer but its last product, which nothing needs again.
     again = (linear(HIDDEN, HIDDEN) + 2 * linear(KEYS, HIDDEN) + linear(HIDDEN, HIDDEN, read=4)
-             + linear(FEED, HIDDEN, width=128, written=6, adapters=2)
+             + linear(FEED, HIDDEN, width=128, written=6, adapters=2, projected=2)
              + 4 * pairs * HIDDEN / FORWARD
-             + 3 * moved(2 * HIDDEN) + moved(6 * HIDDEN + FEED, GRADIENT))
-    forward = again + linear(HIDDEN, FEED, read=4) + moved(2 * HIDDEN)
-    back = (linear(FEED, HIDDEN, written=8, read=8) + linear(HIDDEN, FEED) + linear(HIDDEN, FEED, read=4)
-            + 2 * linear(HIDDEN, HIDDEN) + 2 * linear(HIDDEN, KEYS, read=4)
+             + 2 * moved(2 * HIDDEN) + moved(3 * HIDDEN, GRADIENT) + moved(FEED / 128 * RANK * 2))
+    forward = again + linear(HIDDEN, FEED, read=4)
+    back = (linear(FEED, HIDDEN, written=12, read=8) + linear(HIDDEN, 2 * FEED, adapters=2)
+            + linear(HIDDEN, HIDDEN) + linear(HIDDEN, HIDDEN + 2 * KEYS, adapters=3)
             + 10 * pairs * HIDDEN / BACK
-            + 2 * moved(2 * HIDDEN) + 2 * moved(4 * HIDDEN) + moved(3 * FEED) + moved(2 * (HIDDEN + KEYS))
-            + moved(6 * HIDDEN + FEED, GRADIENT) + moved(3 * HIDDEN + 2 * KEYS + 2 * FEED, GRADIENT))
+            + 2 * moved(4 * HIDDEN) + moved(2 * (HIDDEN + KEYS))
+            + moved(3 * HIDDEN + FEED, GRADIENT) + moved(3 * HIDDEN + 2 * KEYS + 2 * FEED, GRADIENT))
     gate_and_up = 2 * linear(FEED, HIDDEN) + moved(2 * HIDDEN)
     head = tokens / AT_A_TIME * (product(VOCABULARY, HIDDEN, read=4, adapters=0, tokens=AT_A_TIME)
-                                 + product(HIDDEN, VOCABULARY, adapters=0, tokens=AT_A_TIME))
-    head += 2 * 2 * tokens * VOCABULARY / COPY / STREAM
+                                 + product(HIDDEN, VOCABULARY, read=4, adapters=0, tokens=AT_A_TIME))
+    head += 2 * tokens * VOCABULARY / 64 * 8 / COPY / STREAM
     total = LAYERS * (forward + back) + whole * again + gates * gate_and_up + head
     # A copy has a layer's time to arrive; where it needs longer, the GPU waits.
     copied = 2 * tokens * HIDDEN / LINK

@@ -32,10 +32,11 @@ fn gated<R: Real>([gate, up, dout]: [&Endless; 3], i: usize) -> [R; 3] {
 fn check_swiglu(n: usize) {
     let gpu = gpu(1);
     let [gate, up, dout] = [1, 2, 3].map(Endless::new);
-    let [on_gate, on_up, on_dout] = [&gate, &up, &dout].map(|x| x.uploaded(&gpu, n).unwrap());
-    let [mut out, mut dgate, mut dup] = [0; 3].map(|_| gpu.alloc(n).unwrap());
-    swiglu::cuda::forward(&gpu, &on_gate, &on_up, &mut out).unwrap();
-    swiglu::cuda::backward(&gpu, &on_dout, &on_gate, &on_up, &mut dgate, &mut dup).unwrap();
+    let [mut dgate, mut dup, on_dout] = [&gate, &up, &dout].map(|x| x.uploaded(&gpu, n).unwrap());
+    let [mut out, mut again] = [0; 2].map(|_| gpu.alloc(n).unwrap());
+    swiglu::cuda::forward(&gpu, &dgate, &dup, &mut out).unwrap();
+    swiglu::cuda::backward(&gpu, &on_dout, &mut dgate, &mut dup, Some(&mut again)).unwrap();
+    assert!(gpu.downloaded(&again).unwrap() == gpu.downloaded(&out).unwrap(), "out once more");
     let at = places(n, 3000, 4);
     let inputs = [&gate, &up, &dout];
     for (which, (name, found)) in

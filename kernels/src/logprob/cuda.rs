@@ -8,10 +8,11 @@ use crate::cuda::{
     blocks,
 };
 use crate::matmul::cuda::adapter::{
-    self, add_to_gradient_of_a, add_to_gradient_of_b, workspace_of_a, workspace_of_b,
+    self, GradientOfA, Input, Projected, add_to_gradient_of_b, add_to_gradients_of_a, project,
+    workspace_of_a, workspace_of_b,
 };
 use crate::matmul::cuda::hopper::{self, NARROW, Tile, WIDE};
-use crate::matmul::cuda::{Adapter, PRODUCT_HEADER, few, nn, nt};
+use crate::matmul::cuda::{Adapter, PRODUCT_HEADER, few, nn};
 use half::bf16;
 
 static SOURCE: Source = Source {
@@ -56,8 +57,13 @@ const fn hopper_logits(tile: Tile) -> Kernel {
     tile.kernel_of(&HOPPER_SOURCE, "hopper_logprob_logits")
 }
 
+const fn hopper_backward(tile: Tile) -> Kernel {
+    tile.kernel_of(&HOPPER_SOURCE, "hopper_logprob_backward")
+}
+
 /// Those that only Hopper has the instructions for.
-pub const HOPPER_KERNELS: &[Kernel] = &[hopper_logits(WIDE), hopper_logits(NARROW)];
+pub const HOPPER_KERNELS: &[Kernel] =
+    &[hopper_logits(WIDE), hopper_logits(NARROW), hopper_backward(WIDE), hopper_backward(NARROW)];
 
 /// The vocabulary as the products take it: rounded up to a multiple of 8.
 pub const fn padded(vocab: usize) -> usize {
@@ -136,9 +142,15 @@ pub fn forward_with_gradient(
         let rows = first..n.min(first + head.tokens);
         let (m, of_rows) = (rows.len(), rows.start * width..rows.end * width);
         let (hidden, targets) = (&hidden[of_rows.clone()], &targets[rows.clone()]);
-        let logp = &mut logp[rows];
+        let (logp, unit_grad) = (&mut logp[rows], &mut unit_grad[of_rows]);
+        let tile = Tile::of(gpu, entries, width).filter(|_| head.adapter.is_none());
+        if let Some(tile) = tile {
+            let mut weights = arena.take(m * entries)?;
+            let softmax = head.log_probs(gpu, arena, hidden, targets, Some(&mut weights), logp)?;
+            head.hopper_backward(gpu, tile, &weights, &softmax, targets, logp, unit_grad)?;
+            continue;
+        }
         let (slopes, _) = head.logit_gradients(gpu, arena, hidden, targets, None, logp)?;
-        let unit_grad = &mut unit_grad[of_rows];
         let Some(LowRank { a, b, rank, .. }) = head.adapter else {
             nn(gpu, &slopes, head.weight, unit_grad, m, entries, width, 0.0, None)?;
             continue;
@@ -216,56 +228,65 @@ pub fn adapter_backward(
                 gpu, &slopes, low, b, db, pulled, m, entries, rank, scale, &mut room,
             )?;
         }
-        let mut room = arena.take(workspace_of_a(m, width, rank))?;
-        add_to_gradient_of_a(gpu, &pulled, hidden, da, m, rank, width, &mut room)?;
+        let mut room = arena.take(workspace_of_a(m, width, &[rank]))?;
+        let of = &mut [GradientOfA { du: &pulled, da: &mut *da, rank }];
+        add_to_gradients_of_a(gpu, Input { x: hidden, norm: None }, of, m, width, &mut room)?;
     }
     Ok(())
 }
 
-/// What the softmax of some tokens is made from and comes to.
+/// What the softmax of some tokens comes to, besides log-probs and weights.
 struct Softmax {
-    /// `[m, ⌈V / 64⌉, 2]`.
-    strips: DeviceBuffer<f32>,
-    /// `[m]`: ln Σ e^logit.
-    lse: DeviceBuffer<f32>,
+    /// `[m]`: a weight times this is a probability.
+    scales: DeviceBuffer<f32>,
     /// `[m, R]`: A h, where there is an adapter.
     low: Option<DeviceBuffer<bf16>>,
 }
 
 impl Head<'_> {
-    /// Log-probs of at most [`Head::tokens`] tokens; `weights`: `[m, P]` receives e^(logit - largest of its
-    /// strip).
+    /// Log-probs of at most [`Head::tokens`] tokens; `weights`: `[m, P]` receives what is in proportion to the
+    /// probabilities, and 0 for the target.
     fn log_probs(
         &self,
         gpu: &Gpu,
         arena: &Arena,
         hidden: &DeviceSlice<bf16>,
         targets: &DeviceSlice<u32>,
-        weights: Option<&mut DeviceSlice<bf16>>,
+        mut weights: Option<&mut DeviceSlice<bf16>>,
         logp: &mut DeviceSlice<f32>,
     ) -> Result<Softmax> {
         let (m, width, vocab) = (targets.len(), self.hidden, self.vocab);
         let low = match self.adapter {
             None => None,
             Some(LowRank { a, rank, .. }) => {
-                let rank = adapter::padded(rank);
-                let mut low = arena.take(m * rank)?;
-                nt(gpu, hidden, a, &mut low, m, width, rank, 0.0, None, None)?;
+                let mut low = arena.take(m * adapter::padded(rank))?;
+                project(gpu, hidden, &mut [Projected { a, u: &mut low, rank }], m, width)?;
                 Some(low)
             }
         };
         let mut strips = arena.take::<f32>(m * vocab.div_ceil(STRIP) * 2)?;
-        let (mut target_logits, mut lse) = (arena.take::<f32>(m)?, arena.take::<f32>(m)?);
-        let sums = (&mut *strips, &mut *target_logits);
+        let (mut target_logits, mut scales) = (arena.take::<f32>(m)?, arena.take::<f32>(m)?);
+        let (sums, of_tile) = ((&mut *strips, &mut *target_logits), weights.as_deref_mut());
         match Tile::of(gpu, width, vocab) {
             Some(tile) => {
-                self.hopper_logits(gpu, tile, hidden, low.as_deref(), targets, weights, sums)?;
+                self.hopper_logits(gpu, tile, hidden, low.as_deref(), targets, of_tile, sums)?;
             }
-            None => self.logits(gpu, hidden, low.as_deref(), targets, weights, sums)?,
+            None => self.logits(gpu, hidden, low.as_deref(), targets, of_tile, sums)?,
         }
-        let args = args![&strips, &target_logits, targets, logp, &mut lse, m as i32, vocab as i32];
+        let (tokens, entries, pitch) = (m as i32, vocab as i32, padded(vocab) as i32);
+        let args = args![
+            &strips,
+            &target_logits,
+            targets,
+            logp,
+            &mut scales,
+            weights,
+            tokens,
+            entries,
+            pitch
+        ];
         gpu.launch(&COMBINE, [blocks(m, 4), 1, 1], 0, args)?;
-        Ok(Softmax { strips, lse, low })
+        Ok(Softmax { scales, low })
     }
 
     /// Strips and targets' logits, and weights if they are asked for; `low`: `[m, R]` where there is an adapter.
@@ -348,6 +369,38 @@ impl Head<'_> {
         gpu.launch(&hopper_logits(tile), grid, tile.shared_bytes(), args)
     }
 
+    /// `unit_grad`: `[m, H]` from what [`Self::log_probs`] left; W has no adapter.
+    fn hopper_backward(
+        &self,
+        gpu: &Gpu,
+        tile: Tile,
+        weights: &DeviceSlice<bf16>,
+        softmax: &Softmax,
+        targets: &DeviceSlice<u32>,
+        logp: &DeviceSlice<f32>,
+        unit_grad: &mut DeviceSlice<bf16>,
+    ) -> Result<()> {
+        let (m, width, entries) = (targets.len(), self.hidden, padded(self.vocab));
+        let [left, right, ..] =
+            hopper::maps(gpu, (weights, self.weight), None, (m, entries, width), None)?;
+        let out = gpu.tensor_map_mut(unit_grad, [m, width], hopper::PIECE)?;
+        let (tokens, depth, columns) = (m as i32, entries as i32, width as i32);
+        let args = args![
+            left,
+            right,
+            self.weight,
+            out,
+            targets,
+            logp,
+            &softmax.scales,
+            tokens,
+            depth,
+            columns
+        ];
+        let grid = tile.grid(gpu, m, width);
+        gpu.launch(&hopper_backward(tile), grid, tile.shared_bytes(), args)
+    }
+
     /// [`Self::log_probs`], and `dlogp dlogp_t / dlogits_t`: `[m, P]` with zeros after V entries, `dlogp`
     /// being 1 where it is `None`; and what the softmax has of an adapter.
     fn logit_gradients(
@@ -362,16 +415,7 @@ impl Head<'_> {
         let (m, entries) = (targets.len(), padded(self.vocab));
         let mut slopes = arena.take(m * entries)?;
         let softmax = self.log_probs(gpu, arena, hidden, targets, Some(&mut slopes), logp)?;
-        let args = args![
-            &mut slopes,
-            &softmax.strips,
-            &softmax.lse,
-            &*logp,
-            targets,
-            dlogp,
-            self.vocab as i32,
-            entries as i32,
-        ];
+        let args = args![&mut slopes, &softmax.scales, &*logp, targets, dlogp, entries as i32];
         gpu.launch(&GRADIENTS, [blocks(m, 1), 1, 1], 0, args)?;
         Ok((slopes, softmax.low))
     }

@@ -1,9 +1,9 @@
 //! The products on a device: bf16 in and out, sums in f32.
 //!
 //! ```text
-//! nt    y [m,n] = beta y  + x [m,k] w[n,k]ᵀ + u [m,r] b[n,r]ᵀ + bias [n]
+//! nt    y [m,n] = beta y  + x [m,k] w[n,k]ᵀ + u [m,r] b[n,r]ᵀ + bias [n]      or before [m,n] in the place of beta y
 //! few   the same for up to eight rows
-//! nn    dx[m,k] = beta dx + dy[m,n] w[n,k]  + du[m,r] a[r,k]
+//! nn    dx[m,k] = beta dx + dy[m,n] w[n,k]  + du[m,r] a[r,k]                  or a sum of several such
 //! ```
 //!
 //! The second product, an adapter's, is part of the first (see matmul.cu); its matrices are packed by
@@ -119,6 +119,21 @@ impl Way {
     }
 }
 
+/// What a product is added to.
+#[derive(Clone, Copy)]
+enum Before<'a> {
+    Nothing,
+    /// What it overwrites.
+    Itself,
+    Other(&'a DeviceSlice<bf16>),
+}
+
+impl Before<'_> {
+    fn of(op: &str, beta: f32) -> Self {
+        if adds(op, beta) { Self::Itself } else { Self::Nothing }
+    }
+}
+
 const fn few_kernel(most_rows: i64) -> Kernel {
     Kernel::new(&FEW, "few", 128).define("MOST_ROWS", most_rows)
 }
@@ -158,8 +173,8 @@ pub fn nt(
     bias: Option<&DeviceSlice<bf16>>,
     adapter: Option<Adapter>,
 ) -> Result<()> {
-    let way = Way::of(gpu, m, k, n);
-    nt_by(gpu, way, x, w, y, m, k, n, beta, bias, adapter)
+    let (way, before) = (Way::of(gpu, m, k, n), Before::of("nt", beta));
+    nt_by(gpu, way, x, w, before, y, m, k, n, bias, adapter)
 }
 
 fn nt_by(
@@ -167,11 +182,11 @@ fn nt_by(
     way: Way,
     x: &DeviceSlice<bf16>,
     w: &DeviceSlice<bf16>,
+    before: Before,
     y: &mut DeviceSlice<bf16>,
     m: usize,
     k: usize,
     n: usize,
-    beta: f32,
     bias: Option<&DeviceSlice<bf16>>,
     adapter: Option<Adapter>,
 ) -> Result<()> {
@@ -179,21 +194,30 @@ fn nt_by(
     assert_multiples_of_8("nt", [("k", k), ("n", n)]);
     assert_bias("nt", bias, n);
     Adapter::assert_fits("nt", adapter, m, n);
+    let (before, add) = match before {
+        Before::Nothing => (None, 0),
+        Before::Itself => (None, 1),
+        Before::Other(before) => (Some(before), 0),
+    };
+    if let Some(before) = before {
+        assert_shapes("nt", [("before", before.len(), m, n)]);
+    }
     if m * n == 0 {
         return Ok(());
     }
-    let add = adds("nt", beta);
     let tile = match way {
         Way::Portable(tile) => tile,
-        Way::Hopper(tile) => return hopper::nt(gpu, tile, x, w, y, m, k, n, add, bias, adapter),
+        Way::Hopper(tile) => {
+            return hopper::nt(gpu, tile, x, w, (before, add == 1), y, m, k, n, bias, adapter);
+        }
     };
     let (u, b, rank) = Adapter::parts(adapter);
-    let (rows, columns, add) = (m as i32, n as i32, i32::from(add));
+    let (rows, columns) = (m as i32, n as i32);
     gpu.launch(
         &tile.kernel("nt"),
         [tile.count(short(m), short(n)), 1, 1],
         tile.shared_bytes(),
-        args![x, w, k as i32, u, b, rank, bias, y, rows, columns, add],
+        args![x, w, k as i32, u, b, rank, bias, before, y, rows, columns, add],
     )
 }
 
@@ -239,7 +263,9 @@ fn nn_by(
     let add = adds("nn", beta);
     let tile = match way {
         Way::Portable(tile) => tile,
-        Way::Hopper(tile) => return hopper::nn(gpu, tile, dy, w, dx, m, n, k, add, adapter),
+        Way::Hopper(tile) => {
+            return hopper::nn(gpu, tile, &[Layer { dy, w, n, adapter }], dx, m, k, add);
+        }
     };
     let (du, a, rank) = Adapter::parts(adapter);
     let (rows, columns, add) = (m as i32, k as i32, i32::from(add));
@@ -249,6 +275,54 @@ fn nn_by(
         tile.shared_bytes(),
         args![dy, w, n as i32, du, a, rank, dx, rows, columns, add],
     )
+}
+
+/// What one of several layers has in [`nn_together`].
+#[derive(Clone, Copy)]
+pub struct Layer<'a> {
+    /// `[m, n]`.
+    pub dy: &'a DeviceSlice<bf16>,
+    /// `[n, k]`.
+    pub w: &'a DeviceSlice<bf16>,
+    pub n: usize,
+    pub adapter: Option<Adapter<'a>>,
+}
+
+/// `dx`: `[m, k]` becomes the sum of the [`nn`] of one to three layers that have one input. On compute capability 9.0 that is one
+/// product, rounded once; elsewhere one after the other is added.
+///
+/// # Errors
+/// Of the launches.
+///
+/// # Panics
+/// Shapes that do not fit.
+pub fn nn_together(
+    gpu: &Gpu,
+    layers: &[Layer],
+    dx: &mut DeviceSlice<bf16>,
+    m: usize,
+    k: usize,
+) -> Result<()> {
+    let op = "nn_together";
+    assert!((1..=adapter::SHARING).contains(&layers.len()), "{op}: {} layers", layers.len());
+    let ways = layers.iter().map(|layer| Way::of(gpu, m, layer.n, k));
+    let tile = ways.map(|way| if let Way::Hopper(tile) = way { Some(tile) } else { None });
+    // The columns are the same, and so are the tiles.
+    let Some(Some(tile)) = tile.reduce(|first, other| first.and(other)) else {
+        for (i, &Layer { dy, w, n, adapter }) in layers.iter().enumerate() {
+            nn(gpu, dy, w, dx, m, n, k, if i == 0 { 0.0 } else { 1.0 }, adapter)?;
+        }
+        return Ok(());
+    };
+    for Layer { dy, w, n, adapter } in layers {
+        assert_shapes(op, [("dy", dy.len(), m, *n), ("w", w.len(), *n, k), ("dx", dx.len(), m, k)]);
+        assert_multiples_of_8(op, [("n", *n), ("k", k)]);
+        Adapter::assert_fits(op, *adapter, m, k);
+    }
+    if m == 0 {
+        return Ok(());
+    }
+    hopper::nn(gpu, tile, layers, dx, m, k, false)
 }
 
 /// [`nt`] for at most [`FEW_ROWS`] rows, as when text is generated: w is read once, at the memory's speed.

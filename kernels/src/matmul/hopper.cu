@@ -1,7 +1,9 @@
 // The products of matmul.cu for Hopper: the same formulas, arguments and order of additions.
 //
-//     hopper_nt   y [m, n] = x [m, k] w [n, k]ᵀ + u [m, r] b [n, r]ᵀ (+ bias [n]) (+ y)
-//     hopper_nn   dx[m, k] = dy[m, n] w [n, k]  + du[m, r] a [r, k]               (+ dx)
+//     hopper_nt   y [m, n] = x [m, k] w [n, k]ᵀ + u [m, r] b [n, r]ᵀ (+ bias [n]) (+ before [m, n])
+//     hopper_nn   dx[m, k] = Σ dy[m, n] w [n, k]  + du[m, r] a [r, k]             (+ dx)
+//
+// The second for up to three layers that have one input: their depths are one behind the other, and dx is written once.
 //
 // The adapter's factors are one more slice of the depth, or as many as its rank has 64s; the copy engine fills up with zeros what a
 // box has beyond them.
@@ -9,10 +11,43 @@
 // Constants from outside: those of hopper_product.cuh.
 #include "hopper_product.cuh"
 
-// out (+)= sums + bias, 64 columns at a time. What is added to comes to the piece in which it is replaced; the first two are asked
-// for before the sums are made.
+// The terms of layers with one input: all weights' slices, then all adapters'. What is not there has a depth of 0.
+struct Layers {
+    static constexpr bool ALONG = false;
+    Linear<false> first, second, third;
+    int of_weight;
+
+    DEVICE static Layers of(const Linear<false>& first, const Linear<false>& second, const Linear<false>& third) {
+        return {first, second, third, first.of_weight + second.of_weight + third.of_weight};
+    }
+    DEVICE int slices() const { return first.slices() + second.slices() + third.slices(); }
+    DEVICE void prefetch() const { first.prefetch(); }
+    DEVICE int steps(int slice) const {
+        slice -= of_weight;
+        if (slice < first.of_adapter()) return steps_of(first.rank, slice);
+        slice -= first.of_adapter();
+        if (slice < second.of_adapter()) return steps_of(second.rank, slice);
+        return steps_of(third.rank, slice - second.of_adapter());
+    }
+    DEVICE void load(unsigned char* stage, Barrier* full, int2 corner, int slice) const {
+        if (slice < first.of_weight) return first.weight.load<false>(stage, full, corner, slice * TILE_K);
+        slice -= first.of_weight;
+        if (slice < second.of_weight) return second.weight.load<false>(stage, full, corner, slice * TILE_K);
+        slice -= second.of_weight;
+        if (slice < third.of_weight) return third.weight.load<false>(stage, full, corner, slice * TILE_K);
+        slice -= third.of_weight;
+        if (slice < first.of_adapter()) return first.adapter.load<false>(stage, full, corner, slice * TILE_K);
+        slice -= first.of_adapter();
+        if (slice < second.of_adapter()) return second.adapter.load<false>(stage, full, corner, slice * TILE_K);
+        slice -= second.of_adapter();
+        third.adapter.load<false>(stage, full, corner, slice * TILE_K);
+    }
+};
+
+// out = sums + bias + what was before, 64 columns at a time. The latter, which may be `out` itself, comes to the piece in which it is
+// replaced; the first two are asked for before the sums are made.
 struct Write {
-    const TensorMap& out;
+    const TensorMap &out, &old;
     // May be null.
     const bf16* bias;
     int columns;
@@ -23,7 +58,7 @@ struct Write {
         if (!add || part.thread != 0) return;
         tma_store_wait<0>(); // of the tile before
         for (int piece = 0; piece < 2; piece++)
-            if (column + 64 * piece < columns) ask_for(shared, part, piece, out, row, column + 64 * piece);
+            if (column + 64 * piece < columns) ask_for(shared, part, piece, old, row, column + 64 * piece);
     }
 
     DEVICE void write(const Shared& shared, Part part, const float (&sums)[TILE_N / 2], int row, int column) {
@@ -37,8 +72,8 @@ struct Write {
 #pragma unroll
             for (int group = 0; group < 8; group += 2) {
                 unsigned char* place = place_of(staged_piece(shared, part, at), part.thread, group);
-                uint32_t old[4] = {}, packed[4];
-                if (add) ldmatrix_x4(old, place);
+                uint32_t added[4] = {}, packed[4];
+                if (add) ldmatrix_x4(added, place);
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
                     int sum = 32 * piece + 4 * group + 2 * i;
@@ -49,7 +84,7 @@ struct Write {
                         value.x += more.x, value.y += more.y;
                     }
                     if (add) {
-                        float2 before = unpack_bf16(old[i]);
+                        float2 before = unpack_bf16(added[i]);
                         value.x += before.x, value.y += before.y;
                     }
                     packed[i] = pack_bf16(value.x, value.y);
@@ -59,21 +94,24 @@ struct Write {
             send(shared, part, at, out, row, first);
             if (add && piece + 2 < pieces && part.thread == 0) {
                 tma_store_wait<0>(); // or the old would land on the new
-                ask_for(shared, part, at, out, row, first + 128);
+                ask_for(shared, part, at, old, row, first + 128);
             }
         }
     }
 };
 
-// rows, columns: of y; `rank` 0: no adapter, and its maps are not read; `bias` may be null; `add`: y is added to.
-HOPPER_KERNEL(THREADS, CLUSTER) hopper_nt(TENSOR_MAP x, TENSOR_MAP w, TENSOR_MAP u, TENSOR_MAP b, const bf16* bias, TENSOR_MAP y,
-                                          int rows, int columns, int depth, int rank, int add) {
+// rows, columns: of y; `rank` 0: no adapter, and its maps are not read; `bias` may be null; not `add`: `before` is not read.
+HOPPER_KERNEL(THREADS, CLUSTER) hopper_nt(TENSOR_MAP x, TENSOR_MAP w, TENSOR_MAP u, TENSOR_MAP b, const bf16* bias,
+                                          TENSOR_MAP before, TENSOR_MAP y, int rows, int columns, int depth, int rank, int add) {
     product(Linear<true>::of({x, w}, depth, {u, b}, rank), Tiles::of(rows, columns, TILE_N),
-            Write{y, bias, columns, add != 0, 0});
+            Write{y, before, bias, columns, add != 0, 0});
 }
 
-HOPPER_KERNEL(THREADS, CLUSTER) hopper_nn(TENSOR_MAP dy, TENSOR_MAP w, TENSOR_MAP du, TENSOR_MAP a, TENSOR_MAP dx, int rows,
-                                          int columns, int depth, int rank, int add) {
-    product(Linear<false>::of({dy, w}, depth, {du, a}, rank), Tiles::of(rows, columns, TILE_N),
-            Write{dx, nullptr, columns, add != 0, 0});
+HOPPER_KERNEL(THREADS, CLUSTER) hopper_nn(TENSOR_MAP dy0, TENSOR_MAP w0, TENSOR_MAP du0, TENSOR_MAP a0, TENSOR_MAP dy1,
+                                          TENSOR_MAP w1, TENSOR_MAP du1, TENSOR_MAP a1, TENSOR_MAP dy2, TENSOR_MAP w2,
+                                          TENSOR_MAP du2, TENSOR_MAP a2, TENSOR_MAP dx, int rows, int columns, int depth0,
+                                          int rank0, int depth1, int rank1, int depth2, int rank2, int add) {
+    product(Layers::of(Linear<false>::of({dy0, w0}, depth0, {du0, a0}, rank0), Linear<false>::of({dy1, w1}, depth1, {du1, a1}, rank1),
+                       Linear<false>::of({dy2, w2}, depth2, {du2, a2}, rank2)),
+            Tiles::of(rows, columns, TILE_N), Write{dx, dx, nullptr, columns, add != 0, 0});
 }

@@ -28,6 +28,8 @@ constexpr int MULTIPLIERS = 2;
 constexpr int THREADS = (1 + MULTIPLIERS) * WARPGROUP_THREADS;
 constexpr int TILE_M = 64 * MULTIPLIERS;
 constexpr int TILE_K = 64;
+// Of the depth, for one product of the tensor cores.
+constexpr int STEP = 16;
 constexpr int PANELS = TILE_N / 64;
 // Registers of a thread that copies, and of one that multiplies: three warpgroups have 504 to share.
 constexpr int FEW = 40, MANY = 232;
@@ -123,17 +125,23 @@ struct Factors {
     }
 };
 
+// How many products of the tensor cores slice `slice` of a factor of this depth takes: an adapter's rank rarely fills one.
+DEVICE int steps_of(int depth, int slice) { return divide_up(min(depth - slice * TILE_K, TILE_K), STEP); }
+
 // What a tile is the sum of: the weight's slices and then the adapter's.
 template <bool ALONG_>
 struct Linear {
     static constexpr bool ALONG = ALONG_;
     Factors weight, adapter;
-    int of_weight, of_adapter;
+    int of_weight, rank;
 
     DEVICE static Linear of(Factors weight, int depth, Factors adapter, int rank) {
-        return {weight, adapter, divide_up(depth, TILE_K), divide_up(rank, TILE_K)};
+        return {weight, adapter, divide_up(depth, TILE_K), rank};
     }
-    DEVICE int slices() const { return of_weight + of_adapter; }
+    DEVICE int of_adapter() const { return divide_up(rank, TILE_K); }
+    DEVICE int slices() const { return of_weight + of_adapter(); }
+    // Of a slice after the weight's.
+    DEVICE int steps(int slice) const { return steps_of(rank, slice - of_weight); }
     DEVICE void prefetch() const {
         tma_prefetch(weight.left);
         tma_prefetch(weight.right);
@@ -171,25 +179,41 @@ struct Part {
     DEVICE void sync() const { named_barrier_sync(1 + index, WARPGROUP_THREADS); }
 };
 
-// The sums of the part's 64 rows of a tile, as `wgmma` holds them; there is at least one slice.
-template <bool ALONG>
-DEVICE void sum_slices(const Shared& shared, Turn& turn, int slices, Part part, float (&sums)[TILE_N / 2]) {
+// The sums of the part's 64 rows of a tile, as `wgmma` holds them; the weight has at least one slice.
+template <class Terms>
+DEVICE void sum_slices(const Shared& shared, Turn& turn, const Terms& terms, Part part, float (&sums)[TILE_N / 2]) {
+    constexpr bool ALONG = Terms::ALONG;
     int before = turn.stage;
-    for (int slice = 0; slice < slices; slice++, turn.next()) {
+    auto step = [&](int k, bool add) {
         unsigned char* stage = shared.ring + turn.stage * STAGE_BYTES;
         uint64_t left = descriptor_along(stage + part.index * PIECE_BYTES);
         uint64_t right = ALONG ? descriptor_along(stage + LEFT_BYTES) : descriptor_across(stage + LEFT_BYTES, PIECE_BYTES);
+        wgmma<false, !ALONG>(sums, advanced(left, 32 * k), advanced(right, ALONG ? 32 * k : 2048 * k), add);
+    };
+    int slice = 0;
+    for (; slice < terms.of_weight; slice++, turn.next()) {
         barrier_wait(shared.full + turn.stage, turn.parity);
         wgmma_fence();
 #pragma unroll
-        for (int k = 0; k < TILE_K / 16; k++)
-            wgmma<false, !ALONG>(sums, advanced(left, 32 * k), advanced(right, ALONG ? 32 * k : 2048 * k),
-                                 slice > 0 || k > 0);
+        for (int k = 0; k < TILE_K / STEP; k++) step(k, slice > 0 || k > 0);
         wgmma_commit();
         // The slice before has been read.
         wgmma_wait<1>();
         if (slice > 0) release(shared, before, part.thread);
         before = turn.stage;
+    }
+    // One product a turn: around a loop of as many as there are, the assembler would wait for each.
+    for (int k = 0; slice < terms.slices();) {
+        if (k == 0) barrier_wait(shared.full + turn.stage, turn.parity);
+        wgmma_fence();
+        step(k, true);
+        wgmma_commit();
+        wgmma_wait<1>();
+        if (k == 0) release(shared, before, part.thread);
+        before = turn.stage;
+        if (++k < terms.steps(slice)) continue;
+        k = 0, slice++;
+        turn.next();
     }
     wgmma_wait<0>();
     hold(sums);
@@ -276,7 +300,7 @@ DEVICE void product(const Terms& terms, Tiles tiles, Epilogue epilogue) {
             int row = corner.x + 64 * part.index;
             epilogue.before(shared, part, row, corner.y);
             float sums[TILE_N / 2];
-            sum_slices<Terms::ALONG>(shared, turn, terms.slices(), part, sums);
+            sum_slices(shared, turn, terms, part, sums);
             epilogue.write(shared, part, sums, row, corner.y);
         }
         if (part.thread == 0) tma_store_wait<0>(); // shared memory ends with the block

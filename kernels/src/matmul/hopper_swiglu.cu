@@ -3,11 +3,15 @@
 //     hopper_nt_swiglu             gate [m, i] = x [m, k] w_gate [i, k]ᵀ + u_gate [m, r] b_gate [i, r]ᵀ
 //                                  up   [m, i] = x [m, k] w_up   [i, k]ᵀ + u_up   [m, r] b_up   [i, r]ᵀ
 //                                  out  [m, i] = silu(gate) up
+//                                  u [m, r] = out a [r, i]ᵀ, the short side of an adapter of what reads `out`: its parts
 //     hopper_nn_swiglu_backward    dout [m, i] = dy [m, n] w [n, i] + du [m, r] a [r, i], not written
-//                                  dgate, dup [m, i] = dout times the slopes of silu(gate) up
+//                                  act  [m, i] = silu(gate) up, if asked for, as the adapter of w has it for its input
+//                                  gate, up [m, i] become dout times the slopes of silu(gate) up
 //
 // A tile of the first has 128 columns of gate and the same 128 of up beside them, so a thread holds both; in memory they are two
-// matrices. An adapter of one is a slice in which the other's half is zeros. The second reads gate and up while the sums are made.
+// matrices. An adapter of one is a slice in which the other's half is zeros. What is activated, packed for memory, is also the left
+// fragment of `mma`, so u costs no visit to `out`; each tile leaves its 128 columns' part of it in f32, and partials.cu adds the parts
+// in the order of the columns. The second kernel reads gate and up while the sums are made.
 // Whatever single kernels write to memory for the next one is rounded to bf16 here as well: the bits are the same.
 //
 // Constants from outside: those of hopper_product.cuh, with TILE_N 256.
@@ -22,9 +26,13 @@ DEVICE float2 rounded(float a, float b) { return unpack_bf16(pack_bf16(a, b)); }
 struct GateAndUp {
     static constexpr bool ALONG = true;
     const TensorMap &x, &w_gate, &w_up, &u_gate, &b_gate, &u_up, &b_up;
-    int of_weight, of_gate, of_up, columns;
+    int of_weight, of_gate, gate_rank, up_rank, columns;
 
-    DEVICE int slices() const { return of_weight + of_gate + of_up; }
+    DEVICE int slices() const { return of_weight + of_gate + divide_up(up_rank, TILE_K); }
+    DEVICE int steps(int slice) const {
+        slice -= of_weight;
+        return slice < of_gate ? steps_of(gate_rank, slice) : steps_of(up_rank, slice - of_gate);
+    }
     DEVICE void prefetch() const {
         tma_prefetch(x);
         tma_prefetch(w_gate);
@@ -50,13 +58,58 @@ struct GateAndUp {
     }
 };
 
+// Groups of 16 of the rank that u may have.
+constexpr int MOST_GROUPS = 2;
+
 struct Activate {
     const TensorMap &gate, &up, &out;
-    int columns;
+    // [16 groups, columns]; no groups: there is no u.
+    const bf16* a;
+    int groups;
+    // [tiles across, rows, 16 groups]
+    float* partial;
+    int rows, columns;
 
     DEVICE void before(const Shared&, Part, int, int) {}
 
+    // u += 16 columns of what is activated, from column `at` on, times a's.
+    DEVICE void project(Part part, const uint32_t (&left)[4], int at, float (&u)[MOST_GROUPS][2][4]) const {
+#pragma unroll
+        for (int group = 0; group < MOST_GROUPS; group++) {
+            if (group >= groups) break;
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const bf16* row = a + size_t(16 * group + 8 * half + part.thread % 32 / 4) * columns;
+                uint32_t right[2] = {};
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    int pair = at + 8 * i + part.thread % 4 * 2;
+                    if (pair < columns) right[i] = *reinterpret_cast<const uint32_t*>(row + pair);
+                }
+                mma_bf16(u[group][half], left, right);
+            }
+        }
+    }
+
+    DEVICE void write_u(Part part, const float (&u)[MOST_GROUPS][2][4], int row, int column) const {
+        float* tile = partial + size_t(column / WIDTH) * rows * 16 * groups;
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            int at = row + part.thread / 32 * 16 + part.thread % 32 / 4 + 8 * half;
+            if (at >= rows) continue;
+#pragma unroll
+            for (int group = 0; group < MOST_GROUPS; group++) {
+                if (group >= groups) break;
+#pragma unroll
+                for (int i = 0; i < 2; i++)
+                    *reinterpret_cast<float2*>(tile + (size_t(at) * groups + group) * 16 + 8 * i + part.thread % 4 * 2) =
+                        make_float2(u[group][i][2 * half], u[group][i][2 * half + 1]);
+            }
+        }
+    }
+
     DEVICE void write(const Shared& shared, Part part, const float (&sums)[TILE_N / 2], int row, int column) const {
+        float u[MOST_GROUPS][2][4] = {};
 #pragma unroll
         for (int piece = 0; piece < WIDTH / 64; piece++) {
             int first = column + 64 * piece;
@@ -70,29 +123,40 @@ struct Activate {
             await_place(part, false);
             fill_piece(staged_piece(shared, part, 1 - at), part, [&](int i) { return pack_bf16(ups[i], ups[i + 1]); });
             send(shared, part, 1 - at, up, row, first);
-            await_place(part, false);
-            fill_piece(staged_piece(shared, part, at), part, [&](int i) {
+            uint32_t activation[16];
+#pragma unroll
+            for (int i = 0; i < 32; i += 2) {
                 float2 g = rounded(gates[i], gates[i + 1]), u = rounded(ups[i], ups[i + 1]);
-                return pack_bf16(activated(g.x, u.x), activated(g.y, u.y));
-            });
+                activation[i / 2] = pack_bf16(activated(g.x, u.x), activated(g.y, u.y));
+            }
+            await_place(part, false);
+            fill_piece(staged_piece(shared, part, at), part, [&](int i) { return activation[i / 2]; });
             send(shared, part, at, out, row, first);
+#pragma unroll
+            for (int i = 0; i < 16; i += 4) {
+                const uint32_t left[4] = {activation[i], activation[i + 1], activation[i + 2], activation[i + 3]};
+                project(part, left, first + 4 * i, u);
+            }
         }
+        write_u(part, u, row, column);
     }
 };
 
 HOPPER_KERNEL(THREADS, CLUSTER) hopper_nt_swiglu(TENSOR_MAP x, TENSOR_MAP w_gate, TENSOR_MAP w_up, TENSOR_MAP u_gate,
                                                  TENSOR_MAP b_gate, TENSOR_MAP u_up, TENSOR_MAP b_up, TENSOR_MAP gate,
-                                                 TENSOR_MAP up, TENSOR_MAP out, int rows, int columns, int depth,
-                                                 int gate_rank, int up_rank) {
+                                                 TENSOR_MAP up, TENSOR_MAP out, const bf16* a, int groups, float* partial,
+                                                 int rows, int columns, int depth, int gate_rank, int up_rank) {
     GateAndUp terms = {x, w_gate, w_up, u_gate, b_gate, u_up, b_up, divide_up(depth, TILE_K), divide_up(gate_rank, TILE_K),
-                       divide_up(up_rank, TILE_K), columns};
-    product(terms, Tiles::of(rows, columns, WIDTH), Activate{gate, up, out, columns});
+                       gate_rank, up_rank, columns};
+    product(terms, Tiles::of(rows, columns, WIDTH), Activate{gate, up, out, a, groups, partial, rows, columns});
 }
 
-// gate and up come to the pieces in which their gradients replace them; two pairs of pieces are under way.
+// gate and up come to the pieces in which their gradients replace them; two pairs of pieces are under way. What is activated has a
+// piece of its own, the last.
 struct ActivateBackward {
-    const TensorMap &gate, &up, &dgate, &dup;
+    const TensorMap &gate, &up, &act;
     int columns;
+    bool with_act;
     uint32_t parities;
 
     DEVICE void ask(const Shared& shared, Part part, int piece, int row, int column) const {
@@ -101,8 +165,8 @@ struct ActivateBackward {
     }
 
     DEVICE void before(const Shared& shared, Part part, int row, int column) {
+        // The stores of the tile before have been waited for.
         if (part.thread != 0) return;
-        tma_store_wait<0>(); // of the tile before
         for (int piece = 0; piece < 2; piece++)
             if (column + 64 * piece < columns) ask(shared, part, piece, row, column);
     }
@@ -114,6 +178,7 @@ struct ActivateBackward {
             if (first >= columns) break;
             await_piece(shared, part, at, parities);
             await_piece(shared, part, at + 1, parities);
+            uint32_t activation[16];
 #pragma unroll
             for (int group = 0; group < 8; group += 2) {
                 unsigned char* of_gate = place_of(staged_piece(shared, part, at), part.thread, group);
@@ -126,25 +191,32 @@ struct ActivateBackward {
                     int sum = 32 * piece + 4 * group + 2 * i;
                     float2 dout = rounded(sums[sum], sums[sum + 1]), gates = unpack_bf16(g[i]), ups = unpack_bf16(u[i]);
                     float2 low = slopes(dout.x, gates.x, ups.x), high = slopes(dout.y, gates.y, ups.y);
+                    activation[2 * group + i] = pack_bf16(activated(gates.x, ups.x), activated(gates.y, ups.y));
                     g[i] = pack_bf16(low.x, high.x);
                     u[i] = pack_bf16(low.y, high.y);
                 }
                 stmatrix_x4(of_gate, g);
                 stmatrix_x4(of_up, u);
             }
-            send(shared, part, at, dgate, row, first);
-            send(shared, part, at + 1, dup, row, first);
-            if (column + 64 * (piece + 2) < columns && piece + 2 < PANELS && part.thread == 0) {
-                tma_store_wait<0>(); // or what is asked for would land on it
-                ask(shared, part, piece + 2, row, column);
+            send(shared, part, at, gate, row, first);
+            send(shared, part, at + 1, up, row, first);
+            if (part.thread == 0) {
+                tma_store_wait<0>(); // or what comes next would land on it
+                if (piece + 2 < PANELS && column + 64 * (piece + 2) < columns) ask(shared, part, piece + 2, row, column);
+            }
+            if (with_act) {
+                part.sync();
+                fill_piece(staged_piece(shared, part, STAGED - 1), part, [&](int i) { return activation[i / 2]; });
+                send(shared, part, STAGED - 1, act, row, first);
             }
         }
     }
 };
 
+// gate and up become their gradients; not `with_act`: `act` is not written.
 HOPPER_KERNEL(THREADS, CLUSTER) hopper_nn_swiglu_backward(TENSOR_MAP dy, TENSOR_MAP w, TENSOR_MAP du, TENSOR_MAP a,
-                                                          TENSOR_MAP gate, TENSOR_MAP up, TENSOR_MAP dgate, TENSOR_MAP dup,
-                                                          int rows, int columns, int depth, int rank) {
+                                                          TENSOR_MAP gate, TENSOR_MAP up, TENSOR_MAP act, int rows, int columns,
+                                                          int depth, int rank, int with_act) {
     product(Linear<false>::of({dy, w}, depth, {du, a}, rank), Tiles::of(rows, columns, TILE_N),
-            ActivateBackward{gate, up, dgate, dup, columns, 0});
+            ActivateBackward{gate, up, act, columns, with_act != 0, 0});
 }

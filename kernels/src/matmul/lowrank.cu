@@ -3,7 +3,8 @@
 //     c[p, r] = Σ_m v[m, p] u[m, r]        dA: v = x, u = du        dB: v = dy, u = u
 //     du[m, r] = Σ_n dy[m, n] b[n, r]      in the same visit to dy as dB, if WITH_DU
 //
-// They are limited by reading v (or dy), [tokens, columns], which is large while the rank is small. A block visits a slab of
+// They are limited by reading v (or dy), [tokens, columns], which is large while the rank is small. So dA is made for all
+// layers with one input together: u is then up to three matrices, taken as if they stood beside each other. A block visits a slab of
 // COLUMNS columns over a span of tokens, TOKENS at a time through a ring in shared memory, and keeps the
 // slab's sums [COLUMNS, RANK] in registers until the span ends; a warp owns an eighth of the slab. One slice:
 //
@@ -35,11 +36,30 @@ constexpr int STAGE_BYTES = V_BYTES + TOKENS * RANK * sizeof(bf16);
 
 static_assert(RANK % 16 == 0 && TOKENS % 16 == 0 && WARP_COLUMNS % 16 == 0, "sums are made of fragments");
 
-// [tokens, columns] and [tokens, pitch], of which the block takes RANK columns.
+// v [tokens, columns], and beside each other u [tokens, …] with `ranks` columns, of which the block takes RANK: the second begins at
+// column `second_at`, the third at `third_at`.
 struct Factors {
-    const bf16 *v, *u;
-    int tokens, columns, pitch;
+    const bf16 *v, *u[3];
+    int tokens, columns, second_at, third_at, ranks;
 };
+
+// Starts copying [TOKENS, RANK] from column `r` of u; zeros where it has ended.
+DEVICE void load_u(unsigned char* tile, const Factors& factors, int token, int last, int r) {
+    constexpr int CHUNKS = RANK / 8;
+    constexpr int STEP = THREADS / CHUNKS;
+    static_assert(THREADS % CHUNKS == 0, "a thread keeps to one column of chunks");
+    int chunk = int(threadIdx.x) % CHUNKS, first = int(threadIdx.x) / CHUNKS, column = r + 8 * chunk;
+    bool inside = column < factors.ranks, third = column >= factors.third_at, second = column >= factors.second_at;
+    const bf16* from = third ? factors.u[2] : second ? factors.u[1] : factors.u[0];
+    int begin = third ? factors.third_at : second ? factors.second_at : 0;
+    int end = third ? factors.ranks : second ? factors.third_at : factors.second_at;
+#pragma unroll
+    for (int i = 0; i < TOKENS; i += STEP) {
+        if (TOKENS % STEP != 0 && first + i >= TOKENS) break;
+        copy_async16(tile + swizzled<CHUNKS>(first + i, chunk),
+                     from + size_t(token + first + i) * (end - begin) + (column - begin), inside && token + first + i < last);
+    }
+}
 
 // sums += vᵀ u over a slice.
 DEVICE void add_slice(const unsigned char* stage, int column, float (&sums)[DOWN][ACROSS][4]) {
@@ -150,7 +170,7 @@ DEVICE void collect(Factors factors, const bf16* b, int span, float* partial, in
         int token = first + slice * TOKENS;
         if (slice < slices) {
             load_tile<TOKENS, COLUMNS, THREADS>(stage, factors.v, factors.columns, token, last, slab, factors.columns);
-            load_tile<TOKENS, RANK, THREADS>(stage + V_BYTES, factors.u, factors.pitch, token, last, r, factors.pitch);
+            load_u(stage + V_BYTES, factors, token, last, r);
         }
         copy_async_commit();
     };
@@ -186,10 +206,12 @@ DEVICE void collect(Factors factors, const bf16* b, int span, float* partial, in
             }
 }
 
-// v [tokens, columns], u [tokens, pitch], of which `rank` columns count. `partial`: for each span of `span` tokens a
-// matrix whose element (column, r) is at column · column_stride + r · rank_stride. WITH_DU, where pitch = RANK: b
+// v [tokens, columns], u as `Factors` says. `partial`: for each span of `span` tokens a matrix of `rank` columns of u whose
+// element (column, r) is at column · column_stride + r · rank_stride. WITH_DU, where ranks = RANK: b
 // [columns, RANK], and in `du_partial` for each slab its part of v b, [tokens, RANK].
-KERNEL(THREADS) gradient(const bf16* v, const bf16* u, const bf16* b, int tokens, int columns, int pitch, int span,
-                         float* partial, int rank, int column_stride, int rank_stride, float* du_partial) {
-    collect({v, u, tokens, columns, pitch}, b, span, partial, rank, column_stride, rank_stride, du_partial);
+KERNEL(THREADS) gradient(const bf16* v, const bf16* u0, const bf16* u1, const bf16* u2, int second_at, int third_at, int ranks,
+                         const bf16* b, int tokens, int columns, int span, float* partial, int rank, int column_stride,
+                         int rank_stride, float* du_partial) {
+    collect({v, {u0, u1, u2}, tokens, columns, second_at, third_at, ranks}, b, span, partial, rank, column_stride,
+            rank_stride, du_partial);
 }

@@ -1,7 +1,7 @@
 // What goes before and after an adapter's products, a thread for each element:
 //
 //     pack              a, b in f32  →  bf16, the rank filled up with zeros, b times the scale
-//     add_partials      gradient += scale Σ partials (of lowrank.cu)
+//     add_partials      gradients += scale Σ partials (of lowrank.cu)
 //     round_partials    du = bf16(Σ partials)
 //
 // Partials are added in the order of their numbers, by one thread, so the sum has the same bits every time.
@@ -17,10 +17,17 @@ DEVICE float sum_of(const float* partial, int parts, size_t length, size_t at) {
     return sum;
 }
 
-// gradient [length] += scale Σ partial [parts, length].
-KERNEL(THREADS) add_partials(const float* partial, int parts, size_t length, float scale, float* gradient) {
-    size_t at = element();
-    if (at < length) gradient[at] += scale * sum_of(partial, parts, length, at);
+// Gradient i, blockIdx.y, `length`s of numbers, += scale columns[at % width] Σ partial. Of a partial, `stride` numbers, gradient i
+// takes those from its `begin` on. `columns` may be null for 1.
+KERNEL(THREADS) add_partials(const float* partial, int parts, size_t stride, float scale, const bf16* columns, int width,
+                             float* gradient0, size_t length0, float* gradient1, size_t begin1, size_t length1,
+                             float* gradient2, size_t begin2, size_t length2) {
+    int i = int(blockIdx.y);
+    float* gradient = i == 0 ? gradient0 : i == 1 ? gradient1 : gradient2;
+    size_t at = element(), begin = i == 0 ? 0 : i == 1 ? begin1 : begin2;
+    if (at >= (i == 0 ? length0 : i == 1 ? length1 : length2)) return;
+    float factor = columns ? scale * to_float(columns[at % width]) : scale;
+    gradient[at] += factor * sum_of(partial, parts, stride, begin + at);
 }
 
 // du [length] = Σ partial [parts, length].

@@ -35,27 +35,29 @@ pub fn forward(
     gpu.launch(&FORWARD, [blocks(n, 256 * EACH), 1, 1], 0, args![gate, up, out, n])
 }
 
-/// [`super::backward`] in bf16. Overwrites `dgate` and `dup`.
+/// [`super::backward`] in bf16: `gate` and `up` become their gradients. Where `out` is given it is what [`forward`] made it, once
+/// more: who needs that on the way back has no need to keep it.
 ///
 /// # Errors
 /// The launch fails.
 pub fn backward(
     gpu: &Gpu,
     dout: &DeviceSlice<bf16>,
-    gate: &DeviceSlice<bf16>,
-    up: &DeviceSlice<bf16>,
-    dgate: &mut DeviceSlice<bf16>,
-    dup: &mut DeviceSlice<bf16>,
+    gate: &mut DeviceSlice<bf16>,
+    up: &mut DeviceSlice<bf16>,
+    out: Option<&mut DeviceSlice<bf16>>,
 ) -> Result<()> {
     let n = dout.len();
-    let lengths = [gate.len(), up.len(), dgate.len(), dup.len()];
-    assert_eq!(lengths, [n; 4], "swiglu: lengths differ from dout's");
-    assert_aligned("swiglu", [dout, gate, up, dgate, dup]);
+    let out_len = out.as_ref().map_or(n, |out| out.len());
+    assert_eq!([gate.len(), up.len(), out_len], [n; 3], "swiglu: lengths differ from dout's");
+    assert_aligned("swiglu", [dout, &*gate, &*up]);
+    if let Some(out) = &out {
+        assert_aligned("swiglu", [&**out]);
+    }
     if n == 0 {
         return Ok(());
     }
-    let args = args![dout, gate, up, dgate, dup, n];
-    gpu.launch(&BACKWARD, [blocks(n, 256 * EACH), 1, 1], 0, args)
+    gpu.launch(&BACKWARD, [blocks(n, 256 * EACH), 1, 1], 0, args![dout, gate, up, out, n])
 }
 
 #[cfg(test)]

@@ -3,9 +3,10 @@
 use crate::{Bench, Cost};
 use uft_kernels::cuda::{Arena, Result};
 use uft_kernels::matmul::cuda::adapter::{
-    add_to_gradient_of_a, add_to_gradient_of_b, padded, workspace_of_a, workspace_of_b,
+    GradientOfA, Input, Norm, Projected, add_to_gradient_of_b, add_to_gradients_of_a, padded,
+    project, workspace_of_a, workspace_of_b,
 };
-use uft_kernels::matmul::cuda::fused::{Weight, nn_swiglu_backward, nt_rope, nt_swiglu};
+use uft_kernels::matmul::cuda::fused::{Weight, nn_swiglu_backward, nt_added, nt_rope, nt_swiglu};
 use uft_kernels::matmul::cuda::{Adapter, few, nn, nt};
 use uft_kernels::rope::{Rope, cuda::Table};
 
@@ -23,6 +24,7 @@ pub fn measure(bench: &Bench) -> Result<()> {
         linear(bench, name, k, n)?;
     }
     with_neighbours(bench)?;
+    together(bench, hidden)?;
     one_token(bench, hidden, inner)
 }
 
@@ -50,7 +52,7 @@ fn linear(bench: &Bench, name: &str, k: usize, n: usize) -> Result<()> {
     if !cases.iter().any(|case| bench.wants(case)) {
         return Ok(());
     }
-    let [forward, backward, project, of_b, of_a] = cases;
+    let [forward, backward, of_u, of_b, of_a] = cases;
     let (gpu, m, r) = (&bench.gpu, bench.sizes.tokens, bench.sizes.rank);
     let pitch = padded(r);
     let (x, w, dy) = (bench.random(m * k)?, bench.random(n * k)?, bench.random(m * n)?);
@@ -58,7 +60,7 @@ fn linear(bench: &Bench, name: &str, k: usize, n: usize) -> Result<()> {
     let (mut y, mut dx) = (bench.empty(m * n)?, bench.empty(m * k)?);
     let (mut u, mut du) = (bench.random(m * pitch)?, bench.random(m * pitch)?);
     let (mut da, mut db) = (bench.random_f32(r * k)?, bench.random_f32(n * r)?);
-    let mut room_a = bench.empty::<f32>(workspace_of_a(m, k, r))?;
+    let mut room_a = bench.empty::<f32>(workspace_of_a(m, k, &[r]))?;
     let mut room_b = bench.empty::<f32>(workspace_of_b(m, n, r))?;
 
     let main = 2 * (m * k + n * k + m * n);
@@ -73,8 +75,8 @@ fn linear(bench: &Bench, name: &str, k: usize, n: usize) -> Result<()> {
         nn(gpu, &dy, &w, &mut dx, m, n, k, 0.0, part)
     });
     let cost = Cost { flops: 2 * m * k * r, bytes: 2 * (m * k + r * k + m * r) };
-    bench.case(&project, &mm("nt", m, k, r), cost, || {
-        nt(gpu, &x, &a, &mut u, m, k, pitch, 0.0, None, None)
+    bench.case(&of_u, &mm("nt", m, k, r), cost, || {
+        project(gpu, &x, &mut [Projected { a: &a, u: &mut u, rank: r }], m, k)
     });
     let peer = format!(r#"{{"op":"gradient_of_b","m":{m},"n":{n},"r":{r}}}"#);
     let cost = Cost { flops: 4 * m * n * r, bytes: 2 * (m * n + 2 * m * r + n * r) + 8 * n * r };
@@ -84,19 +86,53 @@ fn linear(bench: &Bench, name: &str, k: usize, n: usize) -> Result<()> {
     });
     let cost = Cost { flops: 2 * m * k * r, bytes: 2 * (m * k + m * r) + 8 * k * r };
     bench.case(&of_a, &mm("tn", r, m, k), cost, || {
-        add_to_gradient_of_a(gpu, &du, &x, &mut da, m, r, k, &mut room_a)
+        let of = &mut [GradientOfA { du: &du, da: &mut da, rank: r }];
+        add_to_gradients_of_a(gpu, Input { x: &x, norm: None }, of, m, k, &mut room_a)
+    });
+    Ok(())
+}
+
+/// What the adapters of queries, keys and values do with their one input, which a norm made.
+fn together(bench: &Bench, k: usize) -> Result<()> {
+    let [of_u, of_a] = ["u = x Aᵀ", "dA"].map(|op| format!("{op} q, k and v"));
+    if !bench.wants(&of_u) && !bench.wants(&of_a) {
+        return Ok(());
+    }
+    let (gpu, m, r) = (&bench.gpu, bench.sizes.tokens, bench.sizes.rank);
+    let pitch = padded(r);
+    let (x, weight, inv_rms) = (bench.random(m * k)?, bench.random(k)?, bench.random_f32(m)?);
+    let a = bench.random(pitch * k)?;
+    let mut u = [bench.random(m * pitch)?, bench.random(m * pitch)?, bench.random(m * pitch)?];
+    let cost = Cost { flops: 6 * m * k * r, bytes: 2 * (m * k + 3 * (r * k + m * r)) };
+    bench.case(&of_u, &mm("nt", m, k, 3 * r), cost, || {
+        let mut each = u.each_mut().map(|u| Projected { a: &a, u, rank: r });
+        project(gpu, &x, &mut each, m, k)
+    });
+    let mut da = [bench.random_f32(r * k)?, bench.random_f32(r * k)?, bench.random_f32(r * k)?];
+    let mut room = bench.empty::<f32>(workspace_of_a(m, k, &[r; 3]))?;
+    let cost = Cost { flops: 6 * m * k * r, bytes: 2 * (m * k + 3 * m * r) + 24 * k * r };
+    bench.case(&of_a, &mm("tn", 3 * r, m, k), cost, || {
+        let mut each = da.each_mut().into_iter().zip(&u);
+        let mut next = || each.next().expect("one of three");
+        let mut of = [next(), next(), next()].map(|(da, du)| GradientOfA { du, da, rank: r });
+        let norm = Some(Norm { weight: &weight, inv_rms: &inv_rms });
+        add_to_gradients_of_a(gpu, Input { x: &x, norm }, &mut of, m, k, &mut room)
     });
     Ok(())
 }
 
 /// Products with what stands next to them, which on Hopper is one kernel. Peers multiply alone.
 fn with_neighbours(bench: &Bench) -> Result<()> {
-    let cases =
-        ["nt with rotation, q", "nt with activation, gate and up", "nn with activation, down"];
+    let cases = [
+        "nt with rotation, q",
+        "nt with residual, o",
+        "nt with activation, gate and up",
+        "nn with activation, down",
+    ];
     if !cases.iter().any(|case| bench.wants(case)) {
         return Ok(());
     }
-    let [rotate, activate, activate_backward] = cases;
+    let [rotate, add, activate, activate_backward] = cases;
     let (gpu, sizes, m, r) = (&bench.gpu, &bench.sizes, bench.sizes.tokens, bench.sizes.rank);
     let (hidden, inner, queries) = (sizes.hidden, sizes.intermediate, sizes.heads.query_width());
     let pitch = padded(r);
@@ -116,29 +152,39 @@ fn with_neighbours(bench: &Bench) -> Result<()> {
         nt_rope(gpu, &x, weight, &mut y, m, hidden, queries, &table, &positions)
     });
 
+    // The queries' shape once more: to hidden from as many.
+    let before = bench.random(m * queries)?;
+    let flops = 2 * m * queries * (hidden + r) + m * queries;
+    let bytes = 2 * (m * hidden + queries * hidden + 2 * m * queries + (m + queries) * r);
+    bench.case(add, &mm("nt", m, hidden, queries), Cost { flops, bytes }, || {
+        let adapter = Some(Adapter { left: &u, right: &b[..queries * pitch], rank: r });
+        let weight = Weight { w: &w, bias: None, adapter };
+        nt_added(gpu, &x, weight, &before, &mut y, m, hidden, queries)
+    });
+
     let (gate_w, up_w) = (bench.random(inner * hidden)?, bench.random(inner * hidden)?);
     let (mut gate, mut up) = (bench.random(m * inner)?, bench.random(m * inner)?);
-    let mut out = bench.empty(m * inner)?;
-    let flops = 4 * m * inner * (hidden + r) + 5 * m * inner;
-    let bytes = 2 * (m * hidden + 2 * inner * hidden + 3 * m * inner + 2 * (m + inner) * r);
+    let (mut out, mut of_out) = (bench.empty(m * inner)?, bench.empty(m * pitch)?);
+    let a = bench.random(pitch * inner)?;
+    // Room for what is made on the way from one to the other, where that is more than one kernel, and for u's parts.
+    let arena = Arena::new(gpu, (2 * m * inner).max(m * inner / 128 * pitch * 4) + (1 << 20))?;
+    let flops = 4 * m * inner * (hidden + r) + 5 * m * inner + 2 * m * inner * r;
+    let bytes = 2 * (m * hidden + 2 * inner * hidden + 3 * m * inner + (3 * m + 3 * inner) * r);
     bench.case(activate, &mm("nt", m, hidden, 2 * inner), Cost { flops, bytes }, || {
         let adapter = Some(Adapter { left: &u, right: &b[..inner * pitch], rank: r });
         let weights = [&gate_w, &up_w].map(|w| Weight { w, bias: None, adapter });
-        nt_swiglu(gpu, &x, weights, &mut gate, &mut up, &mut out, m, hidden, inner)
+        let next = Some(Projected { a: &a, u: &mut of_out, rank: r });
+        let (gate, up, out) = (&mut gate, &mut up, &mut out);
+        nt_swiglu(gpu, &arena, &x, weights, gate, up, out, next, m, hidden, inner)
     });
 
-    // The way back through down: w [hidden, inner].
-    let (a, mut dgate, mut dup) =
-        (bench.random(pitch * inner)?, bench.empty(m * inner)?, bench.empty(m * inner)?);
-    let arena = Arena::new(gpu, 2 * m * inner)?;
-    let flops = 2 * m * inner * (hidden + r) + 10 * m * inner;
-    let bytes = 2 * (m * hidden + inner * hidden + 4 * m * inner + (m + inner) * r);
+    // The way back through down: w [hidden, inner], and its input once more for an adapter.
+    let flops = 2 * m * inner * (hidden + r) + 11 * m * inner;
+    let bytes = 2 * (m * hidden + inner * hidden + 5 * m * inner + (m + inner) * r);
     bench.case(activate_backward, &mm("nn", m, hidden, inner), Cost { flops, bytes }, || {
         let adapter = Some(Adapter { left: &u, right: &a, rank: r });
-        let (dgate, dup) = (&mut dgate, &mut dup);
-        nn_swiglu_backward(
-            gpu, &arena, &x, &gate_w, adapter, &gate, &up, dgate, dup, m, hidden, inner,
-        )
+        let (gate, up, act) = (&mut gate, &mut up, Some(&mut *out));
+        nn_swiglu_backward(gpu, &arena, &x, &gate_w, adapter, gate, up, act, m, hidden, inner)
     });
     Ok(())
 }

@@ -221,11 +221,27 @@ impl Gradients {
 
     /// Those at a place of [`Lora::index`].
     pub fn at(&mut self, index: usize) -> Grad<'_> {
-        let [a, b] = self.layout.places[index].clone();
-        let adapter = &self.layout.lora.adapters[index];
-        let len = rows_of_b(adapter.site, adapter.outputs) * adapter.rank;
-        let (first, second) = self.numbers.split_at_mut(b.start);
-        Grad { a: &mut first[a], b: &mut second[..len] }
+        let [grad] = self.each([Some(index)]);
+        grad.expect("it was asked for")
+    }
+
+    /// Those at several places, which ascend.
+    pub fn each<const N: usize>(&mut self, indices: [Option<usize>; N]) -> [Option<Grad<'_>>; N] {
+        let Layout { lora, places, .. } = &*self.layout;
+        let (mut rest, mut start) = (Some(&mut *self.numbers), 0);
+        let mut take = |place: Range<usize>| {
+            let rest_of_all = rest.take().expect("it is put back");
+            let (own, after) = rest_of_all.split_at_mut(place.end - start);
+            let own = &mut own[place.start - start..];
+            (rest, start) = (Some(after), place.end);
+            own
+        };
+        indices.map(|index| {
+            let [a, b] = places[index?].clone();
+            let adapter = &lora.adapters[index?];
+            let len = rows_of_b(adapter.site, adapter.outputs) * adapter.rank;
+            Some(Grad { a: take(a), b: take(b.start..b.start + len) })
+        })
     }
 
     /// What they are now.

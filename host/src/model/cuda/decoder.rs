@@ -360,7 +360,7 @@ impl Decoder {
             // What the block below left in the host's memory comes while this one is on its way back.
             next = self.fetched(layers.pop())?;
             let input_needed = layer.index > lowest || !self.options.skipped_gradients;
-            let tape = match kept {
+            let mut tape = match kept {
                 Kept::Tape(mut tape) => {
                     layer.gate_and_up_again(&mut tape, lora, with)?;
                     *tape
@@ -369,7 +369,7 @@ impl Decoder {
                 Kept::Fetched(copying) => layer.again(copying.wait()?, &batch, lora, with)?,
                 Kept::Offloaded(_) => unreachable!("it is fetched before its turn"),
             };
-            match layer.backward(d, &tape, &batch, input_needed, lora, grads, with)? {
+            match layer.backward(d, &mut tape, &batch, input_needed, lora, grads, with)? {
                 Some(below) => d = below,
                 None => break,
             }

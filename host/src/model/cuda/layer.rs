@@ -4,14 +4,15 @@
 use super::Context;
 use super::adapters::{Adapter, Adapters, Gradients};
 use super::batch::{Batch, DeviceLayout};
-use super::linear::{Linear, Trained};
+use super::linear::{self, Linear, Output, Trained, parts, project};
 use super::tape::{AttentionInputs, HeadNorm, LayerTape, Outputs};
 use crate::Result;
 use crate::model::targets::{Projection, Site};
 use crate::model::weights;
 use half::bf16;
 use uft_kernels::cuda::{DeviceBuffer, DeviceSlice};
-use uft_kernels::{attention, embedding, rmsnorm, rope};
+use uft_kernels::matmul::cuda::adapter::{Input, Norm};
+use uft_kernels::{attention, embedding, rmsnorm, rope, swiglu};
 
 type Buffer = DeviceBuffer<bf16>;
 
@@ -35,8 +36,8 @@ impl Layer {
         lora: Option<&Adapters>,
         with: Context,
     ) -> Result<(Buffer, LayerTape)> {
-        let (mut tape, act) = self.before_down(x, batch, lora, with)?;
-        let y = self.last_product(&mut tape.outputs, &act, lora, with)?;
+        let (tape, act) = self.before_down(x, batch, lora, with)?;
+        let y = self.last_product(&tape.outputs, &act, lora, with)?;
         Ok((y, tape))
     }
 
@@ -48,11 +49,7 @@ impl Layer {
         lora: &Adapters,
         with: Context,
     ) -> Result<LayerTape> {
-        let (mut tape, act) = self.before_down(x, batch, Some(lora), with)?;
-        if let Some(adapter) = self.adapter(Down, Some(lora)) {
-            tape.outputs.u[3] = Some(self.down.project(&act, adapter, with)?);
-        }
-        Ok(tape)
+        Ok(self.before_down(x, batch, Some(lora), with)?.0)
     }
 
     /// Gate and up once more, bit for bit, where the tape was kept without them.
@@ -68,17 +65,20 @@ impl Layer {
         }
         let rows = inv_rms.len();
         let h = normed(mid, &self.mlp_norm, rows, with)?;
-        let again = |linear: &Linear, projection, u: &Option<Buffer>| -> Result<Buffer> {
-            let mut y = with.take(rows * with.config.intermediate)?;
-            let adapter = self.adapter(projection, Some(lora));
-            linear.product(&h, adapter, u, &mut y, 0.0, with)?;
-            Ok(y)
-        };
-        *gate_and_up = Some([again(&self.gate, Gate, &u[1])?, again(&self.up, Up, &u[2])?]);
+        let [mut gate, mut up] = [
+            with.take(rows * with.config.intermediate)?,
+            with.take(rows * with.config.intermediate)?,
+        ];
+        let adapters = [None, Some(Gate), Some(Up), None]
+            .map(|projection| self.adapter(projection?, Some(lora)));
+        let [_, of_gate, of_up, _] = parts(adapters, u);
+        self.gate.forward(&h, of_gate, &mut gate, with)?;
+        self.up.forward(&h, of_up, &mut up, with)?;
+        *gate_and_up = Some([gate, up]);
         Ok(())
     }
 
-    /// Everything but the last product, whose input `[N, I]` comes second; the tape lacks what that one keeps.
+    /// Everything but the last product, whose input `[N, I]` comes second.
     fn before_down(
         &self,
         x: Buffer,
@@ -119,20 +119,21 @@ impl Layer {
         let mut k = with.take(rows * key_width)?;
         let mut v = with.take(rows * key_width)?;
         let mut head_norms = None;
-        let [for_q, for_k, for_v] = [Q, K, V].map(|projection| self.adapter(projection, lora));
-        let (u_q, u_k);
+        let adapters = [Q, K, V].map(|projection| self.adapter(projection, lora));
+        let u = project(&h, adapters, with)?;
+        let [of_q, of_k, of_v] = parts(adapters, &u);
         if let Some([q_norm, k_norm]) = &self.head_norms {
-            u_q = self.q.forward(&h, for_q, &mut q, 0.0, with)?;
-            u_k = self.k.forward(&h, for_k, &mut k, 0.0, with)?;
+            self.q.forward(&h, of_q, &mut q, with)?;
+            self.k.forward(&h, of_k, &mut k, with)?;
             head_norms = Some([head_norm(&mut q, q_norm, with)?, head_norm(&mut k, k_norm, with)?]);
             rope::cuda::forward(gpu, with.rope, &mut q, config.heads.heads, positions)?;
             rope::cuda::forward(gpu, with.rope, &mut k, config.heads.kv_heads, positions)?;
         } else {
-            u_q = self.q.forward_rotated(&h, for_q, &mut q, positions, with)?;
-            u_k = self.k.forward_rotated(&h, for_k, &mut k, positions, with)?;
+            self.q.forward_rotated(&h, of_q, &mut q, positions, with)?;
+            self.k.forward_rotated(&h, of_k, &mut k, positions, with)?;
         }
-        let u_v = self.v.forward(&h, for_v, &mut v, 0.0, with)?;
-        Ok(AttentionInputs { inv_rms, q, k, v, head_norms, u: [u_q, u_k, u_v] })
+        self.v.forward(&h, of_v, &mut v, with)?;
+        Ok(AttentionInputs { inv_rms, q, k, v, head_norms, u })
     }
 
     /// What follows the attention, up to the last product, whose input `[N, I]` comes second. `x`: `[N, H]`, `attended`:
@@ -146,8 +147,10 @@ impl Layer {
     ) -> Result<(Outputs, Buffer)> {
         let (config, gpu) = (with.config, with.gpu);
         let rows = x.len() / config.hidden;
-        let mut mid = with.copy(x)?;
-        let u_o = self.o.forward(attended, self.adapter(O, lora), &mut mid, 1.0, with)?;
+        let of_o = [self.adapter(O, lora)];
+        let u_o = project(attended, of_o, with)?;
+        let mut mid = with.take(x.len())?;
+        self.o.forward_added(attended, parts(of_o, &u_o)[0], x, &mut mid, with)?;
         let (mut h, mut inv_rms) = (with.take(x.len())?, with.take_f32(rows)?);
         rmsnorm::cuda::forward(gpu, &mid, &self.mlp_norm, config.norm_eps, &mut h, &mut inv_rms)?;
         let mut gate = with.take(rows * config.intermediate)?;
@@ -155,22 +158,28 @@ impl Layer {
         let mut act = with.take(gate.len())?;
         let (layers, adapters) =
             ([&self.gate, &self.up], [Gate, Up].map(|projection| self.adapter(projection, lora)));
-        let [u_gate, u_up] =
-            Linear::forward_activated(layers, &h, adapters, &mut gate, &mut up, &mut act, with)?;
-        let (gate_and_up, u) = (Some([gate, up]), [u_o, u_gate, u_up, None]);
+        let u = project(&h, adapters, with)?;
+        let (of_both, of_down) = (parts(adapters, &u), self.adapter(Down, lora));
+        let (gates, ups, acts) = (&mut gate, &mut up, &mut act);
+        let u_down =
+            Linear::forward_activated(layers, &h, of_both, gates, ups, acts, of_down, with)?;
+        let ([u_o], [u_gate, u_up]) = (u_o, u);
+        let (gate_and_up, u) = (Some([gate, up]), [u_o, u_gate, u_up, u_down]);
         Ok((Outputs { mid, inv_rms, gate_and_up, u }, act))
     }
 
     /// y: `[N, H]`.
     fn last_product(
         &self,
-        outputs: &mut Outputs,
+        outputs: &Outputs,
         act: &DeviceSlice<bf16>,
         lora: Option<&Adapters>,
         with: Context,
     ) -> Result<Buffer> {
-        let mut y = with.copy(&outputs.mid)?;
-        outputs.u[3] = self.down.forward(act, self.adapter(Down, lora), &mut y, 1.0, with)?;
+        let Outputs { mid, u, .. } = outputs;
+        let [.., of_down] = parts([None, None, None, self.adapter(Down, lora)], u);
+        let mut y = with.take(mid.len())?;
+        self.down.forward_added(act, of_down, mid, &mut y, with)?;
         Ok(y)
     }
 
@@ -207,16 +216,16 @@ impl Layer {
             &mut partial,
             &mut attended,
         )?;
-        let (mut outputs, act) = self.outputs(&x, &attended, lora, with)?;
-        self.last_product(&mut outputs, &act, lora, with)
+        let (outputs, act) = self.outputs(&x, &attended, lora, with)?;
+        self.last_product(&outputs, &act, lora, with)
     }
 
     /// Turns `d`, the gradient to the block's output `[N, H]`, into that to its input `[T, H]`,
-    /// which is `None` where `input_needed` is false. Adds to the adapters' gradients.
+    /// which is `None` where `input_needed` is false. Adds to the adapters' gradients; of the tape, gate and up are overwritten.
     pub fn backward(
         &self,
         mut d: Buffer,
-        tape: &LayerTape,
+        tape: &mut LayerTape,
         batch: &Batch,
         input_needed: bool,
         lora: &Adapters,
@@ -228,7 +237,7 @@ impl Layer {
         let mut back = Back { layer: self.index, lora, grads, with };
         let below_o = input_needed || back.any(&[Q, K, V]);
         let below_mlp = below_o || back.any(&[O]);
-        if !self.mlp_backward(&mut d, &tape.outputs, below_mlp, &mut back)? {
+        if !self.mlp_backward(&mut d, &mut tape.outputs, below_mlp, &mut back)? {
             return Ok(None);
         }
 
@@ -236,9 +245,9 @@ impl Layer {
         let gathered = gathered.transpose()?;
         let attended = gathered.as_ref().unwrap_or(&tape.attended);
         let mut dattended = below_o.then(|| with.take(attended.len())).transpose()?;
-        let u = &tape.outputs.u[0];
-        let dx = dattended.as_deref_mut().map(|dx| (dx, 0.0));
-        back.linear(&self.o, O, &d, Some(attended), u, dx)?;
+        let input = Input { x: attended, norm: None };
+        let outputs = [(&self.o, O, &*d, &tape.outputs.u[0])];
+        back.layers(input, outputs, dattended.as_deref_mut())?;
         let Some(mut dattended) = dattended else { return Ok(None) };
         if let Some(rows) = needed {
             for (gradient, width) in
@@ -282,18 +291,11 @@ impl Layer {
             }
         }
 
-        let each = [(&self.q, Q, &dq, &u[0]), (&self.k, K, &dk, &u[1]), (&self.v, V, &dv, &u[2])];
-        // Only adapters read what was normed.
-        let h = match back.any(&[Q, K, V]) {
-            true => Some(normed(&tape.x, &self.input_norm, inv_rms.len(), with)?),
-            false => None,
-        };
+        let outputs =
+            [(&self.q, Q, &*dq, &u[0]), (&self.k, K, &*dk, &u[1]), (&self.v, V, &*dv, &u[2])];
+        let input = Input { x: &tape.x, norm: Some(Norm { weight: &self.input_norm, inv_rms }) };
         let mut dh = input_needed.then(|| with.take(tape.x.len())).transpose()?;
-        for (i, (linear, projection, dy, u)) in each.into_iter().enumerate() {
-            let beta = if i == 0 { 0.0 } else { 1.0 };
-            let dx = dh.as_deref_mut().map(|dx| (dx, beta));
-            back.linear(linear, projection, dy, h.as_deref(), u, dx)?;
-        }
+        back.layers(input, outputs, dh.as_deref_mut())?;
         let Some(dh) = dh else { return Ok(None) };
         rmsnorm::cuda::backward(gpu, &dh, &tape.x, &self.input_norm, inv_rms, &mut d)?;
         Ok(Some(d))
@@ -304,34 +306,38 @@ impl Layer {
     fn mlp_backward(
         &self,
         d: &mut Buffer,
-        tape: &Outputs,
+        tape: &mut Outputs,
         below_needed: bool,
         back: &mut Back,
     ) -> Result<bool> {
         let with = back.with;
         let gpu = with.gpu;
-        let Outputs { mid, inv_rms, u, .. } = tape;
-        let [gate, up] = tape.gate_and_up();
+        let Outputs { mid, inv_rms, gate_and_up, u } = tape;
+        let [gate, up] = gate_and_up.as_mut().expect("gate and up were computed again before");
         let below_act = below_needed || back.any(&[Gate, Up]);
-        let act = if back.any(&[Down]) { Some(tape.act(with)?) } else { None };
-        let pulled = self.down.pull(d, act.as_deref(), back.trained(Down, &u[3]), with)?;
-        drop(act);
+        let [of_down] = back.trained([Down], [&u[3]]);
+        let mut pulled = [of_down.map(|it| self.down.pull(d, it, with)).transpose()?];
+        // The adapter's input, which nobody kept.
+        let mut act = pulled[0].is_some().then(|| with.take(gate.len())).transpose()?;
+        if below_act {
+            let (of_down, act) = (pulled[0].as_ref(), act.as_deref_mut());
+            self.down.backward_activated(d, of_down, gate, up, act, with)?;
+        } else if let Some(act) = &mut act {
+            swiglu::cuda::forward(gpu, gate, up, act)?;
+        }
+        if let Some(act) = act {
+            linear::add_to_gradients(Input { x: &act, norm: None }, &mut pulled, with)?;
+        }
+        drop(pulled);
         if !below_act {
             return Ok(false);
         }
-        let (mut dgate, mut dup) = (with.take(gate.len())?, with.take(up.len())?);
-        self.down.backward_activated(d, pulled, [gate, up], &mut dgate, &mut dup, with)?;
 
-        let h = match back.any(&[Gate, Up]) {
-            true => Some(normed(mid, &self.mlp_norm, inv_rms.len(), with)?),
-            false => None,
-        };
+        let (dgate, dup) = (gate, up);
+        let input = Input { x: mid, norm: Some(Norm { weight: &self.mlp_norm, inv_rms }) };
+        let outputs = [(&self.gate, Gate, &**dgate, &u[1]), (&self.up, Up, &**dup, &u[2])];
         let mut dh = below_needed.then(|| with.take(mid.len())).transpose()?;
-        let h = h.as_deref();
-        let dx = dh.as_deref_mut().map(|dx| (dx, 0.0));
-        back.linear(&self.gate, Gate, &dgate, h, &u[1], dx)?;
-        let dx = dh.as_deref_mut().map(|dx| (dx, 1.0));
-        back.linear(&self.up, Up, &dup, h, &u[2], dx)?;
+        back.layers(input, outputs, dh.as_deref_mut())?;
         let Some(dh) = dh else { return Ok(false) };
         rmsnorm::cuda::backward(gpu, &dh, mid, &self.mlp_norm, inv_rms, d)?;
         Ok(true)
@@ -385,28 +391,38 @@ impl Back<'_> {
         projections.iter().any(|p| self.lora.shape().index(Site::Layer(self.layer, *p)).is_some())
     }
 
-    /// [`Linear::backward`] with the projection's adapter, if there is one.
-    fn linear(
+    /// [`linear::backward`] of layers with one input, in the order of projections: each with its projection, dy and u.
+    fn layers<const N: usize>(
         &mut self,
-        linear: &Linear,
-        projection: Projection,
-        dy: &DeviceSlice<bf16>,
-        x: Option<&DeviceSlice<bf16>>,
-        u: &Option<Buffer>,
-        dx: Option<(&mut DeviceSlice<bf16>, f32)>,
+        input: Input,
+        layers: [(&Linear, Projection, &DeviceSlice<bf16>, &Option<Buffer>); N],
+        dx: Option<&mut DeviceSlice<bf16>>,
     ) -> Result<()> {
         let with = self.with;
-        linear.backward(dy, x, self.trained(projection, u), dx, with)
+        let mut adapters = self
+            .trained(layers.map(|(_, projection, ..)| projection), layers.map(|it| it.3))
+            .into_iter();
+        let outputs = layers.map(|(linear, _, dy, _)| Output {
+            linear,
+            dy,
+            adapter: adapters.next().flatten(),
+        });
+        linear::backward(input, outputs, dx, with)
     }
 
-    /// The projection's adapter, if there is one, with u.
-    fn trained<'a>(
+    /// The projections' adapters, where there are any, with u.
+    fn trained<'a, const N: usize>(
         &'a mut self,
-        projection: Projection,
-        u: &'a Option<Buffer>,
-    ) -> Option<Trained<'a>> {
-        let place = self.lora.shape().index(Site::Layer(self.layer, projection));
-        let (at, u) = place.zip(u.as_deref())?;
-        Some(Trained { adapter: self.lora.at(at), grad: self.grads.at(at), u })
+        projections: [Projection; N],
+        u: [&'a Option<Buffer>; N],
+    ) -> [Option<Trained<'a>>; N] {
+        let (shape, layer) = (self.lora.shape(), self.layer);
+        let places = projections.map(|projection| shape.index(Site::Layer(layer, projection)));
+        let mut grads = self.grads.each(places).into_iter();
+        std::array::from_fn(|i| {
+            let grad = grads.next().flatten();
+            let (at, u) = places[i].zip(u[i].as_deref())?;
+            Some(Trained { adapter: self.lora.at(at), grad: grad?, u })
+        })
     }
 }

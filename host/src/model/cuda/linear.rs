@@ -7,6 +7,8 @@
 //!            dA += duᵀ x                  dx = dy W + du A              one product
 //! ```
 //!
+//! Layers with the same x, such as q, k and v, read it once for all of their u, and once more for all of their dA.
+//!
 //! m rows, `in` and `out` widths, r rank, R the padded one. With B = 0 the adapter adds exact zeros to every sum,
 //! so a fresh adapter and no adapter give the same numbers.
 
@@ -17,10 +19,11 @@ use crate::model::weights;
 use half::bf16;
 use uft_kernels::cuda::{DeviceBuffer, DeviceSlice};
 use uft_kernels::matmul::cuda::adapter::{
-    add_to_gradient_of_a, add_to_gradient_of_b, padded, workspace_of_a, workspace_of_b,
+    GradientOfA, Input, Projected, add_to_gradient_of_b, add_to_gradients_of_a, padded,
+    workspace_of_a, workspace_of_b,
 };
 use uft_kernels::matmul::cuda::fused::{self, Weight};
-use uft_kernels::matmul::cuda::{Adapter as Part, few, nn, nt};
+use uft_kernels::matmul::cuda::{Adapter as Part, Layer, adapter, few, nn_together, nt};
 use uft_kernels::{rope, swiglu};
 
 /// Which product a forward pass takes.
@@ -59,86 +62,82 @@ impl Product {
 pub type Linear = weights::Linear<DeviceBuffer<bf16>, DeviceBuffer<bf16>>;
 
 impl Linear {
-    /// `y = beta y + x Wᵀ + b + s u Bᵀ` with `x`: `[m, in]`, `y`: `[m, out]`, `beta` 0 or 1. Returns u: `[m, R]`
-    /// where there is an adapter; the way back needs it.
+    /// `y = x Wᵀ + b + s u Bᵀ` with `x`: `[m, in]`, `y`: `[m, out]`, and u as [`project`] gives it.
     pub fn forward(
         &self,
         x: &DeviceSlice<bf16>,
-        adapter: Option<Adapter>,
+        part: Option<Part>,
         y: &mut DeviceSlice<bf16>,
-        beta: f32,
-        with: Context,
-    ) -> Result<Option<DeviceBuffer<bf16>>> {
-        let u = adapter.map(|adapter| self.project(x, adapter, with)).transpose()?;
-        self.product(x, adapter, &u, y, beta, with)?;
-        Ok(u)
-    }
-
-    /// y as of [`Self::forward`], from the u that it returned.
-    pub fn product(
-        &self,
-        x: &DeviceSlice<bf16>,
-        adapter: Option<Adapter>,
-        u: &Option<DeviceBuffer<bf16>>,
-        y: &mut DeviceSlice<bf16>,
-        beta: f32,
         with: Context,
     ) -> Result<()> {
         let (m, k, n) = (x.len() / self.inputs, self.inputs, self.outputs);
-        let (bias, part) = (self.bias.as_deref(), part(adapter, u));
-        with.product.nt(with, x, &self.weight, y, m, k, n, beta, bias, part)
+        with.product.nt(with, x, &self.weight, y, m, k, n, 0.0, self.bias.as_deref(), part)
     }
 
-    /// [`Self::forward`] with a beta of 0, and y's heads rotated by `positions`: `[m]`.
+    /// [`Self::forward`], and `before`: `[m, out]` added.
+    pub fn forward_added(
+        &self,
+        x: &DeviceSlice<bf16>,
+        part: Option<Part>,
+        before: &DeviceSlice<bf16>,
+        y: &mut DeviceSlice<bf16>,
+        with: Context,
+    ) -> Result<()> {
+        let (m, k, n) = (x.len() / self.inputs, self.inputs, self.outputs);
+        if let Product::Token = with.product {
+            with.gpu.copy(before, y)?;
+            let (w, bias) = (&self.weight, self.bias.as_deref());
+            return with.product.nt(with, x, w, y, m, k, n, 1.0, bias, part);
+        }
+        Ok(fused::nt_added(with.gpu, x, self.weight_with(part), before, y, m, k, n)?)
+    }
+
+    /// [`Self::forward`], and y's heads rotated by `positions`: `[m]`.
     pub fn forward_rotated(
         &self,
         x: &DeviceSlice<bf16>,
-        adapter: Option<Adapter>,
+        part: Option<Part>,
         y: &mut DeviceSlice<bf16>,
         positions: &DeviceSlice<u32>,
         with: Context,
-    ) -> Result<Option<DeviceBuffer<bf16>>> {
+    ) -> Result<()> {
         if let Product::Token = with.product {
-            let u = self.forward(x, adapter, y, 0.0, with)?;
+            self.forward(x, part, y, with)?;
             let heads = self.outputs / with.config.heads.head_dim;
-            rope::cuda::forward(with.gpu, with.rope, y, heads, positions)?;
-            return Ok(u);
+            return Ok(rope::cuda::forward(with.gpu, with.rope, y, heads, positions)?);
         }
         let (m, k, n) = (positions.len(), self.inputs, self.outputs);
-        let u = adapter.map(|adapter| self.project(x, adapter, with)).transpose()?;
-        let weight = self.weight_with(part(adapter, &u));
-        fused::nt_rope(with.gpu, x, weight, y, m, k, n, with.rope, positions)?;
-        Ok(u)
+        let weight = self.weight_with(part);
+        Ok(fused::nt_rope(with.gpu, x, weight, y, m, k, n, with.rope, positions)?)
     }
 
-    /// [`Self::forward`] with a beta of 0 of two layers with the same input, and the gated activation of what they make:
-    /// `gate`, `up`, `out`: `[m, out]`.
+    /// [`Self::forward`] of two layers with the same input, and the gated activation of what they make: `gate`, `up`, `out`:
+    /// `[m, out]`. Returns what [`project`] makes of `out` for `next`.
     pub fn forward_activated(
         layers: [&Self; 2],
         x: &DeviceSlice<bf16>,
-        adapters: [Option<Adapter>; 2],
+        parts: [Option<Part>; 2],
         gate: &mut DeviceSlice<bf16>,
         up: &mut DeviceSlice<bf16>,
         out: &mut DeviceSlice<bf16>,
+        next: Option<Adapter>,
         with: Context,
-    ) -> Result<[Option<DeviceBuffer<bf16>>; 2]> {
+    ) -> Result<Option<DeviceBuffer<bf16>>> {
         let [of_gate, of_up] = layers;
         if let Product::Token = with.product {
-            let u_gate = of_gate.forward(x, adapters[0], gate, 0.0, with)?;
-            let u_up = of_up.forward(x, adapters[1], up, 0.0, with)?;
+            of_gate.forward(x, parts[0], gate, with)?;
+            of_up.forward(x, parts[1], up, with)?;
             swiglu::cuda::forward(with.gpu, gate, up, out)?;
-            return Ok([u_gate, u_up]);
+            let [u] = project(out, [next], with)?;
+            return Ok(u);
         }
-        let (k, n) = (of_gate.inputs, of_gate.outputs);
-        let project = |layer: &Self, adapter: Option<Adapter>| {
-            adapter.map(|adapter| layer.project(x, adapter, with)).transpose()
-        };
-        let u = [project(of_gate, adapters[0])?, project(of_up, adapters[1])?];
-        let weights = [
-            of_gate.weight_with(part(adapters[0], &u[0])),
-            of_up.weight_with(part(adapters[1], &u[1])),
-        ];
-        fused::nt_swiglu(with.gpu, x, weights, gate, up, out, x.len() / k, k, n)?;
+        let (m, k, n) = (x.len() / of_gate.inputs, of_gate.inputs, of_gate.outputs);
+        let weights = [of_gate.weight_with(parts[0]), of_up.weight_with(parts[1])];
+        let mut u = next.map(|next| with.take(m * padded(next.rank))).transpose()?;
+        let next = next.zip(u.as_deref_mut());
+        let next = next.map(|(Adapter { a, rank, .. }, u)| Projected { a, u, rank });
+        let (gpu, arena) = (with.gpu, with.arena);
+        fused::nt_swiglu(gpu, arena, x, weights, gate, up, out, next, m, k, n)?;
         Ok(u)
     }
 
@@ -146,87 +145,127 @@ impl Linear {
         Weight { w: &self.weight, bias: self.bias.as_deref(), adapter }
     }
 
-    /// u alone, as [`Self::forward`] returns it.
-    pub fn project(
-        &self,
-        x: &DeviceSlice<bf16>,
-        adapter: Adapter,
-        with: Context,
-    ) -> Result<DeviceBuffer<bf16>> {
-        let (m, rank) = (x.len() / self.inputs, padded(adapter.rank));
-        let mut u = with.take(m * rank)?;
-        with.product.nt(with, x, adapter.a, &mut u, m, self.inputs, rank, 0.0, None, None)?;
-        Ok(u)
-    }
-
-    /// Adds the adapter's gradients to its `grad` and, where `dx` is given with a beta of 0 or 1,
-    /// turns it into `beta dx + dy W + du A`.
-    ///
-    /// `dy`: `[m, out]`, `x`, `dx`: `[m, in]`, `u` as returned by [`Self::forward`]. `x` is only there where
-    /// there is an adapter.
-    pub fn backward(
-        &self,
-        dy: &DeviceSlice<bf16>,
-        x: Option<&DeviceSlice<bf16>>,
-        adapter: Option<Trained>,
-        dx: Option<(&mut DeviceSlice<bf16>, f32)>,
-        with: Context,
-    ) -> Result<()> {
-        let (m, k, n) = (dy.len() / self.outputs, self.inputs, self.outputs);
-        let pulled = self.pull(dy, x, adapter, with)?;
-        let Some((dx, beta)) = dx else { return Ok(()) };
-        let part = pulled.as_ref().map(Pulled::part);
-        Ok(nn(with.gpu, dy, &self.weight, dx, m, n, k, beta, part)?)
-    }
-
-    /// What [`Self::backward`] does after [`Self::pull`], of a layer whose input is a gated activation, of `gate` and `up`: `[m, in]`, and
-    /// on to their gradients, which are overwritten.
+    /// Of a layer whose input is a gated activation, of `gate` and `up`: `[m, in]`: turns these into their gradients, `pulled`
+    /// being what [`Self::pull`] gave, and `act`, if it is asked for, into that input once more.
     pub fn backward_activated(
         &self,
         dy: &DeviceSlice<bf16>,
-        pulled: Option<Pulled>,
-        [gate, up]: [&DeviceSlice<bf16>; 2],
-        dgate: &mut DeviceSlice<bf16>,
-        dup: &mut DeviceSlice<bf16>,
+        pulled: Option<&Pulled>,
+        gate: &mut DeviceSlice<bf16>,
+        up: &mut DeviceSlice<bf16>,
+        act: Option<&mut DeviceSlice<bf16>>,
         with: Context,
     ) -> Result<()> {
         let (m, k, n) = (dy.len() / self.outputs, self.inputs, self.outputs);
         let (gpu, arena, w) = (with.gpu, with.arena, &self.weight);
-        let part = pulled.as_ref().map(Pulled::part);
-        Ok(fused::nn_swiglu_backward(gpu, arena, dy, w, part, gate, up, dgate, dup, m, n, k)?)
+        let part = pulled.map(Pulled::part);
+        Ok(fused::nn_swiglu_backward(gpu, arena, dy, w, part, gate, up, act, m, n, k)?)
     }
 
-    /// Adds to the adapter's gradients; du is what the way back goes on with.
+    /// Adds to dB; du is what the way back goes on with.
     pub fn pull<'a>(
         &self,
         dy: &DeviceSlice<bf16>,
-        x: Option<&DeviceSlice<bf16>>,
-        adapter: Option<Trained<'a>>,
+        Trained { adapter, grad, u }: Trained<'a>,
         with: Context,
-    ) -> Result<Option<Pulled<'a>>> {
-        let Some(Trained { adapter, grad, u }) = adapter else { return Ok(None) };
-        let (m, k, n) = (dy.len() / self.outputs, self.inputs, self.outputs);
-        let x = x.expect("an adapter's input");
+    ) -> Result<Pulled<'a>> {
+        let (m, n) = (dy.len() / self.outputs, self.outputs);
         let (gpu, rank, scale) = (with.gpu, adapter.rank, adapter.scale);
         let mut du = with.take(m * padded(rank))?;
         let mut room = with.take_f32(workspace_of_b(m, n, rank))?;
         add_to_gradient_of_b(gpu, dy, u, adapter.b, grad.b, &mut du, m, n, rank, scale, &mut room)?;
-        drop(room);
-        let mut room = with.take_f32(workspace_of_a(m, k, rank))?;
-        add_to_gradient_of_a(gpu, &du, x, grad.a, m, rank, k, &mut room)?;
-        Ok(Some(Pulled { adapter, du }))
+        Ok(Pulled { adapter, grad: grad.a, du })
     }
 }
 
-/// An adapter's part in a forward product.
-fn part<'a>(adapter: Option<Adapter<'a>>, u: &'a Option<DeviceBuffer<bf16>>) -> Option<Part<'a>> {
-    let (Adapter { b, rank, .. }, u) = adapter.zip(u.as_deref())?;
-    Some(Part { left: u, right: b, rank })
+/// u: `[m, R]` of the adapters of layers with the same `x`: `[m, in]`; the way back needs them, too.
+pub fn project<const N: usize>(
+    x: &DeviceSlice<bf16>,
+    adapters: [Option<Adapter>; N],
+    with: Context,
+) -> Result<[Option<DeviceBuffer<bf16>>; N]> {
+    let Some(first) = adapters.iter().flatten().next() else { return Ok([const { None }; N]) };
+    let k = first.a.len() / padded(first.rank);
+    let m = x.len() / k;
+    let mut all = [const { None }; N];
+    for (u, adapter) in all.iter_mut().zip(&adapters) {
+        *u = adapter.map(|adapter| with.take(m * padded(adapter.rank))).transpose()?;
+    }
+    let each = all.iter_mut().flatten().zip(adapters.into_iter().flatten());
+    if let Product::Token = with.product {
+        for (u, Adapter { a, rank, .. }) in each {
+            few(with.gpu, x, a, u, m, k, padded(rank), 0.0, None, None)?;
+        }
+        return Ok(all);
+    }
+    let each = each.map(|(u, Adapter { a, rank, .. })| Projected { a, u, rank });
+    let mut each: Vec<Projected> = each.collect();
+    adapter::project(with.gpu, x, &mut each, m, k)?;
+    drop(each);
+    Ok(all)
 }
 
-/// An adapter with du: `[m, R]`.
+/// The adapters' parts in forward products.
+pub fn parts<'a, const N: usize>(
+    adapters: [Option<Adapter<'a>>; N],
+    u: &'a [Option<DeviceBuffer<bf16>>; N],
+) -> [Option<Part<'a>>; N] {
+    std::array::from_fn(|i| {
+        let (Adapter { b, rank, .. }, u) = adapters[i].zip(u[i].as_deref())?;
+        Some(Part { left: u, right: b, rank })
+    })
+}
+
+/// On the way back, one of the layers with the same input.
+pub struct Output<'a> {
+    pub linear: &'a Linear,
+    /// `[m, out]`: the gradient to y.
+    pub dy: &'a DeviceSlice<bf16>,
+    pub adapter: Option<Trained<'a>>,
+}
+
+/// Adds the gradients of the adapters of layers with the same input, and turns `dx`, where it is given, into the sum of
+/// all `dy W + du A`; `dx`: `[m, in]`. Only adapters read the input.
+pub fn backward<const N: usize>(
+    input: Input,
+    outputs: [Output; N],
+    dx: Option<&mut DeviceSlice<bf16>>,
+    with: Context,
+) -> Result<()> {
+    let layers = outputs.each_ref().map(|Output { linear, dy, .. }| (*linear, *dy));
+    let mut pulled = [const { None }; N];
+    for (pulled, Output { linear, dy, adapter }) in pulled.iter_mut().zip(outputs) {
+        *pulled = adapter.map(|adapter| linear.pull(dy, adapter, with)).transpose()?;
+    }
+    add_to_gradients(input, &mut pulled, with)?;
+    let Some(dx) = dx else { return Ok(()) };
+    let (k, m) = (layers[0].0.inputs, dx.len() / layers[0].0.inputs);
+    let each = std::array::from_fn::<_, N, _>(|i| {
+        let (linear, dy) = layers[i];
+        let adapter = pulled[i].as_ref().map(Pulled::part);
+        Layer { dy, w: &linear.weight, n: linear.outputs, adapter }
+    });
+    Ok(nn_together(with.gpu, &each, dx, m, k)?)
+}
+
+/// Adds to dA of adapters with one input.
+pub fn add_to_gradients(input: Input, pulled: &mut [Option<Pulled>], with: Context) -> Result<()> {
+    let present = pulled.iter_mut().flatten();
+    let each = present.map(|Pulled { adapter, grad, du }| {
+        (adapter.rank, GradientOfA { du, da: grad, rank: adapter.rank })
+    });
+    let (ranks, mut each): (Vec<usize>, Vec<GradientOfA>) = each.unzip();
+    let Some(GradientOfA { da, rank, .. }) = each.first() else { return Ok(()) };
+    let k = da.len() / rank;
+    let m = input.x.len() / k;
+    let mut room = with.take_f32(workspace_of_a(m, k, &ranks))?;
+    Ok(add_to_gradients_of_a(with.gpu, input, &mut each, m, k, &mut room)?)
+}
+
+/// An adapter with du: `[m, R]`, and where dA goes.
 pub struct Pulled<'a> {
     adapter: Adapter<'a>,
+    grad: &'a mut DeviceSlice<f32>,
     du: DeviceBuffer<bf16>,
 }
 

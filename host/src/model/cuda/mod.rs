@@ -55,12 +55,6 @@ impl Context<'_> {
         Ok(buffer)
     }
 
-    fn copy(&self, from: &DeviceSlice<bf16>) -> Result<DeviceBuffer<bf16>> {
-        let mut buffer = self.arena.take(from.len())?;
-        self.gpu.copy(from, &mut buffer)?;
-        Ok(buffer)
-    }
-
     /// The rows `rows` of `x`: `[total, width]`.
     fn gather(
         &self,

@@ -4,7 +4,6 @@ use super::Context;
 use crate::Result;
 use half::bf16;
 use uft_kernels::cuda::{DeviceBuffer, DeviceSlice};
-use uft_kernels::swiglu;
 
 type Buffer = DeviceBuffer<bf16>;
 
@@ -110,19 +109,4 @@ pub struct Outputs {
     /// `[N, I]` each; none while they wait to be computed again.
     pub gate_and_up: Option<[Buffer; 2]>,
     pub u: [Option<Buffer>; 4], // [N, R] of o, gate, up, down
-}
-
-impl Outputs {
-    /// Gate and up, which are there.
-    pub fn gate_and_up(&self) -> [&Buffer; 2] {
-        self.gate_and_up.as_ref().expect("gate and up were computed again before").each_ref()
-    }
-
-    /// What the last product gets: `[N, I]`.
-    pub fn act(&self, with: Context) -> Result<Buffer> {
-        let [gate, up] = self.gate_and_up();
-        let mut act = with.take(gate.len())?;
-        swiglu::cuda::forward(with.gpu, gate, up, &mut act)?;
-        Ok(act)
-    }
 }

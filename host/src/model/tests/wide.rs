@@ -80,23 +80,29 @@ fn hoppers_kernels_are_as_good_as_a_plain_run_through_the_engine() {
     let scratch = write_model("wide");
     let exact = Decoder::load(&scratch.0).unwrap();
     let model = cuda::Decoder::load(&scratch.0, hopper()).unwrap();
-    let lora = adapter(&exact, ".*proj|lm_head");
+    // A head with an adapter has a way back of its own.
+    let loras = [".*proj|lm_head", ".*proj"].map(|targets| adapter(&exact, targets));
     let packed = rows(exact.config.vocab);
     let dlogp = uneven(packed.targets.rows.len());
-    expect_hoppers_kernels(&exact.config, &lora, &packed);
-    let (logps, grads) = results(&model, &packed, &place_on(hopper(), &lora), &dlogp);
-    let yardstick = Yardstick::new(&exact, &lora, &packed, &dlogp);
-    yardstick.expect("wide", &logps);
-    yardstick.expect_gradients("wide", &grads);
+    expect_hoppers_kernels(&exact.config, &loras, &packed);
+    for lora in &loras {
+        let (logps, grads) = results(&model, &packed, &place_on(hopper(), lora), &dlogp);
+        let yardstick = Yardstick::new(&exact, lora, &packed, &dlogp);
+        yardstick.expect("wide", &logps);
+        yardstick.expect_gradients("wide", &grads);
+    }
 }
 
 /// That the engine launches them, and this file shows something.
-fn expect_hoppers_kernels(config: &ModelConfig, lora: &Lora, packed: &Packed) {
+fn expect_hoppers_kernels(config: &ModelConfig, loras: &[Lora], packed: &Packed) {
     let properties = hopper().properties();
-    let counted = cuda::Counted::new(config, Options::default(), properties, 128).unwrap();
-    let counted = counted.with_adapters(lora).unwrap().with_training(false).unwrap();
-    counted.step(Size::of(packed, &config.heads)).unwrap();
-    let launched: Vec<&str> = counted.kernels().iter().map(|kernel| kernel.name).collect();
+    let launched = loras.iter().flat_map(|lora| {
+        let counted = cuda::Counted::new(config, Options::default(), properties, 128).unwrap();
+        let counted = counted.with_adapters(lora).unwrap().with_training(false).unwrap();
+        counted.step(Size::of(packed, &config.heads)).unwrap();
+        counted.kernels()
+    });
+    let launched: Vec<&str> = launched.map(|kernel| kernel.name).collect();
     for kernel in uft_kernels::cuda::HOPPER_KERNELS.iter().copied().flatten() {
         assert!(launched.contains(&kernel.name), "{} is not in {launched:?}", kernel.name);
     }

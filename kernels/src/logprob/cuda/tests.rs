@@ -176,7 +176,7 @@ impl OnDevice {
 
 /// Tokens, entries, width, rank, tokens at a time: within one tile and past the edges of several,
 /// vocabularies that are no multiples of 8, widths within a slice and past the ring.
-const SHAPES: [(usize, usize, usize, usize, usize); 8] = [
+const SHAPES: [(usize, usize, usize, usize, usize); 10] = [
     (1, 1, 8, 0, 128),
     (3, 40, 16, 1, 128),
     (5, 33, 64, 8, 128),
@@ -185,6 +185,8 @@ const SHAPES: [(usize, usize, usize, usize, usize); 8] = [
     (37, 150, 72, 40, 20),
     (20, 520, 8, 4, 7),
     (20, 70, 264, 4, 32),
+    (33, 70, 264, 0, 20),
+    (3, 333, 1032, 0, 2),
 ];
 
 #[test]
@@ -280,6 +282,29 @@ fn a_certain_token_has_no_gradient() {
     assert_eq!((found.logp[1], found.unit_grad[8].to_f32()), (-120.0, -120.0));
 }
 
+/// Strips of one token with logits beyond what weights are made for, above and below, beside moderate ones.
+fn check_far_apart(gpu: &Gpu, spread: f32) {
+    let mut case = OnDevice::new(gpu, 9, 200, 72, 0, 128).case;
+    // Every strip has a height of its own, which every token meets with a sign and a size of its own.
+    for (v, row) in case.weight.chunks_mut(72).enumerate() {
+        row[0] = [1.0, 0.875, -1.0, 0.25][v / 64];
+    }
+    for (t, row) in case.hidden.chunks_mut(72).enumerate() {
+        row[0] = spread * (t as f32 - 4.0) / 4.0;
+    }
+    case.hidden = widen(&round(&case.hidden));
+    OnDevice::of(gpu, case, 128).check(gpu);
+}
+
+#[test]
+fn logits_far_apart_agree_with_f64() {
+    for gpu in [gpu(1), hopper_gpu(1)] {
+        for spread in [6.0, 40.0, 90.0] {
+            check_far_apart(&gpu, spread);
+        }
+    }
+}
+
 /// 1 - p of a token with p = 0.9999 comes from f32, not from a p in bf16, which would be 1.
 #[test]
 fn a_nearly_certain_token_keeps_its_small_gradient() {
@@ -340,10 +365,15 @@ fn planted_faults_are_caught() {
             "strip + 1 < strip_count; strip += WARP",
         ),
         ("logprob.cu", "column < pitch)\n", "column < vocab)\n"),
-        ("logprob.cu", "= -factor * expm1f(logp[row])", "= factor * expm1f(logp[row])"),
+        ("logprob.cu", "to_bf16(-factor * expm1f", "to_bf16(factor * expm1f"),
         ("logprob.cu", "row < tokens ? int(targets[row]) : -1", "int(targets[row])"),
+        ("logprob.cu", "column + 1 == target ? 0.0f", "column == target ? 0.0f"),
+        ("logprob.cu", "threadIdx.x == target / 8 % 256)", "threadIdx.x == target / 16)"),
+        ("logprob.cu", "weight_shift(of_row[column / STRIP].x) - shift", "0.0f"),
+        ("logprob.cuh", "<= MODERATE ? 0.0f", "<= 200.0f ? 0.0f"),
     ];
     let check = |gpu: &Gpu| {
+        check_far_apart(gpu, 90.0);
         OnDevice::new(gpu, 130, 131, 24, 16, 256).check(gpu);
         OnDevice::new(gpu, 20, 70, 264, 4, 32).check(gpu);
     };
@@ -357,13 +387,19 @@ fn faults_in_hoppers_strips_are_caught() {
         ("sum[half] += low + high;", "sum[half] = low + high;"),
         ("largest[half] = quad_max(largest[half]);", ""),
         ("== target[half])", "== target[0])"),
-        ("await_place(part, piece == 0);", ""),
+        ("if (keeps) {\n                await_place(part, piece == 0);", "if (keeps) {"),
         ("if (quad == 0 && first_row + 8 * half < tokens)", "if (quad == 0)"),
         ("first / STRIP;", "piece;"),
+        ("of_target == 1 ? 0.0f", "of_target == 0 ? 0.0f"),
+        // The way back.
+        ("doubt[half] * target.y", "doubt[half] * target.x"),
+        ("scale[half] = scales[at];", "scale[half] = scales[0];"),
+        ("-expm1f(logp[at])", "logp[at]"),
+        (", tokens - 1);", ", tokens);"),
     ];
     let check = |gpu: &Gpu| {
         OnDevice::new(gpu, 130, 331, 24, 16, 256).check(gpu);
-        OnDevice::new(gpu, 20, 80, 264, 4, 32).check(gpu);
+        OnDevice::new(gpu, 20, 80, 264, 0, 32).check(gpu);
     };
     let faults = faults.map(|(from, to)| ("hopper_logprob.cu", from, to));
     assert_faults_are_caught_on_hopper(check, &faults);

@@ -2,9 +2,12 @@
 //! as the tensor cores want them, its gradients and du.
 //!
 //! ```text
-//! forward    u = x aᵀ            an nt with a padded      y += u (scale b)ᵀ   inside the main nt
+//! forward    u = x aᵀ                                     y += u (scale b)ᵀ   inside the main nt
 //! backward   du = dy (scale b)   db += scale dyᵀ u        da += duᵀ x         dx += du a   inside the main nn
 //! ```
+//!
+//! All of them are bound by reading x or dy. du and db are made in one visit to dy; u, and da, of layers that have one x in one
+//! visit to that ([`project`], [`add_to_gradients_of_a`]).
 //!
 //! m rows, k and n widths, multiples of 8; r rank. a `[r, k]` and b `[n, r]` in f32 are what is trained. The
 //! products take a `[R, k]` and scale b `[n, R]` in bf16 with R = [`padded`]`(r)` and zeros beyond r. u and
@@ -13,15 +16,23 @@
 use super::{MULTIPROCESSORS, assert_multiples_of_8, assert_shapes, nn, short};
 use crate::args;
 use crate::cuda::{DeviceSlice, Gpu, Kernel, Result, Source, TILE};
+use crate::elementwise::cuda::scale_rows;
 use half::bf16;
 
+mod project;
 #[cfg(test)]
 pub(super) mod tests;
+
+use project::projecting;
+pub use project::{Projected, project};
 
 static LOWRANK: Source =
     Source { name: "lowrank.cu", text: include_str!("../lowrank.cu"), headers: &[TILE] };
 static PARTIALS: Source =
     Source { name: "partials.cu", text: include_str!("../partials.cu"), headers: &[] };
+
+/// Most layers that have one input: queries, keys and values.
+pub const SHARING: usize = 3;
 
 /// Ranks are filled up to a multiple of this, the depth of one step of the tensor cores.
 const PADDING: usize = 16;
@@ -114,7 +125,7 @@ impl Collecting {
 }
 
 /// Every kernel of this file, with all constants that it is compiled with.
-pub const KERNELS: [Kernel; 8] = [
+pub const KERNELS: [Kernel; 12] = [
     COLLECTING[0].kernel(false),
     COLLECTING[1].kernel(false),
     COLLECTING[2].kernel(false),
@@ -123,10 +134,26 @@ pub const KERNELS: [Kernel; 8] = [
     ADD_PARTIALS,
     ROUND_PARTIALS,
     PACK,
+    projecting(1),
+    projecting(2),
+    projecting(3),
+    projecting(4),
 ];
 const ADD_PARTIALS: Kernel = Kernel::new(&PARTIALS, "add_partials", THREADS);
 const ROUND_PARTIALS: Kernel = Kernel::new(&PARTIALS, "round_partials", THREADS);
 const PACK: Kernel = Kernel::new(&PARTIALS, "pack", THREADS);
+
+/// Where the second and the third of up to [`SHARING`] matrices begin beside each other, and where all end, in padded ranks.
+fn beside(ranks: impl Iterator<Item = usize>) -> [usize; SHARING] {
+    let (mut ends, mut end) = ([0; SHARING], 0);
+    let mut ranks = ranks.map(padded);
+    for to in &mut ends {
+        end += ranks.next().unwrap_or(0);
+        *to = end;
+    }
+    assert!(ranks.next().is_none(), "at most {SHARING} adapters have one input");
+    ends
+}
 
 /// How one gradient, `[columns, rank]` or its transpose, is divided among blocks.
 struct Division {
@@ -150,13 +177,15 @@ impl Division {
         Self { way, slabs, span, spans: m.div_ceil(span.max(1)), parts }
     }
 
-    /// A partial gradient `vᵀ u` for each span, and with b a partial `v b` for each slab; `v`: `[m, columns]`.
+    /// A partial gradient `vᵀ u` for each span, and with b a partial `v b` for each slab; `v`: `[m, columns]`; `u`: up to three
+    /// beside each other, `ends` as [`beside`] has them, of which `rank` columns count.
     /// `strides`: of a column and of the rank in the gradient.
     fn collect(
         &self,
         gpu: &Gpu,
         v: &DeviceSlice<bf16>,
-        u: &DeviceSlice<bf16>,
+        u: [Option<&DeviceSlice<bf16>>; SHARING],
+        ends: [usize; SHARING],
         partial: &mut DeviceSlice<f32>,
         (m, columns, rank): (usize, usize, usize),
         strides: (usize, usize),
@@ -164,17 +193,22 @@ impl Division {
     ) -> Result<()> {
         let kernel = self.way.kernel(with_du.is_some());
         let (b, du_partial) = with_du.unzip();
-        let (tokens, wide, pitch) = (m as i32, columns as i32, padded(rank) as i32);
+        let [second_at, third_at, ranks] = ends.map(|end| end as i32);
+        let (tokens, wide) = (m as i32, columns as i32);
         let (span, rank) = (self.span as i32, rank as i32);
         let (column_stride, rank_stride) = (strides.0 as i32, strides.1 as i32);
         let grid = [self.slabs as u32, self.spans as u32, self.parts as u32];
         let args = args![
             v,
-            u,
+            u[0],
+            u[1],
+            u[2],
+            second_at,
+            third_at,
+            ranks,
             b,
             tokens,
             wide,
-            pitch,
             span,
             partial,
             rank,
@@ -189,9 +223,11 @@ impl Division {
 /// Tokens that a block visits at least.
 const SHORTEST_SPAN: usize = 128;
 
-/// Numbers of workspace that [`add_to_gradient_of_a`] needs for m rows.
-pub fn workspace_of_a(m: usize, k: usize, rank: usize) -> usize {
-    Division::of(m, k, rank).spans * k * rank
+/// Numbers of workspace that [`add_to_gradients_of_a`] needs for m rows.
+pub fn workspace_of_a(m: usize, k: usize, ranks: &[usize]) -> usize {
+    let all = ranks.iter().copied().map(padded).sum();
+    // du times what the norm multiplied a row by takes half a number each.
+    Division::of(m, k, all).spans * k * all + m * all / 2
 }
 
 /// Numbers of workspace that [`add_to_gradient_of_b`] needs for m rows.
@@ -258,39 +294,80 @@ fn pack(
     gpu.launch(&PACK, grid, 0, args![from, rows, columns, scale, to, to_rows, to_columns])
 }
 
-/// `da += duᵀ x`; `du`: `[m, R]`, `x`: `[m, k]`, `da`: `[r, k]`. Accumulates into `da`. `workspace`: at least
-/// [`workspace_of_a`] numbers.
+/// What layers read, `[m, k]`: x, or `w (s x)`, which RMSNorm made of it.
+#[derive(Clone, Copy)]
+pub struct Input<'a> {
+    pub x: &'a DeviceSlice<bf16>,
+    pub norm: Option<Norm<'a>>,
+}
+
+/// See [`crate::rmsnorm::cuda`].
+#[derive(Clone, Copy)]
+pub struct Norm<'a> {
+    /// w: `[k]`.
+    pub weight: &'a DeviceSlice<bf16>,
+    /// s: `[m]`.
+    pub inv_rms: &'a DeviceSlice<f32>,
+}
+
+/// An adapter's part in [`add_to_gradients_of_a`].
+pub struct GradientOfA<'a> {
+    /// `[m, R]`.
+    pub du: &'a DeviceSlice<bf16>,
+    /// `[r, k]`.
+    pub da: &'a mut DeviceSlice<f32>,
+    pub rank: usize,
+}
+
+/// `da += duᵀ input` for up to three adapters with one input, which is read once. Accumulates into each `da`. What a norm made is
+/// not needed: `duᵀ (w (s x)) = w ((s du)ᵀ x)`. `workspace`: at least [`workspace_of_a`] numbers.
 ///
 /// # Errors
 /// Of the launches.
 ///
 /// # Panics
 /// Shapes that do not fit.
-pub fn add_to_gradient_of_a(
+pub fn add_to_gradients_of_a(
     gpu: &Gpu,
-    du: &DeviceSlice<bf16>,
-    x: &DeviceSlice<bf16>,
-    da: &mut DeviceSlice<f32>,
+    input: Input,
+    adapters: &mut [GradientOfA],
     m: usize,
-    rank: usize,
     k: usize,
     workspace: &mut DeviceSlice<f32>,
 ) -> Result<()> {
-    let op = "add_to_gradient_of_a";
-    assert_rank(op, rank);
+    let op = "add_to_gradients_of_a";
     assert_multiples_of_8(op, [("k", k)]);
-    let (left, right, out) =
-        (("du", du.len(), m, padded(rank)), ("x", x.len(), m, k), ("da", da.len(), rank, k));
-    assert_shapes(op, [left, right, out]);
-    if m * k == 0 {
+    assert_shapes(op, [("x", input.x.len(), m, k)]);
+    for GradientOfA { du, da, rank } in &*adapters {
+        assert_rank(op, *rank);
+        assert_shapes(op, [("du", du.len(), m, padded(*rank)), ("da", da.len(), *rank, k)]);
+    }
+    let ends = beside(adapters.iter().map(|adapter| adapter.rank));
+    if m * k == 0 || adapters.is_empty() {
         return Ok(());
     }
-    let division = Division::of(m, k, rank);
-    let partial = &mut workspace[..division.spans * k * rank];
+    let ranks = ends[SHARING - 1];
+    let division = Division::of(m, k, ranks);
+    let (partial, rest) = workspace.split_at_mut(division.spans * k * ranks);
+    let mut scaled = rest[..m * ranks / 2].halves_mut();
+    let mut du = [None; SHARING];
+    for (to, adapter) in du.iter_mut().zip(&*adapters) {
+        let Some(Norm { inv_rms, .. }) = input.norm else {
+            *to = Some(adapter.du);
+            continue;
+        };
+        let rest = scaled;
+        let (own, after) = rest.split_at_mut(adapter.du.len());
+        scale_rows(gpu, adapter.du, inv_rms, own)?;
+        (*to, scaled) = (Some(&*own), after);
+    }
     // Element (column, r) at r k + column.
-    let strides = (1, k);
-    division.collect(gpu, x, du, partial, (m, k, rank), strides, None)?;
-    add_partials(gpu, partial, division.spans, 1.0, da)
+    division.collect(gpu, input.x, du, ends, partial, (m, k, ranks), (1, k), None)?;
+    let weight = input.norm.map(|norm| norm.weight);
+    let mut each = adapters.iter_mut().map(|adapter| &mut *adapter.da);
+    let gradients = [(); SHARING].map(|()| each.next());
+    let begins = [0, ends[0] * k, ends[1] * k];
+    add_partials(gpu, partial, (division.spans, ranks * k), 1.0, weight, gradients, begins)
 }
 
 /// `db += scale dyᵀ u` and `du = dy (scale b)`; `dy`: `[m, n]`, `u`, `du`: `[m, R]`, `b`: scale b as
@@ -326,32 +403,66 @@ pub fn add_to_gradient_of_b(
     }
     let division = Division::of(m, n, rank);
     let (partial, rest) = workspace.split_at_mut(division.spans * n * rank);
-    let strides = (rank, 1);
+    let (strides, u, ends) = ((rank, 1), [Some(u), None, None], [pitch; SHARING]);
+    let (parts, db) = ((division.spans, n * rank), [Some(db), None, None]);
     if pitch > FUSED_RANK {
-        division.collect(gpu, dy, u, partial, (m, n, rank), strides, None)?;
-        add_partials(gpu, partial, division.spans, scale, db)?;
+        division.collect(gpu, dy, u, ends, partial, (m, n, rank), strides, None)?;
+        add_partials(gpu, partial, parts, scale, None, db, [0; SHARING])?;
         return nn(gpu, dy, b, du, m, n, pitch, 0.0, None);
     }
     let du_partial = &mut rest[..division.slabs * m * pitch];
     let with_du = Some((b, &mut *du_partial));
-    division.collect(gpu, dy, u, partial, (m, n, rank), strides, with_du)?;
-    add_partials(gpu, partial, division.spans, scale, db)?;
-    let (parts, length) = (division.slabs as i32, du.len());
-    let grid = one_thread_each(length);
-    gpu.launch(&ROUND_PARTIALS, grid, 0, args![&*du_partial, parts, length, du])
+    division.collect(gpu, dy, u, ends, partial, (m, n, rank), strides, with_du)?;
+    add_partials(gpu, partial, parts, scale, None, db, [0; SHARING])?;
+    round_partials(gpu, du_partial, division.slabs, du)
 }
 
-/// `gradient += scale Σ partial`.
-fn add_partials(
+/// `to = Σ partial`: `parts` of `to`'s length. Overwrites `to`.
+pub(super) fn round_partials(
     gpu: &Gpu,
     partial: &DeviceSlice<f32>,
     parts: usize,
-    scale: f32,
-    gradient: &mut DeviceSlice<f32>,
+    to: &mut DeviceSlice<bf16>,
 ) -> Result<()> {
-    let (parts, length) = (parts as i32, gradient.len());
-    let grid = one_thread_each(length);
-    gpu.launch(&ADD_PARTIALS, grid, 0, args![partial, parts, length, scale, gradient])
+    let (grid, length) = (one_thread_each(to.len()), to.len());
+    gpu.launch(&ROUND_PARTIALS, grid, 0, args![partial, parts as i32, length, to])
+}
+
+/// `gradients += scale columns Σ partial`: `parts` of so many numbers, in which each gradient begins at its place; `columns`: what
+/// every row of a gradient is multiplied by, if anything.
+fn add_partials(
+    gpu: &Gpu,
+    partial: &DeviceSlice<f32>,
+    (parts, stride): (usize, usize),
+    scale: f32,
+    columns: Option<&DeviceSlice<bf16>>,
+    gradients: [Option<&mut DeviceSlice<f32>>; SHARING],
+    begins: [usize; SHARING],
+) -> Result<()> {
+    let lengths = gradients.each_ref().map(|it| it.as_ref().map_or(0, |gradient| gradient.len()));
+    let [across, ..] = one_thread_each(lengths.into_iter().max().unwrap_or(0));
+    let down = gradients.iter().flatten().count() as u32;
+    let width = columns.map_or(1, DeviceSlice::len) as i32;
+    let [first, second, third] = gradients;
+    let [length0, length1, length2] = lengths;
+    let [_, begin1, begin2] = begins;
+    let args = args![
+        partial,
+        parts as i32,
+        stride,
+        scale,
+        columns,
+        width,
+        first,
+        length0,
+        second,
+        begin1,
+        length1,
+        third,
+        begin2,
+        length2
+    ];
+    gpu.launch(&ADD_PARTIALS, [across, down, 1], 0, args)
 }
 
 fn one_thread_each(len: usize) -> [u32; 3] {

@@ -1,7 +1,7 @@
 //! Faults planted in the sources, each of which some order of threads must show: as wrong numbers, or as
 //! something that the emulated device does not allow.
 
-use super::adapter::tests::Case as Gradient;
+use super::adapter::tests::{Case as Gradient, Shared};
 use super::tests::Case;
 use super::*;
 use crate::testing::faulty_gpu;
@@ -82,7 +82,7 @@ fn faults_in_the_products_are_caught() {
         ("out_row >= rows || ", ""),
         (" || out_column >= columns", ""),
         // Sums.
-        ("if (add) add_to(values, load16(to));", ""),
+        ("if (before) add_to(values, load16(before + at));", ""),
         ("if (bias) add_to(values, load16(bias + out_column));", ""),
         ("sums[DOWN][ACROSS][4] = {}", "sums[DOWN][ACROSS][4] = {{{1.0f}}}"),
     ] {
@@ -163,11 +163,52 @@ fn faults_in_gradients_are_caught() {
     }
     for fault in [
         ("gradient[at] += ", "gradient[at] = "),
-        ("scale * sum_of", "sum_of"),
+        (" : scale;", " : 1.0f;"),
         ("sum += partial[part * length + at]", "sum = partial[part * length + at]"),
-        ("if (at < length) gradient", "gradient"),
+        ("if (at >= (i == 0 ? length0 : i == 1 ? length1 : length2)) return;", ""),
         ("if (at < length) du", "du"),
     ] {
         assert_caught("partials.cu", fault, gradients_are_right);
+    }
+}
+
+/// Three adapters with one input: more groups than a block takes, ranks that are filled up.
+fn shared_are_right(gpu: &Gpu) -> bool {
+    let cases =
+        [Shared::new((70, 472), &[16, 40, 5], true), Shared::new((140, 72), &[16, 16], false)];
+    cases.iter().all(|case| is_right(case.run(gpu), |found| case.assert_accurate(found)))
+}
+
+#[test]
+fn faults_in_what_adapters_share_are_caught() {
+    let step = "copy_async_wait<STAGES - 2>();\n        __syncthreads();\n";
+    for fault in [
+        (step, "copy_async_wait<STAGES - 2>();\n"),
+        (step, "copy_async_wait<STAGES - 1>();\n        __syncthreads();\n"),
+        ("load(slice + STAGES - 1);", "load(slice + STAGES);"),
+        ("in_third ? third_at : in_second", "in_second"),
+        ("first + group < groups ? 16 * inside + 16 : 0", "16 * inside + 16"),
+        ("if (first + group >= groups) break;", ""),
+        ("if (at >= rows) continue;", ""),
+        ("third_at - second_at : second_at", "second_at : second_at"),
+        ("lane / 16 * 8 + lane % 8, k / 8 + lane / 8 % 2", "lane % 16, k / 8 + lane / 16"),
+        ("sums[group][j][2 * half], ", "sums[group][j][half], "),
+    ] {
+        assert_caught("project.cu", fault, shared_are_right);
+    }
+    for fault in [
+        ("column < factors.ranks", "true"),
+        ("(column - begin)", "column"),
+        ("third ? factors.u[2] : second", "second"),
+        ("inside && token + first + i < last", "inside"),
+    ] {
+        assert_caught("lowrank.cu", fault, shared_are_right);
+    }
+    for fault in [
+        ("scale * to_float(columns[at % width])", "scale"),
+        ("i == 0 ? 0 : i == 1 ? begin1 : begin2", "i == 0 ? 0 : begin1"),
+        ("i == 0 ? gradient0 : i == 1", "i <= 1"),
+    ] {
+        assert_caught("partials.cu", fault, shared_are_right);
     }
 }

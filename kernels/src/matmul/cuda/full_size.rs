@@ -5,7 +5,10 @@ use super::*;
 use crate::testing::{
     Endless, Real, assert_accurate, assert_accurate_bf16, assert_written, gpu, places, round,
 };
-use adapter::{add_to_gradient_of_a, add_to_gradient_of_b, padded, workspace_of_a, workspace_of_b};
+use adapter::{
+    GradientOfA, Input, Projected, add_to_gradient_of_b, add_to_gradients_of_a, padded, project,
+    workspace_of_a, workspace_of_b,
+};
 
 /// `left right`, an element at a time in some precision; `right` is stored as `nt` or as `nn` has it.
 struct Sum<'a> {
@@ -73,7 +76,7 @@ fn pairs(rows: &[usize], columns: &[usize]) -> Vec<(usize, usize)> {
     rows.iter().flat_map(|&i| columns.iter().map(move |&j| (i, j))).collect()
 }
 
-/// dA, dB and du of a layer with k inputs or outputs.
+/// dA, dB, u and du of a layer with k inputs or outputs.
 fn check_gradients((m, k): (usize, usize), rank: usize) {
     let gpu = gpu(2);
     let pitch = padded(rank);
@@ -81,28 +84,34 @@ fn check_gradients((m, k): (usize, usize), rank: usize) {
     let [v, u, b] = [1, 2, 3].map(Endless::new);
     let on_v = v.uploaded(&gpu, m * k).unwrap();
     let (on_u, on_b) = (u.uploaded(&gpu, m * pitch).unwrap(), b.uploaded(&gpu, k * pitch).unwrap());
+    // b serves as a, too.
+    let on_a = b.uploaded(&gpu, pitch * k).unwrap();
     let run = || {
         let (mut da, mut db) = (gpu.alloc(rank * k).unwrap(), gpu.alloc(k * rank).unwrap());
         gpu.zero(&mut da).unwrap();
         gpu.zero(&mut db).unwrap();
         let mut du = gpu.alloc(m * pitch).unwrap();
-        let mut room = gpu.alloc(workspace_of_a(m, k, rank)).unwrap();
-        add_to_gradient_of_a(&gpu, &on_u, &on_v, &mut da, m, rank, k, &mut room).unwrap();
+        let mut room = gpu.alloc(workspace_of_a(m, k, &[rank])).unwrap();
+        let of = &mut [GradientOfA { du: &on_u, da: &mut da, rank }];
+        let input = Input { x: &on_v, norm: None };
+        add_to_gradients_of_a(&gpu, input, of, m, k, &mut room).unwrap();
         let mut room = gpu.alloc(workspace_of_b(m, k, rank)).unwrap();
         let (db_room, du_room) = (&mut db, &mut du);
         add_to_gradient_of_b(
             &gpu, &on_v, &on_u, &on_b, db_room, du_room, m, k, rank, 0.5, &mut room,
         )
         .unwrap();
+        let mut low = gpu.alloc(m * pitch).unwrap();
+        let sides = &mut [Projected { a: &on_a, u: &mut low, rank }];
+        project(&gpu, &on_v, sides, m, k).unwrap();
         let [da, db] = [da, db].map(|x| gpu.downloaded(&x).unwrap());
-        (da, db, gpu.downloaded(&du).unwrap())
+        (da, db, [du, low].map(|x| gpu.downloaded(&x).unwrap()))
     };
-    let (all_da, all_db, all_du) = run();
+    let (all_da, all_db, all_low) = run();
     assert!(
-        run() == (all_da.clone(), all_db.clone(), all_du.clone()),
+        run() == (all_da.clone(), all_db.clone(), all_low.clone()),
         "another run has other bits"
     );
-    assert_written("du", &all_du);
 
     fn over_rows<R: Real>(m: usize, terms: impl Fn(usize) -> (bf16, bf16)) -> R {
         (0..m).fold(R::of(0.0), |sum, t| {
@@ -123,13 +132,16 @@ fn check_gradients((m, k): (usize, usize), rank: usize) {
     assert_accurate(&format!("dA, {m} x {k}"), &da, &plain, &exact);
     assert_accurate(&format!("dB, {m} x {k}"), &db, &plain, &exact);
 
-    let sum = Sum { left: &v, right: &b, depth: k, columns: pitch, transposed: false };
     let rows = places(m, 24, 6);
     let at = pairs(&rows, &ranks);
-    let plain: Vec<f32> = at.iter().map(|&(t, r)| sum.of(t, r)).collect();
-    let exact: Vec<f64> = at.iter().map(|&(t, r)| sum.of(t, r)).collect();
-    let du: Vec<bf16> = at.iter().map(|&(t, r)| all_du[t * pitch + r]).collect();
-    assert_accurate_bf16(&format!("du, {m} x {k}"), &du, &round(&plain), &exact);
+    for (name, all, transposed) in [("du", &all_low[0], false), ("u", &all_low[1], true)] {
+        assert_written(name, all);
+        let sum = Sum { left: &v, right: &b, depth: k, columns: pitch, transposed };
+        let plain: Vec<f32> = at.iter().map(|&(t, r)| sum.of(t, r)).collect();
+        let exact: Vec<f64> = at.iter().map(|&(t, r)| sum.of(t, r)).collect();
+        let found: Vec<bf16> = at.iter().map(|&(t, r)| all[t * pitch + r]).collect();
+        assert_accurate_bf16(&format!("{name}, {m} x {k}"), &found, &round(&plain), &exact);
+    }
 }
 
 #[test]

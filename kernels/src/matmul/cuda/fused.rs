@@ -1,16 +1,22 @@
-//! Products with what stands next to them in a decoder: the rotation of queries and keys, the gated activation.
+//! Products with what stands next to them in a decoder: the residual, the rotation of queries and keys, the gated activation.
 //!
 //! ```text
+//! nt_added              y = before + x wᵀ + adapter + bias
 //! nt_rope               y = rope(x wᵀ + adapter + bias)
 //! nt_swiglu             gate = x w_gateᵀ + adapter   up = x w_upᵀ + adapter   out = silu(gate) up
-//! nn_swiglu_backward    dout = dy w + adapter        (dgate, dup) = dout times the slopes of silu(gate) up
+//!                       u = out aᵀ, of an adapter of the layer that reads out
+//! nn_swiglu_backward    dout = dy w + adapter        act = silu(gate) up
+//!                       gate and up become dout times the slopes of that
 //! ```
 //!
-//! On compute capability 9.0 each is one kernel (hopper_rope.cu, hopper_swiglu.cu) where the shapes allow it; elsewhere the
-//! kernels it is made of, one after the other. The bits are the same: one kernel rounds where the others write to memory.
+//! The first is one kernel everywhere. On compute capability 9.0 so is each other (hopper_rope.cu, hopper_swiglu.cu) where the shapes
+//! allow it; elsewhere the kernels it is made of, one after the other. The bits are the same but for u's, which is summed in another
+//! order: one kernel rounds where the others write to memory.
 
+use super::adapter::{self, Projected, padded, round_partials};
 use super::hopper::{CLUSTER, NARROW, PIECE, PRODUCT_HEADER, Tile, WIDE, maps};
-use super::{Adapter, assert_bias, assert_multiples_of_8, assert_shapes, nn, nt};
+use super::{Adapter, Before, Way, assert_bias, assert_multiples_of_8, assert_shapes};
+use super::{nn, nt, nt_by};
 use crate::args;
 use crate::cuda::{Arena, DeviceSlice, Gpu, HOPPER, Kernel, Result, Source, TILE};
 use crate::rope::cuda as rope;
@@ -31,8 +37,8 @@ static SWIGLU: Source = Source {
     headers: &[HOPPER, TILE, PRODUCT_HEADER, swiglu::HEADER],
 };
 
-/// As [`WIDE`], with room for two pieces of gate and two of up instead of a stage.
-const BACKWARD: Tile = Tile { n: WIDE.n, stages: WIDE.stages - 1, staged: 4 };
+/// As [`WIDE`], with room for two pieces of gate, two of up and one of what is activated instead of a stage.
+const BACKWARD: Tile = Tile { n: WIDE.n, stages: WIDE.stages - 1, staged: 5 };
 
 const fn rotating(tile: Tile, head_dim: usize) -> Kernel {
     tile.kernel_of(&ROPE, "hopper_nt_rope").define("HEAD_DIM", head_dim as i64)
@@ -56,6 +62,26 @@ pub struct Weight<'a> {
     pub w: &'a DeviceSlice<bf16>,
     pub bias: Option<&'a DeviceSlice<bf16>>,
     pub adapter: Option<Adapter<'a>>,
+}
+
+/// [`nt`] with `before`: `[m, n]` in the place of `beta y`.
+///
+/// # Errors
+/// A launch fails.
+///
+/// # Panics
+/// Shapes that do not fit.
+pub fn nt_added(
+    gpu: &Gpu,
+    x: &DeviceSlice<bf16>,
+    Weight { w, bias, adapter }: Weight,
+    before: &DeviceSlice<bf16>,
+    y: &mut DeviceSlice<bf16>,
+    m: usize,
+    k: usize,
+    n: usize,
+) -> Result<()> {
+    nt_by(gpu, Way::of(gpu, m, k, n), x, w, Before::Other(before), y, m, k, n, bias, adapter)
 }
 
 /// [`nt`] with beta 0 and [`rope::forward`]: `y`: `[m, n]` are heads as wide as the table says.
@@ -116,41 +142,60 @@ fn rotate(
     gpu.launch(&rotating(tile, head_dim), grid, tile.shared_bytes(), args)
 }
 
-/// Two [`nt`] with beta 0 and [`swiglu::forward`]: `gate`, `up`, `out`: `[m, n]`.
+/// Two [`nt`] with beta 0 and [`swiglu::forward`]: `gate`, `up`, `out`: `[m, n]`; and for `next`, an adapter of what reads `out`, as
+/// [`adapter::project`].
 ///
 /// # Errors
-/// A launch fails.
+/// A launch fails, or the arena is too small.
 ///
 /// # Panics
 /// Shapes that do not fit.
 pub fn nt_swiglu(
     gpu: &Gpu,
+    arena: &Arena,
     x: &DeviceSlice<bf16>,
     weights: [Weight; 2],
     gate: &mut DeviceSlice<bf16>,
     up: &mut DeviceSlice<bf16>,
     out: &mut DeviceSlice<bf16>,
+    next: Option<Projected>,
     m: usize,
     k: usize,
     n: usize,
 ) -> Result<()> {
     let plain = weights.iter().all(|weight| weight.bias.is_none());
-    if plain && Tile::of(gpu, k, n) == Some(WIDE) {
-        return activate(gpu, x, weights, gate, up, out, m, k, n);
+    let one = plain && Tile::of(gpu, k, n) == Some(WIDE);
+    // A high rank takes more from memory in parts than all of `out` is.
+    let (inside, mut after) = match next {
+        Some(next) if one && padded(next.rank) <= ACTIVATED_RANK => (Some(next), None),
+        next => (None, next),
+    };
+    if one {
+        activate(gpu, arena, x, weights, gate, up, out, inside, m, k, n)?;
+    } else {
+        for (Weight { w, bias, adapter }, y) in weights.into_iter().zip([&mut *gate, &mut *up]) {
+            nt(gpu, x, w, y, m, k, n, 0.0, bias, adapter)?;
+        }
+        swiglu::forward(gpu, gate, up, out)?;
     }
-    for (Weight { w, bias, adapter }, y) in weights.into_iter().zip([&mut *gate, &mut *up]) {
-        nt(gpu, x, w, y, m, k, n, 0.0, bias, adapter)?;
+    match &mut after {
+        Some(next) => adapter::project(gpu, out, std::slice::from_mut(next), m, n),
+        None => Ok(()),
     }
-    swiglu::forward(gpu, gate, up, out)
 }
+
+/// The highest rank of which u is made with `out`; two of hopper_swiglu.cu's groups.
+const ACTIVATED_RANK: usize = 32;
 
 fn activate(
     gpu: &Gpu,
+    arena: &Arena,
     x: &DeviceSlice<bf16>,
     [of_gate, of_up]: [Weight; 2],
     gate: &mut DeviceSlice<bf16>,
     up: &mut DeviceSlice<bf16>,
     out: &mut DeviceSlice<bf16>,
+    next: Option<Projected>,
     m: usize,
     k: usize,
     n: usize,
@@ -164,9 +209,17 @@ fn activate(
     for weight in [of_gate, of_up] {
         Adapter::assert_fits("nt_swiglu", weight.adapter, m, n);
     }
+    if let Some(Projected { a, u, rank }) = &next {
+        let rank = padded(*rank);
+        assert_shapes("nt_swiglu", [("a", a.len(), rank, n), ("u", u.len(), m, rank)]);
+    }
     if m * n == 0 {
         return Ok(());
     }
+    let (a, u) = next.map(|Projected { a, u, .. }| (a, u)).unzip();
+    let parts = n.div_ceil((WIDE.n / 2) as usize);
+    let mut partial = u.as_ref().map(|u| arena.take::<f32>(parts * u.len())).transpose()?;
+    let groups = u.as_ref().map_or(0, |u| u.len() / m / 16) as i32;
     let ranks = [of_gate, of_up].map(|weight| Adapter::parts(weight.adapter).2);
     let half = Some(WIDE.n / CLUSTER);
     let [of_x, w_gate, u_gate, b_gate] =
@@ -177,15 +230,36 @@ fn activate(
     let out = gpu.tensor_map_mut(out, [m, n], PIECE)?;
     let (rows, columns, depth) = (m as i32, n as i32, k as i32);
     let args = args![
-        of_x, w_gate, w_up, u_gate, b_gate, u_up, b_up, gate, up, out, rows, columns, depth,
-        ranks[0], ranks[1]
+        of_x,
+        w_gate,
+        w_up,
+        u_gate,
+        b_gate,
+        u_up,
+        b_up,
+        gate,
+        up,
+        out,
+        a,
+        groups,
+        partial.as_deref_mut(),
+        rows,
+        columns,
+        depth,
+        ranks[0],
+        ranks[1]
     ];
     // Its tiles are half as wide: one of each.
-    gpu.launch(&ACTIVATING, WIDE.grid(gpu, m, 2 * n), WIDE.shared_bytes(), args)
+    gpu.launch(&ACTIVATING, WIDE.grid(gpu, m, 2 * n), WIDE.shared_bytes(), args)?;
+    match (u, &partial) {
+        (Some(u), Some(partial)) => round_partials(gpu, partial, parts, u),
+        _ => Ok(()),
+    }
 }
 
 /// [`nn`] with beta 0 and [`swiglu::backward`]: from `dy`: `[m, n]` and w: `[n, i]` the gradients to `gate` and `up`,
-/// `[m, i]`. What lies between is nowhere, or in the arena.
+/// `[m, i]`, which they overwrite, and, where it is asked for, `act` as [`swiglu::forward`] makes it. What lies between is nowhere, or
+/// in the arena.
 ///
 /// # Errors
 /// A launch fails, or the arena is too small.
@@ -198,20 +272,19 @@ pub fn nn_swiglu_backward(
     dy: &DeviceSlice<bf16>,
     w: &DeviceSlice<bf16>,
     adapter: Option<Adapter>,
-    gate: &DeviceSlice<bf16>,
-    up: &DeviceSlice<bf16>,
-    dgate: &mut DeviceSlice<bf16>,
-    dup: &mut DeviceSlice<bf16>,
+    gate: &mut DeviceSlice<bf16>,
+    up: &mut DeviceSlice<bf16>,
+    act: Option<&mut DeviceSlice<bf16>>,
     m: usize,
     n: usize,
     i: usize,
 ) -> Result<()> {
     if Tile::of(gpu, n, i) == Some(WIDE) {
-        return activate_backward(gpu, dy, w, adapter, gate, up, dgate, dup, m, n, i);
+        return activate_backward(gpu, dy, w, adapter, gate, up, act, m, n, i);
     }
     let mut dout = arena.take(m * i)?;
     nn(gpu, dy, w, &mut dout, m, n, i, 0.0, adapter)?;
-    swiglu::backward(gpu, &dout, gate, up, dgate, dup)
+    swiglu::backward(gpu, &dout, gate, up, act)
 }
 
 fn activate_backward(
@@ -219,10 +292,9 @@ fn activate_backward(
     dy: &DeviceSlice<bf16>,
     w: &DeviceSlice<bf16>,
     adapter: Option<Adapter>,
-    gate: &DeviceSlice<bf16>,
-    up: &DeviceSlice<bf16>,
-    dgate: &mut DeviceSlice<bf16>,
-    dup: &mut DeviceSlice<bf16>,
+    gate: &mut DeviceSlice<bf16>,
+    up: &mut DeviceSlice<bf16>,
+    act: Option<&mut DeviceSlice<bf16>>,
     m: usize,
     n: usize,
     i: usize,
@@ -230,7 +302,9 @@ fn activate_backward(
     let op = "nn_swiglu_backward";
     assert_shapes(op, [("dy", dy.len(), m, n), ("w", w.len(), n, i)]);
     assert_shapes(op, [("gate", gate.len(), m, i), ("up", up.len(), m, i)]);
-    assert_shapes(op, [("dgate", dgate.len(), m, i), ("dup", dup.len(), m, i)]);
+    if let Some(act) = &act {
+        assert_shapes(op, [("act", act.len(), m, i)]);
+    }
     assert_multiples_of_8(op, [("n", n), ("i", i)]);
     Adapter::assert_fits(op, adapter, m, i);
     if m * i == 0 {
@@ -238,11 +312,15 @@ fn activate_backward(
     }
     let (grid, (_, _, rank)) = (BACKWARD.grid(gpu, m, i), Adapter::parts(adapter));
     let [dy, w, du, a] = maps(gpu, (dy, w), adapter, (m, n, i), None)?;
-    let gate = gpu.tensor_map(gate, [m, i], PIECE)?;
-    let up = gpu.tensor_map(up, [m, i], PIECE)?;
-    let dgate = gpu.tensor_map_mut(dgate, [m, i], PIECE)?;
-    let dup = gpu.tensor_map_mut(dup, [m, i], PIECE)?;
+    let gate = gpu.tensor_map_mut(gate, [m, i], PIECE)?;
+    let up = gpu.tensor_map_mut(up, [m, i], PIECE)?;
+    let with_act = i32::from(act.is_some());
+    let act = match act {
+        Some(act) => gpu.tensor_map_mut(act, [m, i], PIECE)?,
+        // Any: it is not used.
+        None => gate,
+    };
     let (rows, columns, depth) = (m as i32, i as i32, n as i32);
-    let args = args![dy, w, du, a, gate, up, dgate, dup, rows, columns, depth, rank];
+    let args = args![dy, w, du, a, gate, up, act, rows, columns, depth, rank, with_act];
     gpu.launch(&ACTIVATING_BACKWARD, grid, BACKWARD.shared_bytes(), args)
 }

@@ -3,7 +3,7 @@
 #[cfg(test)]
 mod tests;
 
-use super::{Adapter, short};
+use super::{Adapter, Layer, short};
 use crate::args;
 use crate::cuda::{DeviceSlice, Gpu, HOPPER, Kernel, Result, Source, TILE, TensorMap};
 use half::bf16;
@@ -109,45 +109,63 @@ pub(crate) fn maps<'a>(
     Ok([weight[0], weight[1], more[0], more[1]])
 }
 
-/// As [`super::nt`], whose checks are made.
+/// As [`super::nt`], whose checks are made; `before`: another matrix that is added to, or whether y is.
 pub(super) fn nt(
     gpu: &Gpu,
     tile: Tile,
     x: &DeviceSlice<bf16>,
     w: &DeviceSlice<bf16>,
+    (before, itself): (Option<&DeviceSlice<bf16>>, bool),
     y: &mut DeviceSlice<bf16>,
     m: usize,
     k: usize,
     n: usize,
-    add: bool,
     bias: Option<&DeviceSlice<bf16>>,
     adapter: Option<Adapter>,
 ) -> Result<()> {
     let (grid, (_, _, rank)) = (tile.grid(gpu, m, n), Adapter::parts(adapter));
     let [x, w, u, b] = maps(gpu, (x, w), adapter, (m, k, n), Some(tile.n / CLUSTER))?;
     let y = gpu.tensor_map_mut(y, [m, n], PIECE)?;
-    let (rows, columns, depth, add) = (m as i32, n as i32, k as i32, i32::from(add));
-    let args = args![x, w, u, b, bias, y, rows, columns, depth, rank, add];
+    let add = i32::from(itself || before.is_some());
+    let before = match before {
+        Some(before) => gpu.tensor_map(before, [m, n], PIECE)?,
+        None => y,
+    };
+    let (rows, columns, depth) = (m as i32, n as i32, k as i32);
+    let args = args![x, w, u, b, bias, before, y, rows, columns, depth, rank, add];
     gpu.launch(&tile.kernel("hopper_nt"), grid, tile.shared_bytes(), args)
 }
 
-/// As [`super::nn`], whose checks are made.
+/// As [`super::nn_together`], whose checks are made, with one to three layers; `add`: to what dx is.
 pub(super) fn nn(
     gpu: &Gpu,
     tile: Tile,
-    dy: &DeviceSlice<bf16>,
-    w: &DeviceSlice<bf16>,
+    layers: &[Layer],
     dx: &mut DeviceSlice<bf16>,
     m: usize,
-    n: usize,
     k: usize,
     add: bool,
-    adapter: Option<Adapter>,
 ) -> Result<()> {
-    let (grid, (_, _, rank)) = (tile.grid(gpu, m, k), Adapter::parts(adapter));
-    let [dy, w, du, a] = maps(gpu, (dy, w), adapter, (m, n, k), None)?;
+    let grid = tile.grid(gpu, m, k);
+    let part = |i: usize| -> Result<([TensorMap; 4], i32, i32)> {
+        // Of a layer that is not there nothing is read.
+        let &Layer { dy, w, n, adapter } = layers.get(i).unwrap_or(&layers[0]);
+        let maps = maps(gpu, (dy, w), adapter, (m, n, k), None)?;
+        let there = i < layers.len();
+        Ok((
+            maps,
+            if there { n as i32 } else { 0 },
+            if there { Adapter::parts(adapter).2 } else { 0 },
+        ))
+    };
+    let ([dy0, w0, du0, a0], depth0, rank0) = part(0)?;
+    let ([dy1, w1, du1, a1], depth1, rank1) = part(1)?;
+    let ([dy2, w2, du2, a2], depth2, rank2) = part(2)?;
     let dx = gpu.tensor_map_mut(dx, [m, k], PIECE)?;
-    let (rows, columns, depth, add) = (m as i32, k as i32, n as i32, i32::from(add));
-    let args = args![dy, w, du, a, dx, rows, columns, depth, rank, add];
+    let (rows, columns, add) = (m as i32, k as i32, i32::from(add));
+    let args = args![
+        dy0, w0, du0, a0, dy1, w1, du1, a1, dy2, w2, du2, a2, dx, rows, columns, depth0, rank0,
+        depth1, rank1, depth2, rank2, add
+    ];
     gpu.launch(&tile.kernel("hopper_nn"), grid, tile.shared_bytes(), args)
 }

@@ -1,7 +1,7 @@
 //! The products on a device against f64.
 
 use super::*;
-use crate::testing::{Real, assert_accurate_bf16, gpu, random_bf16, round};
+use crate::testing::{Real, assert_accurate_bf16, gpu, hopper_gpu, random_bf16, round};
 
 /// Orders in which threads run.
 const SEEDS: [u64; 4] = [0, 1, 2, 3];
@@ -42,6 +42,8 @@ pub(super) struct Case {
     depth: usize,
     columns: usize,
     beta: f32,
+    /// Whether what is added to is another matrix than the output.
+    apart: bool,
     left: Vec<bf16>,
     right: Vec<bf16>,
     bias: Option<Vec<bf16>>,
@@ -58,6 +60,7 @@ impl Case {
             depth,
             columns,
             beta: 0.0,
+            apart: false,
             left: random_bf16(m * depth, 1),
             right: random_bf16(depth * columns, 2),
             bias: None,
@@ -70,6 +73,11 @@ impl Case {
         self.beta = 1.0;
         self.before = random_bf16(self.m * self.columns, 3);
         self
+    }
+
+    /// Adds to another matrix.
+    pub(super) fn adding_apart(self) -> Self {
+        Self { apart: true, ..self.adding() }
     }
 
     pub(super) fn biased(mut self) -> Self {
@@ -127,15 +135,20 @@ impl Case {
             rank: self.adapter.as_ref().unwrap().0,
         });
         let bias = bias.as_deref();
+        let before = gpu.uploaded(&self.before)?;
         let mut out = match self.beta {
+            1.0 if !self.apart => gpu.uploaded(&self.before)?,
             // As it comes: NaN where it isn't overwritten.
-            0.0 => gpu.alloc(self.before.len())?,
-            _ => gpu.uploaded(&self.before)?,
+            _ => gpu.alloc(self.before.len())?,
         };
         let (m, depth, columns, beta) = (self.m, self.depth, self.columns, self.beta);
         match self.op {
             "nt" => {
-                nt_by(gpu, way, &left, &right, &mut out, m, depth, columns, beta, bias, adapter)?
+                let before = match self.apart {
+                    true => Before::Other(&before),
+                    false => Before::of("nt", beta),
+                };
+                nt_by(gpu, way, &left, &right, before, &mut out, m, depth, columns, bias, adapter)?
             }
             "nn" => nn_by(gpu, way, &left, &right, &mut out, m, depth, columns, beta, adapter)?,
             _ => few(gpu, &left, &right, &mut out, m, depth, columns, beta, bias, adapter)?,
@@ -182,6 +195,69 @@ impl Case {
     }
 }
 
+/// The ways back of layers with one input: depths, and ranks of which 0 is none.
+pub(super) struct Together(Vec<Case>);
+
+impl Together {
+    pub(super) fn new(m: usize, columns: usize, layers: &[(usize, usize)]) -> Self {
+        let case = |&(depth, rank): &(usize, usize)| {
+            let case = Case::new("nn", (m, depth, columns));
+            if rank == 0 { case } else { case.adapted(rank) }
+        };
+        Self(layers.iter().map(case).collect())
+    }
+
+    pub(super) fn run(&self, gpu: &Gpu) -> Result<Vec<bf16>> {
+        let uploaded = |numbers: &Vec<bf16>| gpu.uploaded(numbers);
+        let mut on = Vec::new();
+        for case in &self.0 {
+            let adapter = case.adapter.as_ref().map(|(_, u, a)| Ok((uploaded(u)?, uploaded(a)?)));
+            on.push((uploaded(&case.left)?, uploaded(&case.right)?, adapter.transpose()?));
+        }
+        let layers = self.0.iter().zip(&on).map(|(case, (dy, w, adapter))| {
+            let rank = case.adapter.as_ref().map_or(0, |adapter| adapter.0);
+            let adapter = adapter.as_ref().map(|(left, right)| Adapter { left, right, rank });
+            Layer { dy, w, n: case.depth, adapter }
+        });
+        let Case { m, columns, .. } = self.0[0];
+        let mut out = gpu.alloc(m * columns)?;
+        nn_together(gpu, &layers.collect::<Vec<_>>(), &mut out, m, columns)?;
+        gpu.downloaded(&out)
+    }
+
+    fn reference<R: Real>(&self, round: fn(R) -> R) -> Vec<R> {
+        let sums = self.0.iter().map(|case| case.reference::<R>());
+        let added = |all: Vec<R>, more: Vec<R>| {
+            all.into_iter().zip(more).map(|(sum, more)| round(sum) + more).collect()
+        };
+        sums.reduce(added).unwrap()
+    }
+
+    /// `once`: nothing is rounded between layers.
+    pub(super) fn assert_accurate(&self, out: &[bf16], once: bool) {
+        let between: fn(f32) -> f32 = if once { |x| x } else { |x| bf16::from_f32(x).to_f32() };
+        let (plain, exact) = (self.reference(between), self.reference(|x| x));
+        let what = format!("{} layers together, once: {once}", self.0.len());
+        assert_accurate_bf16(&what, out, &round(&plain), &exact);
+    }
+}
+
+#[test]
+fn layers_with_one_input_are_added_up() {
+    let layers: [&[(usize, usize)]; 4] =
+        [&[(72, 16), (264, 0), (40, 80)], &[(8, 5), (136, 16)], &[(328, 0)], &[(64, 0), (8, 40)]];
+    for (layers, seed) in layers.into_iter().zip(SEEDS) {
+        for (gpu, once) in [(gpu(seed), false), (hopper_gpu(seed), true)] {
+            // On a device that is one, both are Hopper.
+            let once = once || gpu.properties().compute_capability == (9, 0);
+            let case = Together::new(270, 136, layers);
+            case.assert_accurate(&case.run(&gpu).unwrap(), once);
+        }
+    }
+    let case = Together::new(3, 1032, &[(8, 16), (72, 16), (8, 0)]);
+    case.assert_accurate(&case.run(&hopper_gpu(1)).unwrap(), true);
+}
+
 /// Rows, depth and columns: within a fragment, past the edges of every tile, depths past the ring.
 const SHAPES: [(usize, usize, usize); 7] = [
     (1, 8, 8),
@@ -215,6 +291,9 @@ fn check_products(op: &'static str) {
 fn nt_agrees_with_f64() {
     check_products("nt");
     Case::new("nt", (70, 80, 40)).biased().adding().check(&gpu(0), None);
+    for tile in all_tiles() {
+        Case::new("nt", (70, 80, 40)).biased().adding_apart().check(&gpu(1), Some(tile));
+    }
 }
 
 #[test]

@@ -15,11 +15,20 @@ fn inputs(n: usize) -> [Vec<bf16>; 3] {
 
 fn run(gpu: &Gpu, [gate, up, dout]: &[Vec<bf16>; 3]) -> Result<[Vec<bf16>; 3]> {
     let n = gate.len();
-    let (gate, up, dout) = (gpu.uploaded(gate)?, gpu.uploaded(up)?, gpu.uploaded(dout)?);
-    let (mut out, mut dgate, mut dup) = (gpu.alloc(n)?, gpu.alloc(n)?, gpu.alloc(n)?);
+    let (mut gate, mut up, dout) = (gpu.uploaded(gate)?, gpu.uploaded(up)?, gpu.uploaded(dout)?);
+    let (mut alone_gate, mut alone_up) = (gpu.alloc(n)?, gpu.alloc(n)?);
+    gpu.copy(&gate, &mut alone_gate)?;
+    gpu.copy(&up, &mut alone_up)?;
+    let (mut out, mut again) = (gpu.alloc(n)?, gpu.alloc(n)?);
     forward(gpu, &gate, &up, &mut out)?;
-    backward(gpu, &dout, &gate, &up, &mut dgate, &mut dup)?;
-    Ok([gpu.downloaded(&out)?, gpu.downloaded(&dgate)?, gpu.downloaded(&dup)?])
+    backward(gpu, &dout, &mut gate, &mut up, Some(&mut again))?;
+    backward(gpu, &dout, &mut alone_gate, &mut alone_up, None)?;
+    let [out, again, dgate, dup, alone_gate, alone_up] =
+        [&out, &again, &gate, &up, &alone_gate, &alone_up].map(|x| gpu.downloaded(x));
+    let (out, dgate, dup) = (out?, dgate?, dup?);
+    assert!(again? == out, "out once more has other bits");
+    assert!((alone_gate?, alone_up?) == (dgate.clone(), dup.clone()), "without out, other bits");
+    Ok([out, dgate, dup])
 }
 
 fn check(gpu: &Gpu, n: usize) {
@@ -61,13 +70,14 @@ fn planted_faults_are_caught() {
     let faults = [
         ("swiglu.cu", "for (; i < n; i++) out[i]", "for (; i + 1 < n; i++) out[i]"),
         ("swiglu.cu", "for (; i < n; i++) out[i]", "for (; i <= n; i++) out[i]"),
-        ("swiglu.cu", "store16(dup + i, pack8(u));", ""),
+        ("swiglu.cu", "store16(up + i, pack8(u));", ""),
+        ("swiglu.cu", "if (out) store16(out + i, pack8(o));", ""),
         (
             "swiglu.cuh",
             "fmaf(it.silu, 1.0f - it.sigma, it.sigma)",
             "fmaf(it.silu, 1.0f + it.sigma, it.sigma)",
         ),
-        ("swiglu.cu", "o[j] = activated", "o[j] += activated"),
+        ("swiglu.cu", "j++) o[j] = activated", "j++) o[j] += activated"),
     ];
     assert_faults_are_caught(all, &faults);
 }

@@ -1,6 +1,5 @@
 //! An adapter's gradients on a device against f64.
 
-use super::super::nt;
 use super::super::tests::{random_padded, sum_of_products};
 use super::*;
 use crate::testing::{
@@ -62,8 +61,9 @@ impl Case {
         let Self { m, n, rank, .. } = *self;
         let (x, du) = (gpu.uploaded(&self.dy)?, gpu.uploaded(&self.u)?);
         let mut da = gpu.uploaded(&self.before)?;
-        let mut workspace = gpu.alloc(workspace_of_a(m, n, rank))?;
-        add_to_gradient_of_a(gpu, &du, &x, &mut da, m, rank, n, &mut workspace)?;
+        let mut workspace = gpu.alloc(workspace_of_a(m, n, &[rank]))?;
+        let of = &mut [GradientOfA { du: &du, da: &mut da, rank }];
+        add_to_gradients_of_a(gpu, Input { x: &x, norm: None }, of, m, n, &mut workspace)?;
         gpu.downloaded(&da)
     }
 
@@ -138,10 +138,165 @@ fn gradients_have_the_same_bits_in_any_order_of_threads() {
 
 #[test]
 fn no_rows_add_nothing() {
+    let nothing = Shared::new((0, 8), &[4, 20], true);
+    let found = nothing.run(&gpu(0)).unwrap();
+    assert!(
+        found.iter().zip(&nothing.before).all(|((u, da), before)| u.is_empty() && da == before)
+    );
     let case = Case::new((0, 8), 4);
     let (db, du) = case.gradient_of_b(&gpu(0)).unwrap();
     assert_eq!((&db, du.len()), (&case.before, 0));
     assert_eq!(case.gradient_of_a(&gpu(0)).unwrap(), case.before);
+}
+
+/// Layers with one input, `[m, k]`, which a norm may have made.
+pub(in super::super) struct Shared {
+    m: usize,
+    k: usize,
+    ranks: Vec<usize>,
+    x: Vec<bf16>,
+    /// w and s.
+    norm: Option<(Vec<bf16>, Vec<f32>)>,
+    /// Of each layer a `[R, k]`, du `[m, R]` and what da `[r, k]` is before.
+    a: Vec<Vec<bf16>>,
+    du: Vec<Vec<bf16>>,
+    before: Vec<Vec<f32>>,
+}
+
+/// Of each layer u and da.
+pub(in super::super) type UAndDa = Vec<(Vec<bf16>, Vec<f32>)>;
+
+impl Shared {
+    pub(in super::super) fn new((m, k): (usize, usize), ranks: &[usize], normed: bool) -> Self {
+        let roots = || random(m, 9).iter().map(|x| 0.5 + x.abs()).collect();
+        let each = |of: &dyn Fn(usize, u64) -> Vec<bf16>| -> Vec<Vec<bf16>> {
+            ranks.iter().zip(10..).map(|(&rank, seed)| of(rank, seed)).collect()
+        };
+        let a = each(&|rank, seed| {
+            let mut a = random_bf16(rank * k, seed);
+            a.resize(padded(rank) * k, bf16::ZERO);
+            a
+        });
+        Self {
+            m,
+            k,
+            ranks: ranks.to_vec(),
+            x: random_bf16(m * k, 7),
+            norm: normed.then(|| (random_bf16(k, 8), roots())),
+            a,
+            du: each(&|rank, seed| random_padded(m, rank, seed + 10)),
+            before: ranks.iter().map(|rank| random(rank * k, 30)).collect(),
+        }
+    }
+
+    /// Some of the layers, and of the rows the first.
+    fn part(&self, layers: std::ops::Range<usize>, m: usize) -> Self {
+        let rows = |x: &Vec<bf16>, width: usize| x[..m * width].to_vec();
+        Self {
+            m,
+            k: self.k,
+            ranks: self.ranks[layers.clone()].to_vec(),
+            x: rows(&self.x, self.k),
+            norm: self.norm.as_ref().map(|(w, s)| (w.clone(), s[..m].to_vec())),
+            a: self.a[layers.clone()].to_vec(),
+            du: layers.clone().map(|i| rows(&self.du[i], padded(self.ranks[i]))).collect(),
+            before: self.before[layers].to_vec(),
+        }
+    }
+
+    pub(in super::super) fn run(&self, gpu: &Gpu) -> Result<UAndDa> {
+        let (m, k, ranks) = (self.m, self.k, &self.ranks);
+        let x = gpu.uploaded(&self.x)?;
+        let on =
+            |of: &[Vec<bf16>]| -> Result<Vec<_>> { of.iter().map(|x| gpu.uploaded(x)).collect() };
+        let (a, du) = (on(&self.a)?, on(&self.du)?);
+        let mut u: Vec<_> =
+            ranks.iter().map(|rank| gpu.alloc(m * padded(*rank))).collect::<Result<_>>()?;
+        let each = ranks.iter().zip(&a).zip(&mut u);
+        let mut sides: Vec<_> = each.map(|((&rank, a), u)| Projected { a, u, rank }).collect();
+        project(gpu, &x, &mut sides, m, k)?;
+
+        let norm = self.norm.as_ref();
+        let norm = norm.map(|(w, s)| Ok((gpu.uploaded(w)?, gpu.uploaded(s)?))).transpose()?;
+        let norm = norm.as_ref().map(|(weight, inv_rms)| Norm { weight, inv_rms });
+        let mut da: Vec<_> = self.before.iter().map(|x| gpu.uploaded(x)).collect::<Result<_>>()?;
+        let each = ranks.iter().zip(&du).zip(&mut da);
+        let mut of: Vec<_> = each.map(|((&rank, du), da)| GradientOfA { du, da, rank }).collect();
+        let mut workspace = gpu.alloc(workspace_of_a(m, k, ranks))?;
+        add_to_gradients_of_a(gpu, Input { x: &x, norm }, &mut of, m, k, &mut workspace)?;
+        u.iter().zip(&da).map(|(u, da)| Ok((gpu.downloaded(u)?, gpu.downloaded(da)?))).collect()
+    }
+
+    fn u_reference<R: Real>(&self, i: usize) -> Vec<R> {
+        let a = |l, j| self.a[i][j * self.k + l];
+        sum_of_products((self.m, self.k, padded(self.ranks[i])), |t, l| self.x[t * self.k + l], a)
+    }
+
+    /// `round`: what becomes of s du on its way.
+    fn da_reference<R: Real>(&self, i: usize, round: fn(R) -> R) -> Vec<R> {
+        let (m, k, rank) = (self.m, self.k, self.ranks[i]);
+        let wide = |x: bf16| R::of(x.to_f64());
+        let elements = (0..rank * k).map(|at| {
+            let (r, column) = (at / k, at % k);
+            let mut sum = R::of(0.0);
+            for t in 0..m {
+                let du = wide(self.du[i][t * padded(rank) + r]);
+                let du = match &self.norm {
+                    Some((_, s)) => round(R::of(s[t].into()) * du),
+                    None => du,
+                };
+                sum += du * wide(self.x[t * k + column]);
+            }
+            let weight = self.norm.as_ref().map_or(R::of(1.0), |(w, _)| wide(w[column]));
+            R::of(self.before[i][at].into()) + weight * sum
+        });
+        elements.collect()
+    }
+
+    pub(in super::super) fn assert_accurate(&self, found: &UAndDa) {
+        assert_eq!(found.len(), self.ranks.len());
+        for (i, (u, da)) in found.iter().enumerate() {
+            let what = format!("{} x {}, {:?}, layer {i}", self.m, self.k, self.ranks);
+            let plain = round(&self.u_reference(i));
+            assert_accurate_bf16(&format!("u {what}"), u, &plain, &self.u_reference(i));
+            let rounded: fn(f32) -> f32 = |x| bf16::from_f32(x).to_f32();
+            let (plain, exact) = (self.da_reference(i, rounded), self.da_reference(i, |x| x));
+            assert_accurate(&format!("da {what}"), da, &plain, &exact);
+        }
+    }
+}
+
+const TOGETHER: [&[usize]; 6] =
+    [&[16], &[5, 16], &[16, 16, 16], &[1, 29, 8], &[64, 64, 64], &[100, 3, 40]];
+
+#[test]
+fn layers_with_one_input_agree_with_f64() {
+    let cases = TOGETHER.into_iter().flat_map(|ranks| [false, true].map(|normed| (ranks, normed)));
+    for ((ranks, normed), seed) in cases.zip(SEEDS.into_iter().cycle()) {
+        for shape in [(1, 8), (67, 264), (131, 72)] {
+            let case = Shared::new(shape, ranks, normed);
+            case.assert_accurate(&case.run(&gpu(seed)).unwrap());
+        }
+    }
+    // One that a batch is too short for is made by spans, which end within slices.
+    let case = Shared::new((300, 40), &[16, 8], true);
+    case.assert_accurate(&case.run(&gpu(1)).unwrap());
+}
+
+/// u is a part of every row.
+#[test]
+fn a_row_of_u_has_the_same_bits_in_any_company() {
+    let case = Shared::new((150, 200), &[16, 40, 5], true);
+    let all = case.run(&gpu(0)).unwrap();
+    for (layers, m, seed) in [(0..3, 150, 1), (0..1, 150, 2), (1..3, 64, 3), (2..3, 1, 0)] {
+        let some = case.part(layers.clone(), m).run(&gpu(seed)).unwrap();
+        for (i, (u, _)) in layers.zip(&some) {
+            assert!(*u == all[i].0[..u.len()], "layer {i}, {m} rows");
+        }
+    }
+    for seed in SEEDS {
+        assert!(case.run(&gpu(seed)).unwrap() == all, "seed {seed}");
+    }
 }
 
 #[test]
@@ -179,7 +334,7 @@ fn what_is_filled_up_stays_zero() {
     pack_b(&gpu, &upload(n * rank, 2), &mut b, n, rank, SCALE).unwrap();
     let (x, dy) = (upload_bf16(m * k, 3), upload_bf16(m * n, 4));
     let (mut u, mut du) = (gpu.alloc(m * pitch).unwrap(), gpu.alloc(m * pitch).unwrap());
-    nt(&gpu, &x, &a, &mut u, m, k, pitch, 0.0, None, None).unwrap();
+    project(&gpu, &x, &mut [Projected { a: &a, u: &mut u, rank }], m, k).unwrap();
     let mut workspace = gpu.alloc(workspace_of_b(m, n, rank)).unwrap();
     let mut db = upload(n * rank, 5);
     add_to_gradient_of_b(&gpu, &dy, &u, &b, &mut db, &mut du, m, n, rank, SCALE, &mut workspace)

@@ -1,11 +1,12 @@
 //! What is made in one kernel has the bits of what several make, which are tested against f64.
 
-use super::super::tests::{bits, random_padded};
+use super::super::tests::{bits, random_padded, sum_of_products};
 use super::super::{Way, adapter, nn_by, nt_by};
 use super::*;
 use crate::cuda::Fault;
 use crate::rope::Rope;
-use crate::testing::{hopper_gpu as gpu, random_bf16};
+use crate::testing::{assert_accurate_bf16, hopper_gpu as gpu, random_bf16, round};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 
 const SEEDS: u64 = 4;
 
@@ -65,7 +66,8 @@ fn rotation_is_right(
     let weight = Weight { w: &w, bias, adapter };
     let found = rotate(gpu, tile, &x, weight, &mut one, m, k, n, &table, &positions);
     let found = found.map(|()| vec![gpu.downloaded(&one).unwrap()]);
-    nt_by(gpu, Way::Hopper(tile), &x, &w, &mut two, m, k, n, 0.0, bias, adapter).unwrap();
+    let way = Way::Hopper(tile);
+    nt_by(gpu, way, &x, &w, Before::Nothing, &mut two, m, k, n, bias, adapter).unwrap();
     rope::forward(gpu, &table, &mut two, heads, &positions).unwrap();
     same(found, vec![gpu.downloaded(&two).unwrap()])
 }
@@ -92,21 +94,92 @@ fn activation_is_right(gpu: &Gpu, [m, k, n]: [usize; 3], ranks: [usize; 2]) -> b
     let mut one = [(); 3].map(|()| gpu.alloc(m * n).unwrap());
     let mut two = [(); 3].map(|()| gpu.alloc(m * n).unwrap());
     let [gate, up, out] = &mut one;
-    let found = activate(gpu, &x, weights, gate, up, out, m, k, n);
-    let found = found.map(|()| one.iter().map(|y| gpu.downloaded(y).unwrap()).collect());
+    let arena = Arena::new(gpu, 0).unwrap();
+    let next = Next::new(gpu, m, n, ranks[0]);
+    let mut u = gpu.alloc(next.u_len(m)).unwrap();
+    let found = activate(gpu, &arena, &x, weights, gate, up, out, next.of(&mut u), m, k, n);
+    let found: Result<Vec<_>> =
+        found.map(|()| one.iter().map(|y| gpu.downloaded(y).unwrap()).collect());
+    if let Ok(found) = &found {
+        let u = gpu.downloaded(&u).unwrap();
+        let accurate = || next.assert_accurate(&found[2], &u);
+        if catch_unwind(AssertUnwindSafe(accurate)).is_err() {
+            return false;
+        }
+    }
     let [gate, up, out] = &mut two;
     for (i, y) in [&mut *gate, &mut *up].into_iter().enumerate() {
         let adapter = weights[i].adapter;
-        nt_by(gpu, Way::Hopper(WIDE), &x, &w[i], y, m, k, n, 0.0, None, adapter).unwrap();
+        let way = Way::Hopper(WIDE);
+        nt_by(gpu, way, &x, &w[i], Before::Nothing, y, m, k, n, None, adapter).unwrap();
     }
     swiglu::forward(gpu, gate, up, out).unwrap();
     same(found, two.iter().map(|y| gpu.downloaded(y).unwrap()).collect())
+}
+
+/// The adapter of what reads what was activated, `[m, n]`; for rank 0, none.
+struct Next {
+    a: Vec<bf16>,
+    on: crate::cuda::DeviceBuffer<bf16>,
+    rank: usize,
+}
+
+impl Next {
+    fn new(gpu: &Gpu, m: usize, n: usize, rank: usize) -> Self {
+        let mut a = random_bf16(rank * n, 90 + m as u64);
+        a.resize(padded(rank) * n, bf16::ZERO);
+        Self { on: gpu.uploaded(&a).unwrap(), a, rank }
+    }
+
+    fn u_len(&self, m: usize) -> usize {
+        m * padded(self.rank)
+    }
+
+    fn of<'a>(&'a self, u: &'a mut DeviceSlice<bf16>) -> Option<Projected<'a>> {
+        (self.rank > 0).then_some(Projected { a: &self.on, u, rank: self.rank })
+    }
+
+    fn assert_accurate(&self, out: &[bf16], u: &[bf16]) {
+        if self.rank == 0 {
+            return;
+        }
+        let (m, n) = (u.len() / padded(self.rank), self.a.len() / padded(self.rank));
+        let sides = (m, n, padded(self.rank));
+        let (of_out, of_a) = (|t, i| out[t * n + i], |i, r: usize| self.a[r * n + i]);
+        let plain = round(&sum_of_products::<f32>(sides, of_out, of_a));
+        let exact = sum_of_products::<f64>(sides, of_out, of_a);
+        assert_accurate_bf16(&format!("u, rank {}", self.rank), u, &plain, &exact);
+    }
 }
 
 fn activations_are_right(gpu: &Gpu) -> bool {
     // Three pieces and one of the second tile, so that the staged ones do not alternate from tile to tile.
     activation_is_right(gpu, [300, 328, 200], [16, 80])
         && activation_is_right(gpu, [600, 72, 136], [0, 8])
+        && activation_is_right(gpu, [70, 8, 328], [20, 0])
+}
+
+/// A row of u has the same bits in any company, and in any order of threads.
+#[test]
+fn what_is_projected_does_not_depend_on_its_company() {
+    let (k, n, rank) = (72, 328, 20);
+    let run = |seed: u64, m: usize| {
+        let gpu = gpu(seed);
+        let arena = Arena::new(&gpu, 0).unwrap();
+        let x = gpu.uploaded(&random_bf16(300 * k, 1)[..m * k]).unwrap();
+        let w = [2, 3].map(|seed| gpu.uploaded(&random_bf16(n * k, seed)).unwrap());
+        let weights = [0, 1].map(|i| Weight { w: &w[i], bias: None, adapter: None });
+        let mut made = [(); 3].map(|()| gpu.alloc(m * n).unwrap());
+        let [gate, up, out] = &mut made;
+        let next = Next::new(&gpu, 0, n, rank);
+        let mut u = gpu.alloc(next.u_len(m)).unwrap();
+        activate(&gpu, &arena, &x, weights, gate, up, out, next.of(&mut u), m, k, n).unwrap();
+        bits(&gpu.downloaded(&u).unwrap())
+    };
+    let all = run(0, 300);
+    for (m, seed) in [(300, 1), (129, 2), (64, 3), (1, 0)] {
+        assert!(run(seed, m) == all[..m * padded(rank)], "{m} of 300 rows");
+    }
 }
 
 #[test]
@@ -120,18 +193,20 @@ fn an_activated_product_has_the_bits_of_products_and_activation() {
 fn backward_is_right(gpu: &Gpu, [m, n, i]: [usize; 3], rank: usize) -> bool {
     let dy = gpu.uploaded(&random_bf16(m * n, 1)).unwrap();
     let w = gpu.uploaded(&random_bf16(n * i, 2)).unwrap();
-    let [gate, up] = [3, 4].map(|seed| gpu.uploaded(&random_bf16(m * i, seed)).unwrap());
     let factors = Factors::new(gpu, m, i, rank, 5, true);
     let adapter = factors.adapter();
-    let mut one = [(); 2].map(|()| gpu.alloc(m * i).unwrap());
-    let mut two = [(); 2].map(|()| gpu.alloc(m * i).unwrap());
-    let [dgate, dup] = &mut one;
-    let found = activate_backward(gpu, &dy, &w, adapter, &gate, &up, dgate, dup, m, n, i);
+    // gate, up and what is activated, which not everybody wants.
+    let all = || [3, 4, 5].map(|seed| gpu.uploaded(&random_bf16(m * i, seed)).unwrap());
+    let with_act = rank > 0;
+    let (mut one, mut two) = (all(), all());
+    let [gate, up, act] = &mut one;
+    let act = with_act.then_some(&mut **act);
+    let found = activate_backward(gpu, &dy, &w, adapter, gate, up, act, m, n, i);
     let found = found.map(|()| one.iter().map(|y| gpu.downloaded(y).unwrap()).collect());
     let mut dout = gpu.alloc(m * i).unwrap();
     nn_by(gpu, Way::Hopper(WIDE), &dy, &w, &mut dout, m, n, i, 0.0, adapter).unwrap();
-    let [dgate, dup] = &mut two;
-    swiglu::backward(gpu, &dout, &gate, &up, dgate, dup).unwrap();
+    let [gate, up, act] = &mut two;
+    swiglu::backward(gpu, &dout, gate, up, with_act.then_some(&mut **act)).unwrap();
     same(found, two.iter().map(|y| gpu.downloaded(y).unwrap()).collect())
 }
 
@@ -153,19 +228,26 @@ fn shapes_and_devices_choose_between_one_kernel_and_several() {
     for (gpu, one) in [(Gpu::emulated_hopper(0).unwrap(), true), (Gpu::emulated(0).unwrap(), false)]
     {
         assert_eq!(Tile::of(&gpu, k, n) == Some(WIDE), one);
-        let arena = Arena::new(&gpu, if one { 16 } else { 1 << 20 }).unwrap();
+        let arena = Arena::new(&gpu, 1 << 20).unwrap();
         let [x, w, v] = [(m * k, 1), (n * k, 2), (n * k, 3)]
             .map(|(len, seed)| gpu.uploaded(&random_bf16(len, seed)).unwrap());
         let weights = [&w, &v].map(|w| Weight { w, bias: None, adapter: None });
-        let mut made = [(); 5].map(|()| gpu.alloc(m * n).unwrap());
-        let [gate, up, out, dgate, dup] = &mut made;
-        nt_swiglu(&gpu, &x, weights, gate, up, out, m, k, n).unwrap();
+        let mut made = [(); 6].map(|()| gpu.alloc(m * n).unwrap());
+        let [gate, up, out, again, added, turned] = &mut made;
+        let next = Next::new(&gpu, m, n, 16);
+        let mut u = gpu.alloc(next.u_len(m)).unwrap();
+        let of_next = next.of(&mut u);
+        nt_swiglu(&gpu, &arena, &x, weights, gate, up, out, of_next, m, k, n).unwrap();
+        next.assert_accurate(&gpu.downloaded(out).unwrap(), &gpu.downloaded(&u).unwrap());
+        nt_added(&gpu, &x, weights[0], out, added, m, k, n).unwrap();
         // w as [k, n].
-        nn_swiglu_backward(&gpu, &arena, &x, &w, None, gate, up, dgate, dup, m, k, n).unwrap();
+        let act = Some(&mut **again);
+        nn_swiglu_backward(&gpu, &arena, &x, &w, None, gate, up, act, m, k, n).unwrap();
+        assert_eq!(gpu.downloaded(again).unwrap(), gpu.downloaded(out).unwrap());
         let rope = Rope::new(vec![1.0; 32], 1.0);
         let table = rope::Table::new(&gpu, &rope, 4).unwrap();
         let positions = gpu.uploaded(&[0u32, 1, 2]).unwrap();
-        nt_rope(&gpu, &x, weights[0], dup, m, k, n, &table, &positions).unwrap();
+        nt_rope(&gpu, &x, weights[0], turned, m, k, n, &table, &positions).unwrap();
         assert!(made.iter().all(|y| gpu.downloaded(y).unwrap().iter().all(|y| y.is_finite())));
     }
 }
@@ -205,13 +287,19 @@ fn faults_in_activations_are_caught() {
         ("up ? w_up : w_gate", "w_gate"),
         ("k -= (of_weight + of_gate) * TILE_K;", "k -= of_weight * TILE_K;"),
         ("await_place(part, piece == 0);", "await_place(part, false);"),
+        // u.
+        ("if (pair < columns) right", "right"),
+        ("if (at >= rows) continue;", ""),
+        ("if (group >= groups) break;\n#pragma unroll\n            for (int half", "for (int half"),
+        ("project(part, left, first + 4 * i, u);", "project(part, left, column + 4 * i, u);"),
+        ("(size_t(at) * groups + group) * 16", "(size_t(at) + group) * 16"),
         (
             "float2 g = rounded(gates[i], gates[i + 1])",
             "float2 g = make_float2(gates[i], gates[i + 1])",
         ),
         (
-            "send(shared, part, 1 - at, up, row, first);\n            await_place(part, false);",
-            "send(shared, part, 1 - at, up, row, first);",
+            "            await_place(part, false);\n            fill_piece(staged_piece(shared, part, at)",
+            "            fill_piece(staged_piece(shared, part, at)",
         ),
     ];
     assert_caught(activations_are_right, "hopper_swiglu.cu", &faults);
@@ -220,8 +308,8 @@ fn faults_in_activations_are_caught() {
 #[test]
 fn faults_in_activations_gradients_are_caught() {
     let faults = [
-        ("tma_store_wait<0>(); // of the tile before", ""),
-        ("tma_store_wait<0>(); // or what is asked for would land on it", ""),
+        ("tma_store_wait<0>(); // or what comes next would land on it", ""),
+        ("activated(gates.y, ups.y)", "activated(gates.y, ups.x)"),
         ("await_piece(shared, part, at + 1, parities);", ""),
         (
             "ask(shared, part, piece + 2, row, column);",

@@ -1,6 +1,6 @@
 //! The products on Hopper against f64 and against the portable ones, and faults put into them.
 
-use super::super::tests::{Case, bits};
+use super::super::tests::{Case, Together, bits};
 use super::super::{Tile as Portable, Way};
 use super::*;
 use crate::cuda::Fault;
@@ -33,6 +33,7 @@ fn check_products(op: &'static str) {
 fn nt_agrees_with_f64() {
     check_products("nt");
     check(&Case::new("nt", (70, 80, 296)).biased().adding(), 0, WIDE);
+    check(&Case::new("nt", (300, 80, 328)).adapted(16).adding_apart(), 1, WIDE);
 }
 
 #[test]
@@ -119,7 +120,7 @@ fn products_are_right(seed: u64, fault: Fault) -> bool {
     let gpu = Gpu::emulated_hopper_with_fault(seed, fault).unwrap();
     // More slices than stages, no tile full, several to a cluster, of which some have one piece.
     let cases = [
-        (Case::new("nt", (600, 456, 296)).adapted(16).biased().adding(), WIDE),
+        (Case::new("nt", (600, 456, 296)).adapted(16).biased().adding_apart(), WIDE),
         (Case::new("nt", (600, 456, 400)), WIDE),
         (Case::new("nn", (600, 456, 328)).adapted(80).adding(), NARROW),
     ];
@@ -141,6 +142,28 @@ fn assert_caught(file: &'static str, faults: &[(&'static str, &'static str)]) {
 }
 
 #[test]
+fn faults_in_layers_together_are_caught() {
+    let faults = [
+        ("slice < second.of_weight)", "slice <= second.of_weight)"),
+        ("        slice -= second.of_weight;\n", ""),
+        ("return steps_of(second.rank, slice);", "return 1;"),
+        ("return second.adapter.load<false>", "return first.adapter.load<false>"),
+        ("slice -= of_weight;", "slice -= first.of_weight;"),
+    ];
+    let case = Together::new(300, 136, &[(136, 16), (72, 100), (8, 40)]);
+    let right = |seed, fault| {
+        let gpu = Gpu::emulated_hopper_with_fault(seed, fault).unwrap();
+        case.run(&gpu).is_ok_and(|out| {
+            catch_unwind(AssertUnwindSafe(|| case.assert_accurate(&out, true))).is_ok()
+        })
+    };
+    for (from, to) in faults {
+        let caught = (0..4).any(|seed| !right(seed, Fault { file: "hopper.cu", from, to }));
+        assert!(caught, "nothing is wrong with {to:?} for {from:?}");
+    }
+}
+
+#[test]
 fn faults_in_the_ring_are_caught() {
     assert_caught(
         "hopper_product.cuh",
@@ -153,7 +176,11 @@ fn faults_in_the_ring_are_caught() {
             ("if (++stage == STAGES) stage = 0, parity ^= 1;", "if (++stage == STAGES) stage = 0;"),
             // Waits.
             ("barrier_wait(shared.empty + turn.stage, turn.parity ^ 1);", ""),
-            ("barrier_wait(shared.full + turn.stage, turn.parity);", ""),
+            (
+                "slice++, turn.next()) {\n        barrier_wait(shared.full + turn.stage, turn.parity);",
+                "slice++, turn.next()) {",
+            ),
+            ("if (k == 0) barrier_wait(shared.full + turn.stage, turn.parity);", ""),
             // Counts of bytes and of arrivals.
             (
                 "barrier_arrive_expecting(full, STAGE_BYTES);",
@@ -191,9 +218,9 @@ fn faults_in_the_sums_are_caught() {
     assert_caught(
         "hopper_product.cuh",
         &[
-            ("wgmma_wait<1>();", "wgmma_wait<2>();"),
+            ("been read.\n        wgmma_wait<1>();", "been read.\n        wgmma_wait<2>();"),
             ("    wgmma_wait<0>();\n    hold(sums);", "    hold(sums);"),
-            ("        wgmma_fence();\n", ""),
+            ("        wgmma_fence();\n#pragma unroll", "#pragma unroll"),
             // Descriptors.
             ("advanced(left, 32 * k)", "advanced(left, 64 * k)"),
             ("ALONG ? 32 * k : 2048 * k", "32 * k"),
@@ -206,6 +233,8 @@ fn faults_in_the_sums_are_caught() {
             ("right + int(cluster_rank()) * (TILE_N / CLUSTER) * ROW_BYTES", "right"),
             ("int at = rank * HALF + panel;", "int at = panel;"),
             ("(slice - of_weight) * TILE_K", "slice * TILE_K"),
+            ("++k < terms.steps(slice)", "++k < 1"),
+            ("min(depth - slice * TILE_K, TILE_K)", "min(depth, TILE_K) - STEP"),
             // Sums that go on from the last tile, and tiles that are left out.
             ("slice > 0 || k > 0", "k > 0"),
             ("inside % height", "inside % GROUP"),
