@@ -130,6 +130,7 @@ DEVICE void collect(const Shared& shared, int part, const float* lse, const floa
             }
 #pragma unroll
             for (int i = 0; i < KEYS / 2; i++) p[i] = exp2_fast(__fmaf_rn(p[i], scale * LOG2_E, -own_lse[half_of(i)]));
+            finish(p, shared.full + turn.stage, turn.parity);
             wgmma_wait<0>();
             hold(ds);
             if (!more) release(shared.own_empty);

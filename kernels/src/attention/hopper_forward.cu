@@ -193,6 +193,7 @@ DEVICE void attend(const Shared& shared, int part, bf16* out, float* lse, int kv
             named_barrier_arrive(2 - part, BOTH);
             wgmma_wait<1>();
             soften(keys);
+            finish(scores, shared.v_full + v_turn.stage, v_turn.parity);
             wgmma_wait<0>();
             hold(sums);
             release(shared.v_empty + v_turn.stage);

@@ -78,6 +78,14 @@ DEVICE void release(Barrier* empty) {
     if (lane_index() == 0) barrier_arrive(empty);
 }
 
+// What `d` is made of comes before, a wait for products after. Arithmetic the assembler moves behind such a wait, beside which it
+// should run; but not behind a branch, and that the phase of this barrier has been complete for long only we know.
+template <int COUNT>
+DEVICE void finish(float (&d)[COUNT], Barrier* complete, uint32_t parity) {
+    hold(d);
+    barrier_wait(complete, parity);
+}
+
 // Of the rows of the warpgroup.
 DEVICE int own_row() { return int(threadIdx.x) % WARPGROUP_THREADS / WARP * 16 + lane_index() / 4; }
 

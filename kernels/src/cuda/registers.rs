@@ -80,6 +80,7 @@ mod tests {
     use rayon::prelude::*;
     use std::fmt::Write;
     use std::path::Path;
+    use std::sync::atomic::{AtomicUsize, Ordering};
 
     const HOPPER: &str = "sm_90a";
     const ARCHITECTURES: [&str; 2] = ["sm_80", HOPPER];
@@ -188,7 +189,10 @@ mod tests {
         let beside = nvrtc.path.parent().unwrap().with_file_name("bin").join("nvdisasm");
         let cubin = nvrtc.cached(&kernel.module(), HOPPER).unwrap();
         let folder = cache::folder().unwrap();
-        let file = folder.join(format!("{}.{}.sass", kernel.label(), std::process::id()));
+        // Tests that run at the same time look at the same kernels.
+        static FILES: AtomicUsize = AtomicUsize::new(0);
+        let number = FILES.fetch_add(1, Ordering::Relaxed);
+        let file = folder.join(format!("{}.{}.{number}.sass", kernel.label(), std::process::id()));
         std::fs::write(&file, cubin).unwrap();
         let ran = std::process::Command::new(&beside).arg("-c").arg(&file).output();
         std::fs::remove_file(&file).unwrap();
@@ -219,6 +223,27 @@ mod tests {
             assert_eq!(count("LDL") + count("STL"), 0, "{label}");
             let barriers = count("MEMBAR.ALL.GPU") + count("MEMBAR.SC.GPU");
             assert!(barriers <= 2 * kernels, "{label}: {barriers} fences of the whole GPU");
+        }
+    }
+
+    /// The softmax of attention runs beside products: exponentials are behind a wait that leaves one of them under way, and before
+    /// the next wait or start.
+    #[test]
+    fn exponentials_run_beside_products() {
+        for kernel in crate::attention::cuda::hopper::KERNELS {
+            let (label, sass) = (kernel.label(), disassembled(&kernel));
+            let (mut beside, mut most, mut now) = (false, 0, 0);
+            for line in sass.lines() {
+                if line.contains("DEPBAR.LE gsb0") || line.contains("HGMMA") {
+                    beside = line.contains("DEPBAR.LE gsb0, 0x1");
+                    now = 0;
+                }
+                now += usize::from(beside && line.contains("MUFU.EX2"));
+                most = most.max(now);
+            }
+            // As many as a thread has of a tile's scores.
+            let all = if kernel.name.ends_with("keys") { 32 } else { 64 };
+            assert!(most >= all, "{label}: {most} of {all} exponentials");
         }
     }
 
