@@ -19,7 +19,7 @@ use uft_kernels::attention::Heads;
 use uft_kernels::logprob::Chunk;
 
 /// What of a micro-batch decides its memory. Those of groups packed together add up.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Size {
     /// T.
     pub rows: usize,

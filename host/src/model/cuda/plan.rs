@@ -103,12 +103,17 @@ impl Counted {
     /// # Errors
     /// There are no kernels for the model's heads, or a signal arrives; here and in the rest.
     pub fn logps(&self, size: Size) -> Result<()> {
-        let batch = self.stand_in(size);
-        self.model.logps(&batch, None)?;
-        match &self.lora {
-            Some(lora) => self.model.logps(&batch, Some(lora)).map(drop),
-            None => Ok(()),
+        let Size { rows, needed, .. } = size;
+        // What is at most all rows may be fewer, which the last block then takes from among all.
+        let fewer = (needed == rows && rows > 1).then_some(Size { needed: rows - 1, ..size });
+        for size in fewer.into_iter().chain([size]) {
+            let batch = self.stand_in(size);
+            self.model.logps(&batch, None)?;
+            if let Some(lora) = &self.lora {
+                self.model.logps(&batch, Some(lora))?;
+            }
         }
+        Ok(())
     }
 
     /// [`Decoder::forward`] and [`Decoder::backward`].

@@ -10,11 +10,14 @@ use crate::group::Group;
 use crate::model::Packed;
 use crate::model::memory::Size;
 use rayon::prelude::*;
+use std::collections::BTreeSet;
 use uft_core::Needs;
 use uft_kernels::attention::Heads;
 
 /// Steps that are drawn beforehand; a longer run's are bounded.
 const DRAWN: u64 = 100_000;
+/// Different micro-batches that a plan for a GPU goes through.
+const SHAPES: usize = 2000;
 
 /// Micro-batches, without those that are smaller than another in every way.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -27,6 +30,10 @@ pub struct Largest {
     pub forward: Vec<Size>,
     /// What a reference pass is over.
     pub reference: Reference,
+    /// Of the steps that are drawn, each once.
+    pub large: Vec<Size>,
+    /// As `with_others`, all of them.
+    pub large_with_others: Vec<[Size; 2]>,
 }
 
 /// The most that a reference pass computes at once.
@@ -102,6 +109,7 @@ impl Largest {
         enough: usize,
     ) -> Self {
         let mut largest = Self::default();
+        let (mut each, mut each_with_others) = (BTreeSet::new(), BTreeSet::new());
         for stage in stages {
             let without = &stage.train.without;
             let mut order = stage.order(sources);
@@ -112,8 +120,10 @@ impl Largest {
                 let plan = Plan::new(sources, Rows::Train, &items, micro_tokens, enough, without);
                 let sizes = micro_batches(&plan, sizes);
                 most = most.max(sizes.iter().map(|size| size.rows).sum());
+                each.extend(sizes.iter().copied());
                 sizes.into_iter().for_each(|size| keep(&mut largest.steps, size));
                 if let Some(pair) = with_others(sources, &plan, heads, micro_tokens, without) {
+                    each_with_others.insert(pair);
                     largest.keep_with_others(pair);
                 }
             }
@@ -140,6 +150,8 @@ impl Largest {
                 largest.reference.include(most + beside.rows, longest, without);
             }
         }
+        largest.large = last_of(each);
+        largest.large_with_others = last_of(each_with_others);
         // All held-out rows are one step.
         let Some(Stage { train, .. }) = stages.first() else { return largest };
         let all = |source: usize| {
@@ -196,6 +208,11 @@ impl Largest {
     pub fn longest(&self) -> usize {
         self.steps.iter().chain(&self.forward).map(|size| size.longest).max().unwrap_or(0)
     }
+}
+
+/// At most [`SHAPES`], those with the most rows.
+fn last_of<T>(rising: BTreeSet<T>) -> Vec<T> {
+    rising.into_iter().rev().take(SHAPES).collect()
 }
 
 /// The micro-batches of a step.

@@ -124,9 +124,10 @@ impl MemoryPlan {
                 ),
             ));
         }
-        let limits = Limits { fixed, machine, gpu };
-        let choice = planner.choose(&largest, &limits)?;
+        let mut limits = Limits { fixed, machine, gpu, beyond: 0 };
+        let mut choice = planner.choose_for_all(&largest, &mut limits)?;
         let (fits, fits_beside) = (limits.allow(&choice, 1.0), limits.allow_beside(&choice));
+        choice.activations += limits.beyond;
         let most = largest.most_rows();
         let reference_tokens = planner.reference_tokens(&largest, &choice)?;
         if reference_tokens > train.micro_tokens {

@@ -15,6 +15,8 @@ pub(super) struct Limits {
     pub machine: Option<usize>,
     /// The GPU's, where the run computes on one.
     pub gpu: Option<usize>,
+    /// What activations there take beyond those of the largest micro-batches.
+    pub beyond: usize,
 }
 
 impl Limits {
@@ -22,7 +24,7 @@ impl Limits {
     pub fn allow(&self, choice: &Choice, share: f64) -> bool {
         let (needed, available) = match self.gpu {
             None => (self.fixed + choice.total(), self.machine),
-            Some(_) => (choice.held.total() + choice.total(), self.gpu),
+            Some(_) => (choice.held.total() + choice.total() + self.beyond, self.gpu),
         };
         available.is_none_or(|available| needed as f64 <= share * available as f64)
     }
@@ -91,6 +93,20 @@ impl Planner<'_> {
             ways.drain(..ways.len() - 1);
         }
         self.least(largest, &ways, |choice| limits.allow_comfortably(choice))
+    }
+
+    /// As [`Self::choose`], of activations that every micro-batch of the run has room in; `limits` know then what
+    /// that takes beyond those of the largest.
+    pub(super) fn choose_for_all(&self, largest: &Largest, limits: &mut Limits) -> Result<Choice> {
+        loop {
+            let choice = self.choose(largest, limits)?;
+            let all = self.every_step(largest, choice.options)?;
+            let beyond = all.saturating_sub(choice.activations);
+            if beyond <= limits.beyond {
+                return Ok(choice);
+            }
+            limits.beyond = beyond;
+        }
     }
 
     /// The first of some ways that fits, or the last.
@@ -172,7 +188,7 @@ mod tests {
             held: Held { weights: 500, trained: 50 },
             offloaded,
         };
-        let limits = Limits { fixed: 10, machine: Some(100), gpu: Some(1000) };
+        let limits = Limits { fixed: 10, machine: Some(100), gpu: Some(1000), beyond: 0 };
         assert!(limits.allow(&choice(1 << 20), 0.95), "it is not the GPU's");
         assert!(!limits.allow(&choice(0), 0.94));
         assert!(limits.allow_beside(&choice(80)) && !limits.allow_beside(&choice(81)));
