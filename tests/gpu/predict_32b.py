@@ -1,5 +1,5 @@
 """What a step of LoRA training of Qwen2.5-32B is expected to take on one H100 of 80 GB before any of it has run: rank 16 on every
-projection, texts of 4096 tokens, as predict.py has it for Mistral-7B. Weights and optimizer leave about 10 GiB, so that most layers
+projection, texts of 4096 tokens, as predict.py has it for Mistral-7B. Weights and optimizer leave about 13 GiB, so that most layers
 are computed again on the way back, and what they are computed from waits in the machine's memory where that is too much, too.
 docs/kernels.md has the table that this prints; the choices are those of `uft check`, and a test holds them to it."""
 from predict import AT_A_TIME, BACKWARD, COPY, FORWARD, GRADIENT, RANK, STREAM, TEXT, attention, product
