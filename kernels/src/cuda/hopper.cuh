@@ -368,9 +368,14 @@ DEVICE void hold(float (&d)[COUNT]) {
 #ifdef __CUDACC_RTC__
 #define SUMS_8(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
     "+f"(d[i + 6]), "+f"(d[i + 7])
+#define SUMS_16(d, i) SUMS_8(d, i), SUMS_8(d, i + 8)
+#define SUMS_24(d, i) SUMS_16(d, i), SUMS_8(d, i + 16)
 #define SUMS_32(d, i) SUMS_8(d, i), SUMS_8(d, i + 8), SUMS_8(d, i + 16), SUMS_8(d, i + 24)
 #define SUMS_64(d, i) SUMS_32(d, i), SUMS_32(d, i + 32)
 #define SUMS_128(d, i) SUMS_64(d, i), SUMS_64(d, i + 64)
+#define NUMBERS_8 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define NUMBERS_16 NUMBERS_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define NUMBERS_24 NUMBERS_16 ", %16, %17, %18, %19, %20, %21, %22, %23"
 #define NUMBERS_32 \
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, " \
     "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
@@ -405,8 +410,11 @@ DEVICE void hold(float (&d)[COUNT]) {
 // d (+)= a b, both in shared memory; TRANSPOSED_*: its descriptor is one `across`.
 template <bool TRANSPOSED_LEFT, bool TRANSPOSED_RIGHT, int COUNT>
 DEVICE void wgmma(float (&d)[COUNT], uint64_t a, uint64_t b, bool accumulate) {
-    static_assert(COUNT == 32 || COUNT == 64 || COUNT == 128, "64, 128 or 256 columns");
+    static_assert((COUNT % 8 == 0 && COUNT <= 32) || COUNT == 64 || COUNT == 128, "16, 32, 48, 64, 128 or 256 columns");
 #ifdef __CUDACC_RTC__
+    if constexpr (COUNT == 8) WGMMA_SHARED(16, 8, 8, 9, 10, 11, 12);
+    if constexpr (COUNT == 16) WGMMA_SHARED(32, 16, 16, 17, 18, 19, 20);
+    if constexpr (COUNT == 24) WGMMA_SHARED(48, 24, 24, 25, 26, 27, 28);
     if constexpr (COUNT == 32) WGMMA_SHARED(64, 32, 32, 33, 34, 35, 36);
     if constexpr (COUNT == 64) WGMMA_SHARED(128, 64, 64, 65, 66, 67, 68);
     if constexpr (COUNT == 128) WGMMA_SHARED(256, 128, 128, 129, 130, 131, 132);

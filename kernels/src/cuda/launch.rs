@@ -190,6 +190,15 @@ impl<'a, T: Plain> Argument<'a> for Option<&'a mut DeviceSlice<T>> {
     }
 }
 
+/// A struct of numbers with four bytes each, by their bits.
+impl<'a, const N: usize> Argument<'a> for [u32; N] {
+    fn arg(self) -> Arg {
+        let words = self.map(u32::to_ne_bytes);
+        let bytes = Bytes::of(words.as_flattened());
+        Arg { bytes, size: 4 * N, pointer: false, writable: false, of: Type::Any, address: 0 }
+    }
+}
+
 macro_rules! number {
     ($($t:ty => $name:ident),*) => {$(
         impl<'a> Argument<'a> for $t {

@@ -264,7 +264,8 @@ fn nn_by(
     let tile = match way {
         Way::Portable(tile) => tile,
         Way::Hopper(tile) => {
-            return hopper::nn(gpu, tile, &[Layer { dy, w, n, adapter }], dx, m, k, add);
+            let layers = &[Layer { dy, w, n, adapter }];
+            return hopper::nn(gpu, tile, hopper::Product { layers, dx, m, k, add });
         }
     };
     let (du, a, rank) = Adapter::parts(adapter);
@@ -322,7 +323,7 @@ pub fn nn_together(
     if m == 0 {
         return Ok(());
     }
-    hopper::nn(gpu, tile, layers, dx, m, k, false)
+    hopper::nn(gpu, tile, hopper::Product { layers, dx, m, k, add: false })
 }
 
 /// [`nt`] for at most [`FEW_ROWS`] rows, as when text is generated: w is read once, at the memory's speed.

@@ -3,13 +3,14 @@
 //     hopper_nt   y [m, n] = x [m, k] w [n, k]ᵀ + u [m, r] b [n, r]ᵀ (+ bias [n]) (+ before [m, n])
 //     hopper_nn   dx[m, k] = Σ dy[m, n] w [n, k]  + du[m, r] a [r, k]             (+ dx)
 //
-// The second for up to three layers that have one input: their depths are one behind the other, and dx is written once.
+// The second for up to three layers that have one input: their depths are one behind the other, and dx is written once. Beside it,
+// clusters that have a tile less than others add to gradients of adapters (hopper_gradients.cuh).
 //
 // The adapter's factors are one more slice of the depth, or as many as its rank has 64s; the copy engine fills up with zeros what a
 // box has beyond them.
 //
 // Constants from outside: those of hopper_product.cuh.
-#include "hopper_product.cuh"
+#include "hopper_gradients.cuh"
 
 // The terms of layers with one input: all weights' slices, then all adapters'. What is not there has a depth of 0.
 struct Layers {
@@ -107,11 +108,23 @@ HOPPER_KERNEL(THREADS, CLUSTER) hopper_nt(TENSOR_MAP x, TENSOR_MAP w, TENSOR_MAP
             Write{y, before, bias, columns, add != 0, 0});
 }
 
-HOPPER_KERNEL(THREADS, CLUSTER) hopper_nn(TENSOR_MAP dy0, TENSOR_MAP w0, TENSOR_MAP du0, TENSOR_MAP a0, TENSOR_MAP dy1,
-                                          TENSOR_MAP w1, TENSOR_MAP du1, TENSOR_MAP a1, TENSOR_MAP dy2, TENSOR_MAP w2,
-                                          TENSOR_MAP du2, TENSOR_MAP a2, TENSOR_MAP dx, int rows, int columns, int depth0,
-                                          int rank0, int depth1, int rank1, int depth2, int rank2, int add) {
+// `of_idle`: see `Gradients`; what follows is those.
+HOPPER_KERNEL(THREADS, CLUSTER) hopper_nn(
+    TENSOR_MAP dy0, TENSOR_MAP w0, TENSOR_MAP du0, TENSOR_MAP a0, TENSOR_MAP dy1, TENSOR_MAP w1, TENSOR_MAP du1, TENSOR_MAP a1,
+    TENSOR_MAP dy2, TENSOR_MAP w2, TENSOR_MAP du2, TENSOR_MAP a2, TENSOR_MAP dx, int rows, int columns, int depth0, int rank0, int depth1,
+    int rank1, int depth2, int rank2, int add, int of_idle,
+    TENSOR_MAP v0, TENSOR_MAP u0, float* first0, float* second0, float* third0, const bf16* weight0, Sides sides0,
+    TENSOR_MAP v1, TENSOR_MAP u1, float* first1, float* second1, float* third1, const bf16* weight1, Sides sides1,
+    TENSOR_MAP v2, TENSOR_MAP u2, float* first2, float* second2, float* third2, const bf16* weight2, Sides sides2,
+    TENSOR_MAP v3, TENSOR_MAP u3, float* first3, float* second3, float* third3, const bf16* weight3, Sides sides3,
+    TENSOR_MAP v4, TENSOR_MAP u4, float* first4, float* second4, float* third4, const bf16* weight4, Sides sides4) {
+    const Gradients gradients = {{{&v0, &u0, first0, second0, third0, weight0, sides0},
+                          {&v1, &u1, first1, second1, third1, weight1, sides1},
+                          {&v2, &u2, first2, second2, third2, weight2, sides2},
+                          {&v3, &u3, first3, second3, third3, weight3, sides3},
+                          {&v4, &u4, first4, second4, third4, weight4, sides4}},
+                                 of_idle};
     product(Layers::of(Linear<false>::of({dy0, w0}, depth0, {du0, a0}, rank0), Linear<false>::of({dy1, w1}, depth1, {du1, a1}, rank1),
                        Linear<false>::of({dy2, w2}, depth2, {du2, a2}, rank2)),
-            Tiles::of(rows, columns, TILE_N), Write{dx, dx, nullptr, columns, add != 0, 0});
+            Tiles::of(rows, columns, TILE_N), Write{dx, dx, nullptr, columns, add != 0, 0}, gradients);
 }

@@ -8,6 +8,7 @@
 //     ring     STAGES times a slice of 64 of the depth: left [128, 64], right [TILE_N, 64] or TILE_N / 64 panels [64, 64]
 //     staged   STAGED pieces [64, 64] for each multiplying warpgroup, on their way to global memory or from it
 //     barriers full and empty of each stage, one for each staged piece
+//     tasks    what a cluster does besides tiles, if anything
 //
 // The factor `right` is the same for both blocks: each loads half of it for both, so the level 2 cache is asked for 128 + TILE_N / 2
 // rows a block instead of 128 + TILE_N. A stage is loaded again when both warpgroups of both blocks have read it.
@@ -46,13 +47,15 @@ struct Shared {
     unsigned char* ring;
     unsigned char* staged;
     Barrier *full, *empty, *arrived;
+    void* tasks;
 };
 
 DEVICE Shared shared_memory() {
     unsigned char* ring = dynamic_shared();
     unsigned char* staged = ring + STAGES * STAGE_BYTES;
     auto barriers = reinterpret_cast<Barrier*>(staged + MULTIPLIERS * STAGED * PIECE_BYTES);
-    return {ring, staged, barriers, barriers + STAGES, barriers + 2 * STAGES};
+    Barrier* arrived = barriers + 2 * STAGES;
+    return {ring, staged, barriers, barriers + STAGES, arrived, arrived + MULTIPLIERS * STAGED};
 }
 
 // By all threads of the cluster, before anything else.
@@ -78,6 +81,13 @@ struct Turn {
     }
 };
 
+// A multiplying warpgroup: which one, and the calling thread in it.
+struct Part {
+    int index, thread;
+
+    DEVICE void sync() const { named_barrier_sync(1 + index, WARPGROUP_THREADS); }
+};
+
 // The tiles of an output, as a cluster meets them.
 struct Tiles {
     int down, across, width, at;
@@ -86,7 +96,8 @@ struct Tiles {
     DEVICE static Tiles of(int rows, int columns, int width) {
         return {divide_up(rows, CLUSTER * TILE_M), divide_up(columns, width), width, int(blockIdx.x) / CLUSTER};
     }
-    DEVICE bool more() const { return at < down * across; }
+    DEVICE int all() const { return down * across; }
+    DEVICE bool more() const { return at < all(); }
     DEVICE void next() { at += int(gridDim.x) / CLUSTER; }
     // The first row and column of this block's.
     DEVICE int2 corner() const {
@@ -152,11 +163,25 @@ struct Linear {
     }
 };
 
-// By one thread: the slices of all tiles, each when its stage is free.
-template <class Terms>
-DEVICE void copy_slices(const Shared& shared, const Terms& terms, Tiles tiles) {
+// What a cluster does besides tiles: nothing. hopper_gradients.cuh has something.
+struct NoTasks {
+    // By one thread, before anything else.
+    DEVICE static void prepare(const Shared&) {}
+    // After how many of the cluster's tiles.
+    DEVICE static int after(const Tiles&) { return 0; }
+    // By one thread of each block: the copies; by multiplying threads: the rest.
+    DEVICE static void copy(const Shared&, Turn&, const Tiles&) {}
+    DEVICE static void make(const Shared&, Turn&, const Tiles&, Part) {}
+};
+
+// By one thread: the slices of all tiles and tasks, each when its stage is free.
+template <class Terms, class Tasks>
+DEVICE void copy_slices(const Shared& shared, const Terms& terms, Tiles tiles, const Tasks& tasks) {
     Turn turn = {0, 0};
-    for (; tiles.more(); tiles.next()) {
+    const int after = tasks.after(tiles);
+    for (int done = 0;; done++, tiles.next()) {
+        if (done == after) tasks.copy(shared, turn, tiles);
+        if (!tiles.more()) break;
         int2 corner = tiles.corner();
         for (int slice = 0; slice < terms.slices(); slice++, turn.next()) {
             barrier_wait(shared.empty + turn.stage, turn.parity ^ 1);
@@ -172,13 +197,6 @@ DEVICE void release(const Shared& shared, int stage, int thread) {
     if (thread < CLUSTER) barrier_arrive_at(shared.empty + stage, uint32_t(thread));
 }
 
-// A multiplying warpgroup: which one, and the calling thread in it.
-struct Part {
-    int index, thread;
-
-    DEVICE void sync() const { named_barrier_sync(1 + index, WARPGROUP_THREADS); }
-};
-
 // The sums of the part's 64 rows of a tile, as `wgmma` holds them; the weight has at least one slice.
 template <class Terms>
 DEVICE void sum_slices(const Shared& shared, Turn& turn, const Terms& terms, Part part, float (&sums)[TILE_N / 2]) {
@@ -190,16 +208,22 @@ DEVICE void sum_slices(const Shared& shared, Turn& turn, const Terms& terms, Par
         uint64_t right = ALONG ? descriptor_along(stage + LEFT_BYTES) : descriptor_across(stage + LEFT_BYTES, PIECE_BYTES);
         wgmma<false, !ALONG>(sums, advanced(left, 32 * k), advanced(right, ALONG ? 32 * k : 2048 * k), add);
     };
-    int slice = 0;
-    for (; slice < terms.of_weight; slice++, turn.next()) {
+    auto steps = [&](bool add) {
         barrier_wait(shared.full + turn.stage, turn.parity);
         wgmma_fence();
 #pragma unroll
-        for (int k = 0; k < TILE_K / STEP; k++) step(k, slice > 0 || k > 0);
+        for (int k = 0; k < TILE_K / STEP; k++) step(k, add || k > 0);
         wgmma_commit();
+    };
+    // Apart, so that the compiler sees that nothing is left of the sums before.
+    steps(false);
+    turn.next();
+    int slice = 1;
+    for (; slice < terms.of_weight; slice++, turn.next()) {
+        steps(true);
         // The slice before has been read.
         wgmma_wait<1>();
-        if (slice > 0) release(shared, before, part.thread);
+        release(shared, before, part.thread);
         before = turn.stage;
     }
     // One product a turn: around a loop of as many as there are, the assembler would wait for each.
@@ -282,20 +306,27 @@ DEVICE void fill_piece(unsigned char* staged, Part part, Pair pair) {
 // ---- the whole ----
 
 // The sums of all tiles of `terms`, each handed to `epilogue`: of a tile whose rows begin at `row` and columns at `column`,
-// `before(shared, part, row, column)` is called before the sums are made and `write(shared, part, sums, row, column)` after.
-template <class Terms, class Epilogue>
-DEVICE void product(const Terms& terms, Tiles tiles, Epilogue epilogue) {
+// `before(shared, part, row, column)` is called before the sums are made and `write(shared, part, sums, row, column)` after. Between
+// tiles come the cluster's `tasks`.
+template <class Terms, class Epilogue, class Tasks = NoTasks>
+DEVICE void product(const Terms& terms, Tiles tiles, Epilogue epilogue, const Tasks& tasks = {}) {
     Shared shared = shared_memory();
-    if (threadIdx.x == 0) terms.prefetch();
+    if (threadIdx.x == 0) {
+        terms.prefetch();
+        tasks.prepare(shared);
+    }
     prepare(shared);
     if (warpgroup_index() == 0) {
         fewer_registers<FEW>();
-        if (threadIdx.x == 0) copy_slices(shared, terms, tiles);
+        if (threadIdx.x == 0) copy_slices(shared, terms, tiles, tasks);
     } else {
         more_registers<MANY>();
         Part part = {warpgroup_index() - 1, int(threadIdx.x) % WARPGROUP_THREADS};
         Turn turn = {0, 0};
-        for (; tiles.more(); tiles.next()) {
+        const int after = tasks.after(tiles);
+        for (int done = 0;; done++, tiles.next()) {
+            if (done == after) tasks.make(shared, turn, tiles, part);
+            if (!tiles.more()) break;
             int2 corner = tiles.corner();
             int row = corner.x + 64 * part.index;
             epilogue.before(shared, part, row, corner.y);

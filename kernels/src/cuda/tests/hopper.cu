@@ -76,26 +76,28 @@ HOPPER_KERNEL(384, 2) pipeline(TENSOR_MAP x, TENSOR_MAP w, TENSOR_MAP y, int dep
 // The sums of all forms of operands: d [64, N] = a [64, 16] b [16, N]; a and aᵀ padded to rows of 64, bᵀ [N, 64] and b [16, N].
 template <int COUNT>
 DEVICE void multiply(const TensorMap& a, const TensorMap& at, const TensorMap& bt, const TensorMap& b, float* d) {
-    constexpr int N = 2 * COUNT;
+    constexpr int N = 2 * COUNT, PANELS = (N + 63) / 64;
     unsigned char* shared = dynamic_shared();
     unsigned char *of_a = shared, *of_at = of_a + matrix_bytes(64), *of_bt = of_at + matrix_bytes(16);
     unsigned char* of_b = of_bt + matrix_bytes(N);
-    Barrier* barrier = (Barrier*)(of_b + N / 64 * matrix_bytes(16));
+    Barrier* barrier = (Barrier*)(of_b + PANELS * matrix_bytes(16));
     if (threadIdx.x == 0) {
         barrier_init(barrier, 1);
         fence_barrier_init();
-        barrier_arrive_expecting(barrier, matrix_bytes(64 + 16 + N + N / 64 * 16));
+        barrier_arrive_expecting(barrier, matrix_bytes(64 + 16 + N + PANELS * 16));
         tma_load(of_a, a, barrier, 0, 0);
         tma_load(of_at, at, barrier, 0, 0);
         tma_load(of_bt, bt, barrier, 0, 0);
-        for (int panel = 0; panel < N / 64; panel++) tma_load(of_b + panel * matrix_bytes(16), b, barrier, 64 * panel, 0);
+        for (int panel = 0; panel < PANELS; panel++) tma_load(of_b + panel * matrix_bytes(16), b, barrier, 64 * panel, 0);
     }
     __syncthreads();
     barrier_wait(barrier, 0);
     const int warp = warp_index(), lane = lane_index();
     uint32_t registers[4];
     ldmatrix_x4(registers, of_a + swizzled<8>(16 * warp + lane % 16, lane / 16));
-    for (int form = 0; form < 6; form++) {
+    // From registers only what kernels need.
+    constexpr int FORMS = COUNT < 32 ? 4 : 6;
+    for (int form = 0; form < FORMS; form++) {
         float sums[COUNT];
         for (int i = 0; i < COUNT; i++) sums[i] = 1.0f;
         uint64_t along = descriptor_along(of_bt), across = descriptor_across(of_b, matrix_bytes(16));
@@ -104,8 +106,10 @@ DEVICE void multiply(const TensorMap& a, const TensorMap& at, const TensorMap& b
         if (form == 1) wgmma<false, true>(sums, descriptor_along(of_a), across, true);
         if (form == 2) wgmma<true, false>(sums, descriptor_across(of_at, 0), along, true);
         if (form == 3) wgmma<true, true>(sums, descriptor_across(of_at, 0), across, true);
-        if (form == 4) wgmma<false>(sums, registers, along, true);
-        if (form == 5) wgmma<true>(sums, registers, across, true);
+        if constexpr (FORMS > 4) {
+            if (form == 4) wgmma<false>(sums, registers, along, true);
+            if (form == 5) wgmma<true>(sums, registers, across, true);
+        }
         wgmma_commit();
         wgmma_wait<0>();
         hold(sums);
@@ -116,6 +120,15 @@ DEVICE void multiply(const TensorMap& a, const TensorMap& at, const TensorMap& b
     }
 }
 
+HOPPER_KERNEL(128, 1) multiply_16(TENSOR_MAP a, TENSOR_MAP at, TENSOR_MAP bt, TENSOR_MAP b, float* d) {
+    multiply<8>(a, at, bt, b, d);
+}
+HOPPER_KERNEL(128, 1) multiply_32(TENSOR_MAP a, TENSOR_MAP at, TENSOR_MAP bt, TENSOR_MAP b, float* d) {
+    multiply<16>(a, at, bt, b, d);
+}
+HOPPER_KERNEL(128, 1) multiply_48(TENSOR_MAP a, TENSOR_MAP at, TENSOR_MAP bt, TENSOR_MAP b, float* d) {
+    multiply<24>(a, at, bt, b, d);
+}
 HOPPER_KERNEL(128, 1) multiply_64(TENSOR_MAP a, TENSOR_MAP at, TENSOR_MAP bt, TENSOR_MAP b, float* d) {
     multiply<32>(a, at, bt, b, d);
 }

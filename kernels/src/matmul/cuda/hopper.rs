@@ -1,5 +1,6 @@
 //! The products on Hopper (hopper.cu): what [`super::nt`] and [`super::nn`] are on a device of compute capability 9.0.
 
+mod gradients;
 #[cfg(test)]
 mod tests;
 
@@ -10,16 +11,20 @@ use half::bf16;
 
 pub(crate) const PRODUCT_HEADER: (&str, &str) =
     ("hopper_product.cuh", include_str!("../hopper_product.cuh"));
+const GRADIENTS_HEADER: (&str, &str) =
+    ("hopper_gradients.cuh", include_str!("../hopper_gradients.cuh"));
 static PRODUCT: Source = Source {
     name: "hopper.cu",
     text: include_str!("../hopper.cu"),
-    headers: &[HOPPER, TILE, PRODUCT_HEADER],
+    headers: &[HOPPER, TILE, PRODUCT_HEADER, GRADIENTS_HEADER],
 };
 
 /// Blocks of a cluster, rows of a block's tile and of the piece that one warpgroup stores; as hopper_product.cuh.
 pub(crate) const CLUSTER: u32 = 2;
 const TILE_M: u32 = 128;
 pub(crate) const PIECE: u32 = 64;
+/// Of the depth.
+const SLICE: usize = 64;
 const ROW_BYTES: u32 = 128;
 const THREADS: u32 = 384;
 
@@ -77,11 +82,23 @@ impl Tile {
 
     /// As many clusters as run at once, none without a tile.
     pub(crate) fn grid(self, gpu: &Gpu, rows: usize, columns: usize) -> [u32; 3] {
-        let pairs = short(rows).div_ceil(CLUSTER * TILE_M);
-        let tiles = pairs * short(columns).div_ceil(self.n);
-        let clusters = (gpu.properties().multiprocessors / CLUSTER).max(1).min(tiles);
-        [clusters * CLUSTER, 1, 1]
+        [clusters(gpu).min(self.pairs(rows, columns)) * CLUSTER, 1, 1]
     }
+
+    /// Of a slice of a gradient's task.
+    const fn tokens(self) -> u32 {
+        self.n / 2
+    }
+
+    /// Pairs of tiles of an output, of which a cluster makes one at a time.
+    fn pairs(self, rows: usize, columns: usize) -> u32 {
+        short(rows).div_ceil(CLUSTER * TILE_M) * short(columns).div_ceil(self.n)
+    }
+}
+
+/// That run at once.
+fn clusters(gpu: &Gpu) -> u32 {
+    (gpu.properties().multiprocessors / CLUSTER).max(1)
 }
 
 /// Tensor maps of both factors and of the adapter's; without an adapter its own are the weight's, and not read. `box_rows`: of
@@ -136,36 +153,30 @@ pub(super) fn nt(
     gpu.launch(&tile.kernel("hopper_nt"), grid, tile.shared_bytes(), args)
 }
 
-/// As [`super::nn_together`], whose checks are made, with one to three layers; `add`: to what dx is.
-pub(super) fn nn(
-    gpu: &Gpu,
-    tile: Tile,
-    layers: &[Layer],
-    dx: &mut DeviceSlice<bf16>,
-    m: usize,
-    k: usize,
-    add: bool,
-) -> Result<()> {
-    let grid = tile.grid(gpu, m, k);
-    let part = |i: usize| -> Result<([TensorMap; 4], i32, i32)> {
-        // Of a layer that is not there nothing is read.
-        let &Layer { dy, w, n, adapter } = layers.get(i).unwrap_or(&layers[0]);
-        let maps = maps(gpu, (dy, w), adapter, (m, n, k), None)?;
-        let there = i < layers.len();
-        Ok((
-            maps,
-            if there { n as i32 } else { 0 },
-            if there { Adapter::parts(adapter).2 } else { 0 },
-        ))
-    };
-    let ([dy0, w0, du0, a0], depth0, rank0) = part(0)?;
-    let ([dy1, w1, du1, a1], depth1, rank1) = part(1)?;
-    let ([dy2, w2, du2, a2], depth2, rank2) = part(2)?;
-    let dx = gpu.tensor_map_mut(dx, [m, k], PIECE)?;
-    let (rows, columns, add) = (m as i32, k as i32, i32::from(add));
-    let args = args![
-        dy0, w0, du0, a0, dy1, w1, du1, a1, dy2, w2, du2, a2, dx, rows, columns, depth0, rank0,
-        depth1, rank1, depth2, rank2, add
-    ];
-    gpu.launch(&tile.kernel("hopper_nn"), grid, tile.shared_bytes(), args)
+/// What [`nn`] makes.
+pub(super) struct Product<'a> {
+    /// One to three with one input.
+    pub layers: &'a [Layer<'a>],
+    /// `[m, k]`.
+    pub dx: &'a mut DeviceSlice<bf16>,
+    pub m: usize,
+    pub k: usize,
+    /// To what dx is.
+    pub add: bool,
+}
+
+impl Product<'_> {
+    /// Slices of a tile.
+    fn slices(&self) -> usize {
+        let of = |layer: &Layer| {
+            let rank = layer.adapter.map_or(0, |adapter| adapter.rank);
+            layer.n.div_ceil(SLICE) + rank.div_ceil(SLICE)
+        };
+        self.layers.iter().map(of).sum()
+    }
+}
+
+/// As [`super::nn_together`], whose checks are made.
+pub(super) fn nn(gpu: &Gpu, tile: Tile, product: Product) -> Result<()> {
+    gradients::launch(gpu, tile, clusters(gpu), Some(product), &mut [])
 }

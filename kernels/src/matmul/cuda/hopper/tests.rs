@@ -177,8 +177,8 @@ fn faults_in_the_ring_are_caught() {
             // Waits.
             ("barrier_wait(shared.empty + turn.stage, turn.parity ^ 1);", ""),
             (
-                "slice++, turn.next()) {\n        barrier_wait(shared.full + turn.stage, turn.parity);",
-                "slice++, turn.next()) {",
+                "(bool add) {\n        barrier_wait(shared.full + turn.stage, turn.parity);",
+                "(bool add) {",
             ),
             ("if (k == 0) barrier_wait(shared.full + turn.stage, turn.parity);", ""),
             // Counts of bytes and of arrivals.
@@ -198,8 +198,8 @@ fn faults_in_the_ring_are_caught() {
             ),
             // Stages that are given back too early, too late and to one block alone.
             (
-                "if (slice > 0) release(shared, before, part.thread);",
-                "release(shared, turn.stage, part.thread);",
+                "wgmma_wait<1>();\n        release(shared, before, part.thread);",
+                "wgmma_wait<1>();\n        release(shared, turn.stage, part.thread);",
             ),
             ("    hold(sums);\n    release(shared, before, part.thread);", "    hold(sums);"),
             (
@@ -236,7 +236,7 @@ fn faults_in_the_sums_are_caught() {
             ("++k < terms.steps(slice)", "++k < 1"),
             ("min(depth - slice * TILE_K, TILE_K)", "min(depth, TILE_K) - STEP"),
             // Sums that go on from the last tile, and tiles that are left out.
-            ("slice > 0 || k > 0", "k > 0"),
+            ("step(k, add || k > 0)", "step(k, true)"),
             ("inside % height", "inside % GROUP"),
         ],
     );

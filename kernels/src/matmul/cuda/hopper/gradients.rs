@@ -1,0 +1,185 @@
+//! The way back of linear layers in one launch: dx, and gradients of adapters by clusters that have a tile less than others
+//! (hopper_gradients.cuh).
+
+#[cfg(test)]
+mod tests;
+
+use super::super::adapter::{SHARING, padded};
+use super::super::{Adapter, Layer, assert_multiples_of_8, assert_shapes, short};
+use super::{CLUSTER, PIECE, Product, Tile, maps};
+use crate::cuda::{Args, DeviceSlice, Gpu, Result, TensorMap};
+use half::bf16;
+
+/// Columns of a gradient and ranks that a task takes, gradients of a launch and bytes of one in shared memory; as
+/// hopper_gradients.cuh.
+const TASK_COLUMNS: usize = 256;
+const TASK_RANKS: usize = 64;
+pub(super) const MOST_GRADIENTS: usize = 5;
+const GRADIENT_BYTES: u32 = 96;
+const SIDES: usize = 11;
+
+/// How long a slice of a task takes, and one of a tile: 128 tokens of 128 columns at 90 GB/s for a multiprocessor, a guess, and 64 of
+/// the depth at the speed that docs/kernels.md expects.
+const TASK_TIME: usize = 5;
+const TILE_TIME: usize = 9;
+
+/// A gradient `to += scale weight ∘ (vᵀ u)`.
+pub(super) struct Gradient<'a> {
+    /// `[m, columns]`.
+    pub v: &'a DeviceSlice<bf16>,
+    /// `[m, R]` with R the sum of the padded ranks: a matrix for each of `to`, beside each other.
+    pub u: &'a DeviceSlice<bf16>,
+    /// `[columns, rank]`, each with its rank; the first is there.
+    pub to: [Option<(&'a mut DeviceSlice<f32>, usize)>; SHARING],
+    /// They are `[rank, columns]`.
+    pub transposed: bool,
+    pub scale: f32,
+    /// `[columns]`.
+    pub weight: Option<&'a DeviceSlice<bf16>>,
+    pub m: usize,
+    pub columns: usize,
+}
+
+impl Gradient<'_> {
+    fn ranks(&self) -> [usize; SHARING] {
+        self.to.each_ref().map(|to| to.as_ref().map_or(0, |(_, rank)| *rank))
+    }
+
+    /// Of `u`.
+    fn width(&self) -> usize {
+        self.ranks().map(padded).iter().sum()
+    }
+
+    fn check(&self) {
+        let (op, m, columns) = ("a gradient", self.m, self.columns);
+        assert_multiples_of_8(op, [("its columns", columns)]);
+        assert_shapes(op, [("v", self.v.len(), m, columns), ("u", self.u.len(), m, self.width())]);
+        for (to, rank) in self.to.iter().flatten() {
+            assert_shapes(op, [("it", to.len(), columns, *rank)]);
+            short(to.len());
+        }
+        if let Some(weight) = self.weight {
+            assert_shapes(op, [("the weight", weight.len(), 1, columns)]);
+        }
+    }
+
+    fn tasks(&self) -> usize {
+        self.columns.div_ceil(TASK_COLUMNS) * self.width().div_ceil(TASK_RANKS)
+    }
+
+    /// `Sides` of hopper_gradients.cuh.
+    fn sides(&self) -> [u32; SIDES] {
+        let ranks = self.ranks();
+        let [first, second, _] = ranks.map(padded);
+        // The second and third have no strides of their own, so only transposed ones may be several.
+        let strides = if self.transposed { [1, self.columns] } else { [ranks[0], 1] };
+        assert!(self.transposed || ranks[1..] == [0, 0], "gradients beside each other");
+        let [m, columns, width, second_at, third_at] =
+            [self.m, self.columns, self.width(), first, first + second].map(short);
+        let ([r0, r1, r2], [column, rank]) = (ranks.map(short), strides.map(short));
+        [m, columns, width, second_at, third_at, r0, r1, r2, column, rank, self.scale.to_bits()]
+    }
+}
+
+/// Tasks of a cluster that has a tile less than others, or of each where none has, such that the last to be done is done soonest.
+/// `times`: of a tile and of a task.
+fn of_idle(clusters: usize, tiles: usize, tasks: usize, times: [usize; 2]) -> usize {
+    let [tile, task] = times;
+    let busy = tiles % clusters;
+    let idle = clusters - busy;
+    let last = |of_idle: usize| {
+        let rest = tasks.saturating_sub(of_idle * idle);
+        let of_busy = match busy {
+            0 if rest == 0 => 0,
+            0 => usize::MAX,
+            _ => tile + rest.div_ceil(busy) * task,
+        };
+        of_busy.max(of_idle * task)
+    };
+    (0..=tasks.div_ceil(idle)).min_by_key(|of_idle| last(*of_idle)).unwrap_or(0)
+}
+
+/// On so many `clusters` at most; with a product or without, and `gradients` of whose matrices none is empty.
+pub(super) fn launch<'a>(
+    gpu: &Gpu,
+    tile: Tile,
+    clusters: u32,
+    product: Option<Product<'a>>,
+    gradients: &'a mut [Gradient],
+) -> Result<()> {
+    gradients.iter().for_each(Gradient::check);
+    let (gradients, later) = gradients.split_at_mut(gradients.len().min(MOST_GRADIENTS));
+    let tiles = product.as_ref().map_or(0, |product| tile.pairs(product.m, product.k));
+    let tasks = gradients.iter().map(Gradient::tasks).sum();
+    let taken = clusters.min(tiles + short(tasks));
+    if taken > 0 {
+        let slices = product.as_ref().map_or(0, Product::slices);
+        let tokens = gradients.iter().map(|it| it.m).max().unwrap_or(0);
+        let times = [TILE_TIME * slices, TASK_TIME * tokens.div_ceil(tile.tokens() as usize)];
+        let of_idle = of_idle(taken as usize, tiles as usize, tasks, times) as i32;
+        // In the place of what is not there; nothing is read of it.
+        let any = match (&product, gradients.first()) {
+            (Some(Product { layers, m, .. }), _) => (layers[0].dy, [*m, layers[0].n]),
+            (None, Some(&Gradient { v, m, columns, .. })) => (v, [m, columns]),
+            (None, None) => unreachable!("there are tasks"),
+        };
+        let any = gpu.tensor_map(any.0, any.1, PIECE)?;
+        let args = with_product(gpu, Args::default(), product, any)?.with(of_idle);
+        let args = with_gradients(gpu, tile, args, gradients, any)?;
+        let shared = tile.shared_bytes() + MOST_GRADIENTS as u32 * GRADIENT_BYTES;
+        gpu.launch(&tile.kernel("hopper_nn"), [taken * CLUSTER, 1, 1], shared, args)?;
+    }
+    if later.is_empty() { Ok(()) } else { launch(gpu, tile, clusters, None, later) }
+}
+
+/// The arguments up to `add`.
+fn with_product<'a>(
+    gpu: &Gpu,
+    mut args: Args<'a>,
+    product: Option<Product<'a>>,
+    any: TensorMap<'a>,
+) -> Result<Args<'a>> {
+    let Some(Product { layers, dx, m, k, add }) = product else {
+        let args = (0..4 * SHARING + 1).fold(args, |args, _| args.with(any));
+        return Ok((0..2 * SHARING + 3).fold(args, |args, _| args.with(0)));
+    };
+    for i in 0..SHARING {
+        let layer = layers
+            .get(i)
+            .map(|&Layer { dy, w, n, adapter }| maps(gpu, (dy, w), adapter, (m, n, k), None));
+        args = layer.transpose()?.unwrap_or([any; 4]).into_iter().fold(args, Args::with);
+    }
+    args = args.with(gpu.tensor_map_mut(dx, [m, k], PIECE)?).with(m as i32).with(k as i32);
+    for i in 0..SHARING {
+        let sides = |layer: &Layer| (layer.n as i32, Adapter::parts(layer.adapter).2);
+        let (depth, rank) = layers.get(i).map_or((0, 0), sides);
+        args = args.with(depth).with(rank);
+    }
+    Ok(args.with(i32::from(add)))
+}
+
+/// The arguments from there on.
+fn with_gradients<'a>(
+    gpu: &Gpu,
+    tile: Tile,
+    mut args: Args<'a>,
+    gradients: &'a mut [Gradient],
+    any: TensorMap<'a>,
+) -> Result<Args<'a>> {
+    let mut each = gradients.iter_mut();
+    for _ in 0..MOST_GRADIENTS {
+        let Some(gradient) = each.next() else {
+            let nothing: [Option<&mut DeviceSlice<f32>>; SHARING] = Default::default();
+            args = nothing.into_iter().fold(args.with(any).with(any), Args::with);
+            args = args.with(None::<&DeviceSlice<bf16>>).with([0; SIDES]);
+            continue;
+        };
+        let (sides, width) = (gradient.sides(), gradient.width());
+        let &mut Gradient { v, u, weight, m, columns, ref mut to, .. } = gradient;
+        let v = gpu.tensor_map(v, [m, columns], tile.tokens())?;
+        let u = gpu.tensor_map(u, [m, width], tile.tokens() / CLUSTER)?;
+        let to = to.each_mut().map(|to| to.as_mut().map(|(to, _)| &mut **to));
+        args = to.into_iter().fold(args.with(v).with(u), Args::with).with(weight).with(sides);
+    }
+    Ok(args)
+}
