@@ -150,7 +150,7 @@ fn operands_are_right(gpu: &Gpu, n: usize) -> bool {
         gpu.tensor_map(&a, [64, 64], 64).unwrap(),
         gpu.tensor_map(&at, [16, 64], 16).unwrap(),
         gpu.tensor_map(&bt, [n, 64], n as u32).unwrap(),
-        gpu.tensor_map(&b, [16, n], 16).unwrap(),
+        gpu.tensor_map(&b, [16, n.next_multiple_of(64)], 16).unwrap(),
         &mut d,
     ];
     let name = match n {
