@@ -47,8 +47,8 @@ pub(super) struct Driver {
     allocated: AtomicUsize,
     waits: AtomicUsize,
     modules: Mutex<HashMap<ModuleKey, LoadedModule>>,
-    /// Launches, and the moments before and after them, while they are asked for.
-    traced: Mutex<Option<Vec<(&'static str, [Event; 2])>>>,
+    /// Launches, while they are asked for.
+    traced: Mutex<Option<Vec<Traced>>>,
 }
 
 /// Uploads on their way: the driver would wait for the stream before it took them from memory that is not
@@ -58,6 +58,9 @@ struct Uploads {
     /// Events that mark nothing now.
     events: Vec<sys::CUevent>,
 }
+
+/// A launch's kernel, and the moments before and after it.
+type Traced = (&'static str, [Event; 2]);
 
 type ModuleKey = (*const u8, [Option<(&'static str, i64)>; 8]);
 

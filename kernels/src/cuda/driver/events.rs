@@ -1,6 +1,6 @@
 //! Moments on the device: how long launches take, by its own clock, and when what it sends has come.
 
-use super::{Driver, Error, Result, failed};
+use super::{Driver, Error, Result, Traced, failed};
 use cudarc::driver::result::{self, event};
 use cudarc::driver::sys;
 use std::sync::PoisonError;
@@ -56,9 +56,7 @@ impl Driver {
         let launches = set(None).unwrap_or_default();
         done?;
         self.synchronize()?;
-        let time = |(name, [start, end]): &(&'static str, [Event; 2])| {
-            Ok((*name, Self::between(start, end)?))
-        };
+        let time = |(name, [start, end]): &Traced| Ok((*name, Self::between(start, end)?));
         launches.iter().map(time).collect()
     }
 
