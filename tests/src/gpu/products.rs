@@ -3,8 +3,8 @@
 use crate::{Bench, Cost};
 use uft_kernels::cuda::{Arena, Result};
 use uft_kernels::matmul::cuda::adapter::{
-    GradientOfA, Input, Norm, Projected, add_to_gradient_of_b, add_to_gradients_of_a, padded,
-    project, workspace_of_a, workspace_of_b,
+    GradientOfA, GradientOfB, Input, Norm, Projected, add_to_gradient_of_b, add_to_gradients_of_a,
+    padded, project, workspace_of_a, workspace_of_b,
 };
 use uft_kernels::matmul::cuda::fused::{Weight, nn_swiglu_backward, nt_added, nt_rope, nt_swiglu};
 use uft_kernels::matmul::cuda::{Adapter, Layer, few, nn, nn_together, nt};
@@ -89,8 +89,8 @@ fn linear(bench: &Bench, name: &str, k: usize, n: usize) -> Result<()> {
     let peer = format!(r#"{{"op":"gradient_of_b","m":{m},"n":{n},"r":{r}}}"#);
     let cost = Cost { flops: 4 * m * n * r, bytes: 2 * (m * n + 2 * m * r + n * r) + 8 * n * r };
     bench.case(&of_b, &peer, cost, || {
-        let db = &mut db;
-        add_to_gradient_of_b(gpu, &dy, &u, &b, db, &mut du, m, n, r, 2.0, &mut room_b)
+        let of_b = GradientOfB { dy: &dy, u: &u, db: &mut db, rank: r, scale: 2.0 };
+        add_to_gradient_of_b(gpu, of_b, Some((&b, &mut du)), m, n, &mut room_b)
     });
     let cost = Cost { flops: 2 * m * k * r, bytes: 2 * (m * k + m * r) + 8 * k * r };
     bench.case(&of_a, &mm("tn", r, m, k), cost, || {
