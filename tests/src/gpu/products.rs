@@ -140,7 +140,8 @@ fn back_together(bench: &Bench, name: &str, k: usize, widths: &[usize]) -> Resul
     let matrices = |n: usize| Ok((bench.random(m * n)?, bench.random(n * k)?));
     let each = widths.iter().map(|&n| matrices(n)).collect::<Result<Vec<_>>>()?;
     let (du, a) = (bench.random(m * pitch)?, bench.random(pitch * k)?);
-    let mut dx = bench.empty(m * k)?;
+    // No gradients wait for it, so the arena lends nothing.
+    let (mut dx, arena) = (bench.empty(m * k)?, Arena::new(gpu, 0)?);
     let (depth, ranks) = (widths.iter().sum::<usize>(), r * widths.len());
     let flops = 2 * m * k * (depth + ranks);
     let bytes = 2 * (m * depth + depth * k + m * k + (m + k) * ranks);
@@ -150,7 +151,7 @@ fn back_together(bench: &Bench, name: &str, k: usize, widths: &[usize]) -> Resul
         let adapter = Some(Adapter { left: &du, right: &a, rank: r });
         let each = each.iter().zip(widths);
         let layers: Vec<Layer> = each.map(|((dy, w), &n)| Layer { dy, w, n, adapter }).collect();
-        nn_together(gpu, &layers, &mut dx, m, k)
+        nn_together(gpu, &arena, &layers, &mut dx, Vec::new(), m, k)
     });
     Ok(())
 }
