@@ -3,9 +3,11 @@
 //     pack              a, b in f32  →  bf16, the rank filled up with zeros, b times the scale
 //     add_partials      gradients += scale Σ partials (of lowrank.cu)
 //     round_partials    du = bf16(Σ partials)
+//     join              du of layers with one input beside each other, each row times its factor, eight elements a thread
 //
 // Partials are added in the order of their numbers, by one thread, so the sum has the same bits every time.
 #include "device.cuh"
+#include "tile.cuh"
 
 constexpr int THREADS = 256;
 
@@ -43,4 +45,23 @@ KERNEL(THREADS) pack(const float* from, int rows, int columns, float scale, bf16
     int row = int(at / to_columns), column = int(at % to_columns);
     bool inside = row < rows && column < columns;
     to[at] = to_bf16(inside ? scale * from[size_t(row) * columns + column] : 0.0f);
+}
+
+// to [rows, width]: up to three matrices beside each other, of which the second begins at column `second_at`, the third at `third_at`;
+// `factors` [rows] may be null for 1. All sides are multiples of 8.
+KERNEL(THREADS) join(const bf16* u0, const bf16* u1, const bf16* u2, int second_at, int third_at, int width, const float* factors,
+                     int rows, bf16* to) {
+    size_t at = element();
+    int row = int(at / (width / 8)), column = int(at % (width / 8)) * 8;
+    if (row >= rows) return;
+    bool third = column >= third_at, second = column >= second_at;
+    const bf16* from = third ? u2 : second ? u1 : u0;
+    int begin = third ? third_at : second ? second_at : 0;
+    int end = third ? width : second ? third_at : second_at;
+    float values[8];
+    unpack8(load16(from + size_t(row) * (end - begin) + (column - begin)), values);
+    float factor = factors ? factors[row] : 1.0f;
+#pragma unroll
+    for (int i = 0; i < 8; i++) values[i] *= factor;
+    store16(to + at * 8, pack8(values));
 }

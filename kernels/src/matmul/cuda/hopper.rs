@@ -4,6 +4,8 @@ mod gradients;
 #[cfg(test)]
 mod tests;
 
+pub(super) use gradients::nn_with_gradients;
+
 use super::{Adapter, Layer, short};
 use crate::args;
 use crate::cuda::{DeviceSlice, Gpu, HOPPER, Kernel, Result, Source, TILE, TensorMap};

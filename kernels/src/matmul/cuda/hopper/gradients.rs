@@ -4,10 +4,12 @@
 #[cfg(test)]
 mod tests;
 
-use super::super::adapter::{SHARING, padded};
+use super::super::adapter::{
+    Gradient as Waiting, GradientOfA, GradientOfB, SHARING, assert_rank, join, padded,
+};
 use super::super::{Adapter, Layer, assert_multiples_of_8, assert_shapes, short};
-use super::{CLUSTER, PIECE, Product, Tile, maps};
-use crate::cuda::{Args, DeviceSlice, Gpu, Result, TensorMap};
+use super::{CLUSTER, PIECE, Product, Tile, clusters, maps};
+use crate::cuda::{Arena, Args, DeviceBuffer, DeviceSlice, Gpu, Result, TensorMap};
 use half::bf16;
 
 /// Columns of a gradient and ranks that a task takes, gradients of a launch and bytes of one in shared memory; as
@@ -40,6 +42,70 @@ pub(super) struct Gradient<'a> {
     pub columns: usize,
 }
 
+/// [`super::nn`] with gradients that have waited for a product, or these alone; each of `m` rows.
+pub(in super::super) fn nn_with_gradients(
+    gpu: &Gpu,
+    arena: &Arena,
+    tile: Tile,
+    product: Option<Product>,
+    waiting: Vec<Waiting>,
+    m: usize,
+) -> Result<()> {
+    let mut joined = Vec::new();
+    for gradient in &waiting {
+        joined.push(joined_du(gpu, arena, gradient, m)?);
+    }
+    let each = waiting.into_iter().zip(&joined);
+    let gradients = each.filter_map(|(waiting, du)| Gradient::of(waiting, du.as_deref(), m));
+    let mut gradients: Vec<Gradient> = gradients.collect();
+    launch(gpu, tile, clusters(gpu), product, &mut gradients)
+}
+
+/// du of the adapters of one input beside each other, times what the input's norm multiplied a row by; none where one is all as it is.
+fn joined_du(
+    gpu: &Gpu,
+    arena: &Arena,
+    waiting: &Waiting,
+    m: usize,
+) -> Result<Option<DeviceBuffer<bf16>>> {
+    let Waiting::A { input, adapters, .. } = waiting else { return Ok(None) };
+    if adapters.is_empty() || adapters.len() == 1 && input.norm.is_none() {
+        return Ok(None);
+    }
+    let width: usize = adapters.iter().map(|adapter| padded(adapter.rank)).sum();
+    let mut joined = arena.take(m * width)?;
+    let factors = input.norm.map(|norm| norm.inv_rms);
+    let each: Vec<(&DeviceSlice<bf16>, usize)> =
+        adapters.iter().map(|adapter| (adapter.du, adapter.rank)).collect();
+    join(gpu, &each, factors, &mut joined, m)?;
+    Ok(Some(joined))
+}
+
+impl<'a> Gradient<'a> {
+    /// Nothing where there is nothing to add.
+    fn of(waiting: Waiting<'a>, joined: Option<&'a DeviceSlice<bf16>>, m: usize) -> Option<Self> {
+        let gradient = match waiting {
+            Waiting::A { input, k, adapters } => {
+                let u = joined.or(adapters.first().map(|first| first.du))?;
+                let mut each = adapters.into_iter();
+                let to = [(); SHARING].map(|()| {
+                    let GradientOfA { da, rank, .. } = each.next()?;
+                    Some((da, rank))
+                });
+                assert!(each.next().is_none(), "at most {SHARING} adapters have one input");
+                let weight = input.norm.map(|norm| norm.weight);
+                Self { v: input.x, u, to, transposed: true, scale: 1.0, weight, m, columns: k }
+            }
+            Waiting::B(GradientOfB { dy, u, db, rank, scale }) => {
+                let columns = db.len() / rank;
+                let to = [Some((db, rank)), None, None];
+                Self { v: dy, u, to, transposed: false, scale, weight: None, m, columns }
+            }
+        };
+        (gradient.m * gradient.columns > 0).then_some(gradient)
+    }
+}
+
 impl Gradient<'_> {
     fn ranks(&self) -> [usize; SHARING] {
         self.to.each_ref().map(|to| to.as_ref().map_or(0, |(_, rank)| *rank))
@@ -55,6 +121,7 @@ impl Gradient<'_> {
         assert_multiples_of_8(op, [("its columns", columns)]);
         assert_shapes(op, [("v", self.v.len(), m, columns), ("u", self.u.len(), m, self.width())]);
         for (to, rank) in self.to.iter().flatten() {
+            assert_rank(op, *rank);
             assert_shapes(op, [("it", to.len(), columns, *rank)]);
             short(to.len());
         }

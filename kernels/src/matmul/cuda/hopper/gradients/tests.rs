@@ -259,7 +259,7 @@ fn faults_in_gradients_are_caught() {
             "(token > 0) release(shared, before, part.thread);",
             "(token > 0) release(shared, turn.stage, part.thread);",
         ),
-        ("    hold(sums);\n            release", "    hold(sums);\n            if (false) release"),
+        ("hold(sums);\n        release(", "hold(sums);\n        if (false) release("),
         ("wgmma_wait<1>();", "wgmma_wait<2>();"),
         ("wgmma_wait<0>();", ""),
         ("wgmma_fence();", ""),
