@@ -232,6 +232,26 @@ impl Shared {
     }
 
     pub(in super::super) fn run(&self, gpu: &Gpu) -> Result<UAndDa> {
+        self.run_by(gpu, |gpu, input, mut of| {
+            let (m, k) = (self.m, self.k);
+            let mut workspace = gpu.alloc(workspace_of_a(m, k, &self.ranks))?;
+            add_to_gradients_of_a(gpu, input, &mut of, m, k, &mut workspace)
+        })
+    }
+
+    /// The same with gradients as they wait for a product, though there is none.
+    pub(in super::super) fn run_waiting(&self, gpu: &Gpu) -> Result<UAndDa> {
+        self.run_by(gpu, |gpu, input, adapters| {
+            let of_a = Gradient::A { input, k: self.k, adapters };
+            add_to_gradients(gpu, &Arena::new(gpu, 0)?, vec![of_a], self.m)
+        })
+    }
+
+    fn run_by(
+        &self,
+        gpu: &Gpu,
+        add: impl FnOnce(&Gpu, Input, Vec<GradientOfA>) -> Result<()>,
+    ) -> Result<UAndDa> {
         let (m, k, ranks) = (self.m, self.k, &self.ranks);
         let x = gpu.uploaded(&self.x)?;
         let on =
@@ -248,9 +268,8 @@ impl Shared {
         let norm = norm.as_ref().map(|(weight, inv_rms)| Norm { weight, inv_rms });
         let mut da: Vec<_> = self.before.iter().map(|x| gpu.uploaded(x)).collect::<Result<_>>()?;
         let each = ranks.iter().zip(&du).zip(&mut da);
-        let mut of: Vec<_> = each.map(|((&rank, du), da)| GradientOfA { du, da, rank }).collect();
-        let mut workspace = gpu.alloc(workspace_of_a(m, k, ranks))?;
-        add_to_gradients_of_a(gpu, Input { x: &x, norm }, &mut of, m, k, &mut workspace)?;
+        let of = each.map(|((&rank, du), da)| GradientOfA { du, da, rank }).collect();
+        add(gpu, Input { x: &x, norm }, of)?;
         u.iter().zip(&da).map(|(u, da)| Ok((gpu.downloaded(u)?, gpu.downloaded(da)?))).collect()
     }
 
@@ -303,6 +322,9 @@ fn layers_with_one_input_agree_with_f64() {
         for shape in [(1, 8), (67, 264), (131, 72)] {
             let case = Shared::new(shape, ranks, normed);
             case.assert_accurate(&case.run(&gpu(seed)).unwrap());
+            for gpu in [gpu(seed), hopper_gpu(seed)] {
+                case.assert_accurate(&case.run_waiting(&gpu).unwrap());
+            }
         }
     }
     // One that a batch is too short for is made by spans, which end within slices.

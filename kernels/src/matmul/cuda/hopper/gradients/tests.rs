@@ -1,5 +1,6 @@
 //! Gradients as tasks of a launch against f64, and faults put into them.
 
+use super::super::super::adapter::tests::Shared;
 use super::super::super::tests::{bits, random_padded, sum_of_products};
 use super::super::{NARROW, WIDE};
 use super::*;
@@ -232,9 +233,9 @@ fn tasks_go_to_who_has_time() {
 
 const SEEDS: u64 = 8;
 
-fn is_right(launch: &Launch, gpu: &Gpu) -> bool {
-    match launch.run(gpu) {
-        Ok(made) => catch_unwind(AssertUnwindSafe(|| launch.assert_accurate(&made))).is_ok(),
+fn is_right<T>(run: Result<T>, assert_accurate: impl FnOnce(&T)) -> bool {
+    match run {
+        Ok(made) => catch_unwind(AssertUnwindSafe(|| assert_accurate(&made))).is_ok(),
         Err(error) => {
             // A fault that does not compile would prove nothing.
             assert!(error.to_string().starts_with("kernel "), "{error}");
@@ -243,10 +244,22 @@ fn is_right(launch: &Launch, gpu: &Gpu) -> bool {
     }
 }
 
+fn assert_caught(
+    file: &'static str,
+    faults: &[(&'static str, &'static str)],
+    are_right: impl Fn(&Gpu) -> bool,
+) {
+    for &(from, to) in faults {
+        let gpu = |seed| Gpu::emulated_hopper_with_fault(seed, Fault { file, from, to }).unwrap();
+        let caught = (0..SEEDS).any(|seed| !are_right(&gpu(seed)));
+        assert!(caught, "{file}: nothing is wrong with {to:?} for {from:?}");
+    }
+}
+
 #[test]
 fn faults_in_gradients_are_caught() {
     let launches = [together(Some([600, 136, 520]), 5), together(None, 2)];
-    for (from, to) in [
+    let faults = [
         // Phases, waits, counts of bytes, stages given back too early or not at all.
         ("turn.parity ^ 1);", "turn.parity);"),
         ("barrier_wait(shared.empty + turn.stage, turn.parity ^ 1);", ""),
@@ -285,12 +298,25 @@ fn faults_in_gradients_are_caught() {
         ("task -= it->tasks()", "task = 0"),
         ("Share{border + cluster, busy, all}", "Share{border + cluster, busy, border}"),
         ("Share{cluster - busy, idle, border}", "Share{cluster - busy, idle + 1, border}"),
-    ] {
-        let wrong = |seed| {
-            let fault = Fault { file: "hopper_gradients.cuh", from, to };
-            let gpu = Gpu::emulated_hopper_with_fault(seed, fault).unwrap();
-            launches.iter().any(|launch| !is_right(launch, &gpu))
-        };
-        assert!((0..SEEDS).any(wrong), "nothing is wrong with {to:?} for {from:?}");
-    }
+    ];
+    assert_caught("hopper_gradients.cuh", &faults, |gpu| {
+        let right = |it: &Launch| is_right(it.run(gpu), |made| it.assert_accurate(made));
+        launches.iter().all(right)
+    });
+}
+
+#[test]
+fn faults_in_what_is_joined_are_caught() {
+    let cases = [Shared::new((70, 72), &[16, 40, 5], true), Shared::new((9, 72), &[3, 20], false)];
+    let faults = [
+        ("if (row >= rows) return;", ""),
+        ("third ? u2 : second ? u1 : u0", "second ? u1 : u0"),
+        ("(column - begin)", "column"),
+        ("third ? width : second ? third_at : second_at", "second ? third_at : second_at"),
+        ("factors ? factors[row] : 1.0f", "1.0f"),
+    ];
+    assert_caught("partials.cu", &faults, |gpu| {
+        let right = |it: &Shared| is_right(it.run_waiting(gpu), |made| it.assert_accurate(made));
+        cases.iter().all(right)
+    });
 }
