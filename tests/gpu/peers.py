@@ -82,6 +82,19 @@ class Peers:
                 torch.addmm(out, left, right, beta=float(i > 0), out=out)
         return f"cuBLAS, one after the other, {self.version}", work
 
+    def mm_with_gradients(self, m, depths, n, r, below):
+        """mm_added, and dB and dA: of its layers, whose dA are one product, and of one with `below` inputs."""
+        name, work = self.mm_added(m, depths, n)
+        factors = [(self.random(m, depth), self.random(m, r)) for depth in depths]
+        factors.append((self.random(m, n), self.random(m, r * len(depths))))
+        if below:
+            factors += [(self.random(m, n), self.random(m, r)), (self.random(m, below), self.random(m, r))]
+
+        def all_of_it():
+            work()
+            return [v.T @ u for v, u in factors]
+        return name, all_of_it
+
     def gradient_of_b(self, m, n, r):
         dy, u, b = self.random(m, n), self.random(m, r), self.random(n, r)
         return f"cuBLAS, two products, {self.version}", lambda: (dy.T @ u, dy @ b)

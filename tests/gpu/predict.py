@@ -4,8 +4,8 @@ rank 16 on every projection, 16,384 tokens in texts of 4096, nothing computed ag
 Products on Hopper go tile by tile: as many rounds as the fullest multiprocessor has tiles, each its slices of 64 of the depth and then
 its pieces on their way out, which nothing overlaps but the next tile's loads. Attention goes task by task, each all tiles that it
 meets and what nothing overlaps: the first tile's softmax and the writing, where a block has one task alone also the loads before it.
-What moves bytes takes a share of a copy's speed."""
-from math import ceil
+What moves bytes takes a share of a copy's speed. Gradients of adapters are tasks of clusters that have a tile less than others."""
+from math import ceil, inf
 
 TOKENS, TEXT, HIDDEN, KEYS, FEED, LAYERS = 16384, 4096, 4096, 1024, 14336, 32
 HEAD_DIM = 128
@@ -20,6 +20,8 @@ LOOP, WRITE, READ, PROJECT, START = 840e12, 0.35e-6, 0.25e-6, 0.15e-6, 6e-6
 # 650 where no task is short), or products of 64 columns of which both operands come from shared memory; seconds of a task in a
 # block with several, and of a block with one.
 FORWARD, BACKWARD, TASK, BLOCK = 620e12, 600e12, 1.5e-6, 2.5e-6
+# Likewise of a gradient's task: bytes a second that one multiprocessor fetches, and seconds until its sums are added.
+FETCH, ADD = 90e9, 2e-6
 # Shares of a copy's speed, for kernels that stream and for an adapter's gradients.
 STREAM, GRADIENT = 0.85, 0.80
 # Of a slice of 64, what an adapter of rank 16 multiplies.
@@ -27,13 +29,22 @@ RANK = 16
 ADAPTER = RANK / 64
 
 
-def product(columns, depth, width=256, written=4, read=0, adapters=1, projected=0, tokens=TOKENS):
-    """A tile of 256 columns of the weight makes `width` of the output; `written`, `read` and `projected` are its pieces."""
-    tiles = ceil(tokens / 256) * ceil(columns / width)
+def product(columns, depth, width=256, written=4, read=0, adapters=1, projected=0, tokens=TOKENS, gradients=()):
+    """A tile of 256 columns of the weight makes `width` of the output; `written`, `read` and `projected` are its pieces. `gradients`
+    have so many columns, a task for 256 of them; clusters take them as kernels/src/matmul/cuda/hopper/gradients.rs gives them out."""
+    clusters = PROCESSORS // 2
+    rounds, busy = divmod(ceil(tokens / 256) * ceil(columns / width), clusters)
     slices = ceil(depth / 64) + adapters * ADAPTER
     pieces = written * WRITE + read * READ + projected * PROJECT
     tile = slices * (2 * 128 * 256 * 64) * PROCESSORS / LOOP + pieces
-    return START + ceil(tiles / (PROCESSORS // 2)) * tile
+    tasks, task = sum(ceil(columns / 256) for columns in gradients), 2 * tokens * 128 / FETCH + ADD
+    idle = clusters - busy
+
+    def last(of_idle):
+        rest = max(0, tasks - of_idle * idle)
+        of_busy = tile + ceil(rest / busy) * task if busy else inf if rest else 0
+        return max(of_busy, of_idle * task)
+    return START + rounds * tile + min(map(last, range(ceil(tasks / idle) + 1)))
 
 
 def operations(columns, depth, tokens=TOKENS):
@@ -51,7 +62,7 @@ class Product:
     def __init__(self, name, calls, columns, depth, tokens=TOKENS, alone=None, **tile):
         self.name, self.calls = name, calls
         self.seconds = product(columns, depth, tokens=tokens, **tile)
-        alone = {"adapters": 0, "projected": 0} | (alone or {})
+        alone = {"adapters": 0, "projected": 0, "gradients": ()} | (alone or {})
         self.without = product(columns, depth, tokens=tokens, **(tile | alone))
         # A tile that is half gate and half up makes two outputs.
         self.least = operations(columns * 256 // tile.get("width", 256), depth, tokens)
@@ -85,9 +96,11 @@ HOPPER = [
     Product("`hopper_nt_swiglu`: gate and up, and u of down", 1, FEED, HIDDEN, width=128, written=6, adapters=2, projected=2),
     Product("`hopper_nt`: down, and the residual", 1, HIDDEN, FEED, read=4),
     Product("`hopper_nn_swiglu_backward`: down, and its input", 1, FEED, HIDDEN, written=12, read=8, alone={"written": 8}),
-    Product("`hopper_nn`: gate and up", 1, HIDDEN, 2 * FEED, adapters=2),
-    Product("`hopper_nn`: o", 1, HIDDEN, HIDDEN),
-    Product("`hopper_nn`: q, k and v", 1, HIDDEN, HIDDEN + 2 * KEYS, adapters=3),
+    # With dB of each, then dA of what they read, which is read once, and both of down.
+    Product("`hopper_nn`: gate and up, dA and dB of all three", 1, HIDDEN, 2 * FEED, adapters=2,
+            gradients=(FEED, FEED, HIDDEN, HIDDEN, FEED)),
+    Product("`hopper_nn`: o, dA and dB", 1, HIDDEN, HIDDEN, gradients=(HIDDEN, HIDDEN)),
+    Product("`hopper_nn`: q, k and v, dA and dB", 1, HIDDEN, HIDDEN + 2 * KEYS, adapters=3, gradients=(HIDDEN, KEYS, KEYS, HIDDEN)),
     # Exponentials take about as long as a piece that is read, and so does the target's row of W.
     Product("`hopper_logprob_logits`, 1024 tokens", OF_HEAD, VOCABULARY, HIDDEN, read=4, adapters=0, tokens=AT_A_TIME),
     Product("`hopper_logprob_backward`, 1024 tokens", OF_HEAD, HIDDEN, VOCABULARY, read=4, adapters=0, tokens=AT_A_TIME),
@@ -105,11 +118,11 @@ PORTABLE = [
     ("rotation, back", moved(2 * (HIDDEN + KEYS))),
 ]
 # Of a layer, what adapters read: the inputs of q, k and v together, of o, and of gate and up together; u of down comes in parts of 128
-# columns, four bytes each, from the product that makes its input. All outputs for dB and du.
+# columns, four bytes each, from the product that makes its input. All outputs for du, which is put beside each other where an input is
+# shared. The gradients are in products.
 ADAPTERS = [
     ("u", moved(3 * HIDDEN, GRADIENT) + moved(FEED / 128 * RANK * 2)),
-    ("dA", moved(3 * HIDDEN + FEED, GRADIENT)),
-    ("dB and du", moved(3 * HIDDEN + 2 * KEYS + 2 * FEED, GRADIENT)),
+    ("du", moved(3 * HIDDEN + 2 * KEYS + 2 * FEED, GRADIENT) + moved(2 * 5 * RANK)),
 ]
 # Once a step: strips of the head's softmax, AdamW.
 ONCE = 2 * TOKENS * VOCABULARY / 64 * 8 / COPY / STREAM + 0.6e-3

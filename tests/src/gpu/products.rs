@@ -3,8 +3,8 @@
 use crate::{Bench, Cost};
 use uft_kernels::cuda::{Arena, Result};
 use uft_kernels::matmul::cuda::adapter::{
-    GradientOfA, GradientOfB, Input, Norm, Projected, add_to_gradient_of_b, add_to_gradients_of_a,
-    padded, project, workspace_of_a, workspace_of_b,
+    Gradient, GradientOfA, GradientOfB, Input, Norm, Projected, add_to_gradient_of_b,
+    add_to_gradients_of_a, padded, project, workspace_of_a, workspace_of_b,
 };
 use uft_kernels::matmul::cuda::fused::{Weight, nn_swiglu_backward, nt_added, nt_rope, nt_swiglu};
 use uft_kernels::matmul::cuda::{Adapter, Layer, few, nn, nn_together, nt};
@@ -30,8 +30,9 @@ pub fn measure(bench: &Bench) -> Result<()> {
     with_residual(bench, "o", queries)?;
     with_residual(bench, "down", inner)?;
     with_activation(bench)?;
-    back_together(bench, "gate and up", hidden, &[inner, inner])?;
-    back_together(bench, "q, k and v", hidden, &[queries, keys, keys])?;
+    back_together(bench, "gate and up", hidden, &[inner, inner], Some(inner))?;
+    back_together(bench, "o", queries, &[hidden], None)?;
+    back_together(bench, "q, k and v", hidden, &[queries, keys, keys], None)?;
     together(bench, hidden)?;
     one_token(bench, hidden, inner)
 }
@@ -129,29 +130,72 @@ fn together(bench: &Bench, k: usize) -> Result<()> {
     Ok(())
 }
 
-/// Layers with one input on the way back, which on Hopper are one product. Peers multiply one after the other.
-fn back_together(bench: &Bench, name: &str, k: usize, widths: &[usize]) -> Result<()> {
-    let case = format!("nn together, {name}");
-    if !bench.wants(&case) {
+/// Layers with one input on the way back, which on Hopper are one product: without gradients, and with those that wait for it in a
+/// step, of these layers' adapters and of one `below` with that many inputs. Peers make one after the other.
+fn back_together(
+    bench: &Bench,
+    name: &str,
+    k: usize,
+    widths: &[usize],
+    below: Option<usize>,
+) -> Result<()> {
+    let (alone, all) = (format!("nn together, {name}"), format!("nn with gradients, {name}"));
+    if !bench.wants(&alone) && !bench.wants(&all) {
         return Ok(());
     }
     let (gpu, m, r) = (&bench.gpu, bench.sizes.tokens, bench.sizes.rank);
     let pitch = padded(r);
     let matrices = |n: usize| Ok((bench.random(m * n)?, bench.random(n * k)?));
     let each = widths.iter().map(|&n| matrices(n)).collect::<Result<Vec<_>>>()?;
-    let (du, a) = (bench.random(m * pitch)?, bench.random(pitch * k)?);
-    // No gradients wait for it, so the arena lends nothing.
-    let (mut dx, arena) = (bench.empty(m * k)?, Arena::new(gpu, 0)?);
+    let (u, du, a) = (bench.random(m * pitch)?, bench.random(m * pitch)?, bench.random(pitch * k)?);
+    // Room for du beside each other, or for parts of gradients elsewhere.
+    let (mut dx, arena) = (bench.empty(m * k)?, Arena::new(gpu, 1 << 28)?);
     let (depth, ranks) = (widths.iter().sum::<usize>(), r * widths.len());
     let flops = 2 * m * k * (depth + ranks);
     let bytes = 2 * (m * depth + depth * k + m * k + (m + k) * ranks);
     let parts = widths.iter().map(|n| n.to_string()).collect::<Vec<_>>().join(",");
     let peer = format!(r#"{{"op":"mm_added","m":{m},"depths":[{parts}],"n":{k}}}"#);
-    bench.case(&case, &peer, Cost { flops, bytes }, || {
-        let adapter = Some(Adapter { left: &du, right: &a, rank: r });
-        let each = each.iter().zip(widths);
-        let layers: Vec<Layer> = each.map(|((dy, w), &n)| Layer { dy, w, n, adapter }).collect();
+    let adapter = Some(Adapter { left: &du, right: &a, rank: r });
+    let layers = each.iter().zip(widths).map(|((dy, w), &n)| Layer { dy, w, n, adapter });
+    let layers: Vec<Layer> = layers.collect();
+    bench.case(&alone, &peer, Cost { flops, bytes }, || {
         nn_together(gpu, &arena, &layers, &mut dx, Vec::new(), m, k)
+    });
+
+    // Of the layer below, dy has k columns.
+    let (x, dy) = (bench.random(m * k)?, bench.random(m * k)?);
+    let (weight, inv_rms) = (bench.random(k)?, bench.random_f32(m)?);
+    let act = bench.random(m * below.unwrap_or(8))?;
+    let gradient = |n: usize| bench.random_f32(n * r);
+    let mut da = widths.iter().map(|_| gradient(k)).collect::<Result<Vec<_>>>()?;
+    let mut db = widths.iter().map(|&n| gradient(n)).collect::<Result<Vec<_>>>()?;
+    let (mut da_below, mut db_below) = (gradient(below.unwrap_or(8))?, gradient(k)?);
+    // What the gradients read: all dy, x, and of the layer below both.
+    let read = depth + k + below.map_or(0, |n| n + k);
+    let added = Cost {
+        flops: flops + 2 * m * r * (depth + k * widths.len() + below.map_or(0, |n| n + k)),
+        bytes: bytes + 2 * m * read + 8 * r * (depth + k * widths.len()),
+    };
+    let peer = format!(
+        r#"{{"op":"mm_with_gradients","m":{m},"depths":[{parts}],"n":{k},"r":{r},"below":{}}}"#,
+        below.unwrap_or(0)
+    );
+    bench.case(&all, &peer, added, || {
+        let of_b = layers.iter().zip(&mut db);
+        let of_b =
+            of_b.map(|(layer, db)| GradientOfB { dy: layer.dy, u: &u, db, rank: r, scale: 2.0 });
+        let mut gradients: Vec<Gradient> = of_b.map(Gradient::B).collect();
+        let adapters = da.iter_mut().map(|da| GradientOfA { du: &du, da, rank: r }).collect();
+        // What layers with one input read, a norm made.
+        let norm = (widths.len() > 1).then_some(Norm { weight: &weight, inv_rms: &inv_rms });
+        gradients.push(Gradient::A { input: Input { x: &x, norm }, k, adapters });
+        if let Some(k) = below {
+            let of_b = GradientOfB { dy: &dy, u: &u, db: &mut db_below, rank: r, scale: 2.0 };
+            gradients.push(Gradient::B(of_b));
+            let adapters = vec![GradientOfA { du: &du, da: &mut da_below, rank: r }];
+            gradients.push(Gradient::A { input: Input { x: &act, norm: None }, k, adapters });
+        }
+        nn_together(gpu, &arena, &layers, &mut dx, gradients, m, k)
     });
     Ok(())
 }
