@@ -2,11 +2,13 @@
 //! every part on the emulated device. What needs PyTorch is run by hand; here the table says that it is not there.
 
 use serde_json::{Value, json};
+use std::collections::BTreeSet;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
+use uft_kernels::cuda::{HOPPER_KERNELS, KERNELS};
 use uft_tests::mixed::temporary;
 use uft_tests::{json, root, succeed};
 
@@ -237,21 +239,54 @@ fn every_part_runs_on_the_emulated_device() {
     assert_eq!(part(&results, "sanitizer").0, "missing");
 }
 
-#[test]
-fn all_kernels_have_a_case_that_the_emulated_device_runs() {
+/// Every case of gpu-kernels on an emulated device, checked for what each has to say.
+fn cases(device: &str) -> Vec<Value> {
     let printed =
-        stdout(Command::new(GPU_KERNELS).args(["--device", "emulated"]).output().expect("runs"));
+        stdout(Command::new(GPU_KERNELS).args(["--device", device]).output().expect("runs"));
     let cases = uft_tests::lines(&printed);
     assert!(cases.len() > 40, "{printed}");
+    let peers = std::fs::read_to_string(here("peers.py")).expect("peers.py");
     for case in &cases {
         assert!(case["error"].is_null() && case["bytes"].as_u64() > Some(0), "{case}");
         // Every peer has a method of that name.
         let Some(op) = case["peer"]["op"].as_str() else { continue };
-        let peers = std::fs::read_to_string(here("peers.py")).expect("peers.py");
         assert!(peers.contains(&format!("    def {op}(self")), "peers.py has no {op}");
     }
+    cases
+}
+
+/// Names of the kernels that a case launches.
+fn launched(case: &Value) -> impl Iterator<Item = &str> {
+    let launches = case["launches"].as_array().expect("launches").iter();
+    launches.map(|launch| launch[0].as_str().expect("a name"))
+}
+
+#[test]
+fn all_kernels_have_a_case_that_the_emulated_device_runs() {
+    let cases = [cases("emulated"), cases("emulated-hopper")];
+    let measured: BTreeSet<&str> = cases.iter().flatten().flat_map(launched).collect();
+    let all = KERNELS.iter().chain(HOPPER_KERNELS).flat_map(|kernels| kernels.iter());
+    let missing: BTreeSet<&str> =
+        all.map(|kernel| kernel.name).filter(|name| !measured.contains(name)).collect();
+    assert!(missing.is_empty(), "gpu-kernels has no case that launches {missing:?}");
     let refused = Command::new(GPU_KERNELS).args(["--device", "tpu"]).output().expect("runs");
     assert_eq!(refused.status.code(), Some(2));
+
+    // The report has every line of the table that waits for measurements, from a case that is there.
+    let (_guard, dir) = temporary();
+    let results = json!({"device": "emulated", "date": "", "commit": "", "versions": "", "command": "", "uft": "",
+                         "parts": [{"name": "kernels", "does": "", "state": "done", "seconds": 1.0, "records": cases[1]}]});
+    let path = dir.join("results.json");
+    std::fs::write(&path, results.to_string()).expect("a file");
+    let table = stdout(python(&here("report.py")).arg(&path).output().expect("runs"));
+    let documented = std::fs::read_to_string(root().join("docs/kernels.md")).expect("the docs");
+    let first_cells = |text: &str| -> Vec<String> {
+        let lines = text.lines().skip_while(|line| !line.starts_with("| on Hopper |")).skip(2);
+        let cells =
+            lines.map_while(|line| Some(line.strip_prefix("| ")?.split_once(" |")?.0.to_owned()));
+        cells.collect()
+    };
+    assert_eq!(first_cells(&table), first_cells(&documented));
 }
 
 #[test]

@@ -3,6 +3,7 @@
 use crate::{Bench, Cost};
 use uft_kernels::cuda::{Arena, Result};
 use uft_kernels::embedding::cuda::{Readers, gather, scatter};
+use uft_kernels::matmul::cuda::adapter::{pack_b, padded};
 use uft_kernels::rope::{Rope, cuda as rope};
 use uft_kernels::{adamw, elementwise, rmsnorm, swiglu};
 
@@ -15,6 +16,7 @@ pub fn measure(bench: &Bench) -> Result<()> {
     activation(bench)?;
     sums(bench)?;
     rows_by_number(bench)?;
+    packed_adapter(bench)?;
     optimizer(bench)
 }
 
@@ -126,6 +128,18 @@ fn rows_by_number(bench: &Bench) -> Result<()> {
     bench.case("embedding scatter", &peer("scatter"), cost, || {
         scatter(gpu, &x, &readers, Some(&factors), &mut all)
     });
+    Ok(())
+}
+
+/// B of gate, as the products take it.
+fn packed_adapter(bench: &Bench) -> Result<()> {
+    let (gpu, n, r) = (&bench.gpu, bench.sizes.intermediate, bench.sizes.rank);
+    if !bench.wants("pack B") {
+        return Ok(());
+    }
+    let (b, mut packed) = (bench.random_f32(n * r)?, bench.empty(n * padded(r))?);
+    let cost = Cost { flops: n * r, bytes: 4 * n * r + 2 * n * padded(r) };
+    bench.case("pack B", "null", cost, || pack_b(gpu, &b, &mut packed, n, r, 2.0));
     Ok(())
 }
 
