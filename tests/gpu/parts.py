@@ -244,7 +244,7 @@ def steps(context):
 PARTS = [
     ("hardware", "what the emulation assumes of the hardware", 0.08, hardware),
     ("tests", "all tests of kernels, at full size", 0.22, tests),
-    ("kernels", "every kernel's time, the ceilings and peers", 0.27, kernels),
-    ("steps", "whole training steps at Mistral-7B's shape beside PEFT", 0.33, steps),
+    ("kernels", "every kernel's time, the ceilings and peers", 0.25, kernels),
+    ("steps", "whole training steps at Mistral-7B's shape beside PEFT", 0.35, steps),
     ("sanitizer", "compute-sanitizer on small tests", 0.10, sanitizer),
 ]

@@ -236,7 +236,7 @@ def steps(results):
     table = []
     for r in records:
         rate = r.get("tokens_per_second")
-        ours = r["who"] == "uft"
+        ours = r["who"] == "uft" and r.get("recompute", "auto") == "auto"
         met = None if not ours or not rate or not r["task"].startswith("texts") else "yes" if rate >= STEPS_TARGET else "no"
         table.append([r["task"], r["who"], r.get("how"), r.get("steps"), number(r.get("seconds_per_step")), number(rate),
                       f"{rate / best[r['task']]:.2f}" if ours and rate and best.get(r["task"]) else None, number(r.get("memory_gib")),
@@ -248,6 +248,33 @@ def steps(results):
                 table) + why
 
 
+def copies(results):
+    """What a step pays for computing layers again, and for having their inputs wait in the machine's memory."""
+    runs = {r["recompute"]: r for r in part(results, "steps")["records"] if r.get("recompute") and r["task"].startswith("texts")}
+    if "offload" not in runs:
+        return []
+    seconds = {name: r.get("seconds_per_step") for name, r in runs.items()}
+    kept, again, offloaded = (seconds.get(name) for name in ("auto", "all", "offload"))
+
+    def longer(a, b):
+        return a - b if a and b else None
+
+    cases = part(results, "kernels")["records"]
+    alone = next((r for r in cases if r.get("case") == "copy out and back" and r.get("ms")), None)
+    rate = alone and alone["bytes"] / alone["ms"] * 1e3
+    copied = 2 * runs["offload"].get("copied_each_way", 0)
+    moving, exposed = copied / rate if rate else None, longer(offloaded, again)
+    lines = [
+        ["layers computed again, against what the plan keeps", longer(again, kept), again],
+        [f"copies out and back by themselves, {copied / 1e9:.3g} GB at {number(rate and rate / 1e9)} GB/s", moving, offloaded],
+        ["of these, what shows", exposed, offloaded],
+    ]
+    table = [[what, number(value and value * 1e3), percent(value / whole) if value is not None and whole else None]
+             for what, value, whole in lines]
+    hidden = percent(max(0.0, 1 - exposed / moving)) if moving and exposed is not None else None
+    return rows(["texts, inputs offloaded", "ms of a step", "of the step"], table + [["of these, hidden", None, hidden]])
+
+
 def log(results):
     lines = [line if len(line) <= 160 else line[:157] + "..." for line in results.get("log", [])]
     return ["```text", *lines, "```"] if lines else []
@@ -255,7 +282,8 @@ def log(results):
 
 def table(results):
     sections = [("", head), ("### Tests", tested), ("### Kernels", kernels), ("### Kernels of Hopper", on_hopper),
-                ("### Cases of several kernels", launches), ("### Whole steps", steps), ("### Log", log)]
+                ("### Cases of several kernels", launches), ("### Whole steps", steps),
+                ("### Copies beside launches", copies), ("### Log", log)]
     out = []
     for title, section in sections:
         lines = section(results)
