@@ -228,7 +228,6 @@ struct ActivateBackward {
             if (first >= columns) break;
             await_piece(shared, part, at, parities);
             await_piece(shared, part, at + 1, parities);
-            uint32_t activation[16];
 #pragma unroll
             for (int group = 0; group < 8; group += 2) {
                 unsigned char* gates_at = place_of(staged_piece(shared, part, at), part.thread, group);
@@ -237,7 +236,7 @@ struct ActivateBackward {
                 uint32_t b_gate[2][2], b_up[2][2];
                 of_gate.load(part, first + 8 * group, columns, b_gate);
                 of_up.load(part, first + 8 * group, columns, b_up);
-                uint32_t g[4], u[4];
+                uint32_t g[4], u[4], activation[4];
                 ldmatrix_x4(g, gates_at);
                 ldmatrix_x4(u, ups_at);
 #pragma unroll
@@ -245,26 +244,24 @@ struct ActivateBackward {
                     int sum = 32 * piece + 4 * group + 2 * i;
                     float2 dout = rounded(sums[sum], sums[sum + 1]), gates = unpack_bf16(g[i]), ups = unpack_bf16(u[i]);
                     float2 low = slopes(dout.x, gates.x, ups.x), high = slopes(dout.y, gates.y, ups.y);
-                    activation[2 * group + i] = pack_bf16(activated(gates.x, ups.x), activated(gates.y, ups.y));
+                    activation[i] = pack_bf16(activated(gates.x, ups.x), activated(gates.y, ups.y));
                     g[i] = pack_bf16(low.x, high.x);
                     u[i] = pack_bf16(low.y, high.y);
                 }
                 stmatrix_x4(gates_at, g);
                 stmatrix_x4(ups_at, u);
+                if (with_act) stmatrix_x4(place_of(staged_piece(shared, part, STAGED - 1), part.thread, group), activation);
                 of_gate.add(g, b_gate, du_gate);
                 of_up.add(u, b_up, du_up);
             }
             send(shared, part, at, gate, row, first);
             send(shared, part, at + 1, up, row, first);
+            if (with_act) send(shared, part, STAGED - 1, act, row, first);
             if (part.thread == 0) {
                 tma_store_wait<0>(); // or what comes next would land on it
                 if (piece + 2 < PANELS && column + 64 * (piece + 2) < columns) ask(shared, part, piece + 2, row, column);
             }
-            if (with_act) {
-                part.sync();
-                fill_piece(staged_piece(shared, part, STAGED - 1), part, [&](int i) { return activation[i / 2]; });
-                send(shared, part, STAGED - 1, act, row, first);
-            }
+            if (with_act) part.sync(); // nor on what is activated
         }
         of_gate.write(part, du_gate, row, rows, column);
         of_up.write(part, du_up, row, rows, column);
