@@ -26,7 +26,7 @@ ON_HOPPER = [
     ("`hopper_nt`: o, and the residual", "nt with residual, o"),
     ("`hopper_nt_swiglu`: gate and up, and u of down", "nt with activation, gate and up"),
     ("`hopper_nt`: down, and the residual", "nt with residual, down"),
-    ("`hopper_nn_swiglu_backward`: down, and its input", "nn with activation, down"),
+    ("`hopper_nn_swiglu_backward`: down, its input, and du of gate and up", "nn with activation, down"),
     ("`hopper_nn`: gate and up, dA and dB of all three", "nn with gradients, gate and up"),
     ("`hopper_nn`: o, dA and dB", "nn with gradients, o"),
     ("`hopper_nn`: q, k and v, dA and dB", "nn with gradients, q, k and v"),
