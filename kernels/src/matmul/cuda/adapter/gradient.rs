@@ -364,7 +364,7 @@ pub fn add_to_gradients(
     gradients: Vec<Gradient>,
     m: usize,
 ) -> Result<()> {
-    if wait(gpu) {
+    if gradients_wait(gpu) {
         return hopper::nn_with_gradients(gpu, arena, hopper::WIDE, None, gradients, m);
     }
     for gradient in gradients {
