@@ -83,12 +83,12 @@ class Peers:
         return f"cuBLAS, one after the other, {self.version}", work
 
     def mm_with_gradients(self, m, depths, n, r, below):
-        """mm_added, and dB and dA: of its layers, whose dA are one product, and of one with `below` inputs."""
+        """mm_added, and dB and dA of its layers, whose dA are one product, and dA of one with `below` inputs."""
         name, work = self.mm_added(m, depths, n)
         factors = [(self.random(m, depth), self.random(m, r)) for depth in depths]
         factors.append((self.random(m, n), self.random(m, r * len(depths))))
         if below:
-            factors += [(self.random(m, n), self.random(m, r)), (self.random(m, below), self.random(m, r))]
+            factors.append((self.random(m, below), self.random(m, r)))
 
         def all_of_it():
             work()

@@ -118,12 +118,12 @@ HOPPER_KERNEL(THREADS, CLUSTER) hopper_nn(
     TENSOR_MAP v2, TENSOR_MAP u2, float* first2, float* second2, float* third2, const bf16* weight2, Sides sides2,
     TENSOR_MAP v3, TENSOR_MAP u3, float* first3, float* second3, float* third3, const bf16* weight3, Sides sides3,
     TENSOR_MAP v4, TENSOR_MAP u4, float* first4, float* second4, float* third4, const bf16* weight4, Sides sides4) {
-    const Gradients gradients = {{{&v0, &u0, first0, second0, third0, weight0, sides0},
-                          {&v1, &u1, first1, second1, third1, weight1, sides1},
-                          {&v2, &u2, first2, second2, third2, weight2, sides2},
-                          {&v3, &u3, first3, second3, third3, weight3, sides3},
-                          {&v4, &u4, first4, second4, third4, weight4, sides4}},
-                                 of_idle};
+    const Gradients<5> gradients = {{{&v0, &u0, first0, second0, third0, weight0, sides0},
+                                     {&v1, &u1, first1, second1, third1, weight1, sides1},
+                                     {&v2, &u2, first2, second2, third2, weight2, sides2},
+                                     {&v3, &u3, first3, second3, third3, weight3, sides3},
+                                     {&v4, &u4, first4, second4, third4, weight4, sides4}},
+                                    of_idle};
     product(Layers::of(Linear<false>::of({dy0, w0}, depth0, {du0, a0}, rank0), Linear<false>::of({dy1, w1}, depth1, {du1, a1}, rank1),
                        Linear<false>::of({dy2, w2}, depth2, {du2, a2}, rank2)),
             Tiles::of(rows, columns, TILE_N), Write{dx, dx, nullptr, columns, add != 0, 0}, gradients);

@@ -21,7 +21,6 @@
 // As matmul/cuda/hopper/gradients.rs.
 constexpr int TASK_COLUMNS = CLUSTER * MULTIPLIERS * 64;
 constexpr int TASK_RANKS = 64;
-constexpr int MOST_GRADIENTS = 5;
 
 constexpr int TOKENS = TILE_N / 2;
 constexpr int PANEL_BYTES = TOKENS * ROW_BYTES;
@@ -81,9 +80,11 @@ struct Share {
     int task, step, end;
 };
 
+// Those of a launch that has room for so many.
+template <int MOST>
 struct Gradients {
     // What is not there has no columns.
-    Gradient of[MOST_GRADIENTS];
+    Gradient of[MOST];
     // Tasks of a cluster that has a tile less than others, or where none has, of each.
     int of_idle;
 
@@ -91,12 +92,12 @@ struct Gradients {
     DEVICE static Gradient* table(const Shared& shared) { return static_cast<Gradient*>(shared.tasks); }
     DEVICE void prepare(const Shared& shared) const {
 #pragma unroll
-        for (int i = 0; i < MOST_GRADIENTS; i++) table(shared)[i] = of[i];
+        for (int i = 0; i < MOST; i++) table(shared)[i] = of[i];
     }
 
     DEVICE Share share(const Shared& shared, const Tiles& tiles) const {
         int all = 0;
-        for (int i = 0; i < MOST_GRADIENTS; i++) all += table(shared)[i].tasks();
+        for (int i = 0; i < MOST; i++) all += table(shared)[i].tasks();
         const int clusters = int(gridDim.x) / CLUSTER, cluster = int(blockIdx.x) / CLUSTER;
         const int busy = tiles.all() % clusters, idle = clusters - busy, border = min(of_idle * idle, all);
         return cluster < busy ? Share{border + cluster, busy, all} : Share{cluster - busy, idle, border};

@@ -17,7 +17,7 @@
 // Whatever single kernels write to memory for the next one is rounded to bf16 here as well: the bits are the same.
 //
 // Constants from outside: those of hopper_product.cuh, with TILE_N 256.
-#include "hopper_product.cuh"
+#include "hopper_gradients.cuh"
 #include "swiglu.cuh"
 
 constexpr int WIDTH = TILE_N / 2;
@@ -268,11 +268,15 @@ struct ActivateBackward {
     }
 };
 
-// gate and up become their gradients; not `with_act`: `act` is not written. Of adapters without b there is no du.
+// gate and up become their gradients; not `with_act`: `act` is not written. Of adapters without b there is no du. Clusters that have a
+// tile less add to a gradient of what has waited (hopper_gradients.cuh).
 HOPPER_KERNEL(THREADS, CLUSTER) hopper_nn_swiglu_backward(TENSOR_MAP dy, TENSOR_MAP w, TENSOR_MAP du, TENSOR_MAP a,
                                                           TENSOR_MAP gate, TENSOR_MAP up, TENSOR_MAP act, const bf16* b_gate,
                                                           float* gate_partial, const bf16* b_up, float* up_partial, int rows,
-                                                          int columns, int depth, int rank, int with_act) {
+                                                          int columns, int depth, int rank, int with_act, int of_idle, TENSOR_MAP v,
+                                                          TENSOR_MAP u, float* first, float* second, float* third,
+                                                          const bf16* weight, Sides sides) {
     product(Linear<false>::of({dy, w}, depth, {du, a}, rank), Tiles::of(rows, columns, TILE_N),
-            ActivateBackward{gate, up, act, {b_gate, gate_partial}, {b_up, up_partial}, rows, columns, with_act != 0, 0});
+            ActivateBackward{gate, up, act, {b_gate, gate_partial}, {b_up, up_partial}, rows, columns, with_act != 0, 0},
+            Gradients<1>{{{&v, &u, first, second, third, weight, sides}}, of_idle});
 }

@@ -133,7 +133,7 @@ fn together(bench: &Bench, k: usize) -> Result<()> {
 }
 
 /// Layers with one input on the way back, which on Hopper are one product: without gradients, and with those that wait for it in a
-/// step, of these layers' adapters and of one `below` with that many inputs. Peers make one after the other.
+/// step, of these layers' adapters and dA of one `below` with that many inputs. Peers make one after the other.
 fn back_together(
     bench: &Bench,
     name: &str,
@@ -164,19 +164,17 @@ fn back_together(
         nn_together(gpu, &arena, &layers, &mut dx, Vec::new(), m, k)
     });
 
-    // Of the layer below, dy has k columns.
-    let (x, dy) = (bench.random(m * k)?, bench.random(m * k)?);
-    let (weight, inv_rms) = (bench.random(k)?, bench.random_f32(m)?);
+    let (x, weight, inv_rms) = (bench.random(m * k)?, bench.random(k)?, bench.random_f32(m)?);
     let act = bench.random(m * below.unwrap_or(8))?;
     let gradient = |n: usize| bench.random_f32(n * r);
     let mut da = widths.iter().map(|_| gradient(k)).collect::<Result<Vec<_>>>()?;
     let mut db = widths.iter().map(|&n| gradient(n)).collect::<Result<Vec<_>>>()?;
-    let (mut da_below, mut db_below) = (gradient(below.unwrap_or(8))?, gradient(k)?);
-    // What the gradients read: all dy, x, and of the layer below both.
-    let read = depth + k + below.map_or(0, |n| n + k);
+    let mut da_below = gradient(below.unwrap_or(8))?;
+    // What the gradients read: all dy, x, and the input of the layer below.
+    let read = depth + k + below.unwrap_or(0);
     let added = Cost {
-        flops: flops + 2 * m * r * (depth + k * widths.len() + below.map_or(0, |n| n + k)),
-        bytes: bytes + 2 * m * read + 8 * r * (depth + k * widths.len()),
+        flops: flops + 2 * m * r * (depth + k * widths.len() + below.unwrap_or(0)),
+        bytes: bytes + 2 * m * read + 8 * r * (depth + k * widths.len() + below.unwrap_or(0)),
     };
     let peer = format!(
         r#"{{"op":"mm_with_gradients","m":{m},"depths":[{parts}],"n":{k},"r":{r},"below":{}}}"#,
@@ -192,8 +190,6 @@ fn back_together(
         let norm = (widths.len() > 1).then_some(Norm { weight: &weight, inv_rms: &inv_rms });
         gradients.push(Gradient::A { input: Input { x: &x, norm }, k, adapters });
         if let Some(k) = below {
-            let of_b = GradientOfB { dy: &dy, u: &u, db: &mut db_below, rank: r, scale: 2.0 };
-            gradients.push(Gradient::B(of_b));
             let adapters = vec![GradientOfA { du: &du, da: &mut da_below, rank: r }];
             gradients.push(Gradient::A { input: Input { x: &act, norm: None }, k, adapters });
         }
@@ -269,17 +265,21 @@ fn with_activation(bench: &Bench) -> Result<()> {
         nt_swiglu(gpu, &arena, &x, weights, gate, up, out, next, m, hidden, inner)
     });
 
-    // The way back through down: w [hidden, inner], and its input once more for an adapter, and du of gate and up.
+    // The way back through down: w [hidden, inner], its input once more for an adapter, du of gate and up, and dB.
+    let mut db = bench.random_f32(hidden * r)?;
     let mut du = [bench.empty(m * pitch)?, bench.empty(m * pitch)?];
-    let flops = 2 * m * inner * (hidden + 3 * r) + 11 * m * inner;
-    let bytes = 2 * (m * hidden + inner * hidden + 5 * m * inner + (3 * m + 2 * inner) * r);
+    let flops = 2 * m * inner * (hidden + 3 * r) + 11 * m * inner + 2 * m * hidden * r;
+    let bytes = 2 * (2 * m * hidden + inner * hidden + 5 * m * inner + (4 * m + 2 * inner) * r)
+        + 8 * hidden * r;
     bench.case(back, &mm("nn", m, hidden, inner), Cost { flops, bytes }, || {
         let adapter = Some(Adapter { left: &u, right: &a, rank: r });
         let (gate, up, act) = (&mut gate, &mut up, Some(&mut *out));
         let b = &b[..inner * pitch];
         let pulled = du.each_mut().map(|du| Some(Pulled { b, du, rank: r }));
         let (m, n, i) = (m, hidden, inner);
-        nn_swiglu_backward(gpu, &arena, &x, &gate_w, adapter, gate, up, act, pulled, m, n, i)
+        let of_b = GradientOfB { dy: &x, u: &u, db: &mut db, rank: r, scale: 2.0 };
+        let (w, of_b) = (&gate_w, vec![Gradient::B(of_b)]);
+        nn_swiglu_backward(gpu, &arena, &x, w, adapter, gate, up, act, pulled, of_b, m, n, i)
     });
     Ok(())
 }

@@ -318,7 +318,7 @@ impl Layer {
         let below_act = below_needed || back.any(&[Gate, Up]);
         let [of_gate, of_up, of_down] =
             back.trained([Gate, Up, Down], [1, 2, 3].map(|projection| &u[projection]));
-        // Down's gradients go with the product of gate and up.
+        // Down's dB goes with its own product, and its dA with that of gate and up.
         let of_down = of_down.map(|it| self.down.pull(d, it, None, with)).transpose()?;
         let (mut pulled, of_b) = of_down.unzip();
         let mut waiting: Vec<Gradient> = of_b.flatten().into_iter().collect();
@@ -331,7 +331,8 @@ impl Layer {
             let act = act.as_deref_mut();
             let pulled = [(&of_gate, &mut du_gate), (&of_up, &mut du_up)]
                 .map(|(it, du)| Some(it.as_ref()?.pulled(du.as_deref_mut()?)));
-            self.down.backward_activated(d, of_down, gate, up, act, pulled, with)?;
+            let of_b = std::mem::take(&mut waiting);
+            self.down.backward_activated(d, of_down, gate, up, act, pulled, of_b, with)?;
         } else if let Some(act) = &mut act {
             swiglu::cuda::forward(gpu, gate, up, act)?;
         }

@@ -147,7 +147,8 @@ impl Linear {
     }
 
     /// Of a layer whose input is a gated activation, of `gate` and `up`: `[m, in]`: turns these into their gradients, and `act`, if
-    /// it is asked for, into that input once more; and makes du of what is `pulled` of the layers that made gate and up.
+    /// it is asked for, into that input once more; and makes du of what is `pulled` of the layers that made gate and up, and what is
+    /// `waiting`.
     pub fn backward_activated(
         &self,
         dy: &DeviceSlice<bf16>,
@@ -156,11 +157,14 @@ impl Linear {
         up: &mut DeviceSlice<bf16>,
         act: Option<&mut DeviceSlice<bf16>>,
         pulled: [Option<fused::Pulled>; 2],
+        waiting: Vec<Gradient>,
         with: Context,
     ) -> Result<()> {
         let (m, i, n) = (dy.len() / self.outputs, self.inputs, self.outputs);
         let (gpu, arena, w) = (with.gpu, with.arena, &self.weight);
-        Ok(fused::nn_swiglu_backward(gpu, arena, dy, w, part, gate, up, act, pulled, m, n, i)?)
+        Ok(fused::nn_swiglu_backward(
+            gpu, arena, dy, w, part, gate, up, act, pulled, waiting, m, n, i,
+        )?)
     }
 
     /// du, with which the way back goes on, unless it has been `made`, and dB, unless it was made with it.

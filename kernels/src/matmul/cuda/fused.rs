@@ -8,14 +8,17 @@
 //! nn_swiglu_backward    dout = dy w + adapter        act = silu(gate) up
 //!                       gate and up become dout times the slopes of that
 //!                       du = dgate (scale b), of adapters of the layers that made gate and up
+//!                       and gradients that have waited for a product
 //! ```
 //!
 //! The first is one kernel everywhere. On compute capability 9.0 so is each other (hopper_rope.cu, hopper_swiglu.cu) where the shapes
 //! allow it; elsewhere the kernels it is made of, one after the other. The bits are the same but for u's and du's, which are summed in
 //! another order: one kernel rounds where the others write to memory.
 
-use super::adapter::{self, Projected, padded, round_partials};
-use super::hopper::{CLUSTER, NARROW, PIECE, PRODUCT_HEADER, Tile, WIDE, maps};
+use super::adapter::{self, Gradient, Projected, add_to_gradients, padded, round_partials};
+use super::hopper::{
+    self, CLUSTER, GRADIENTS_HEADER, NARROW, PIECE, PRODUCT_HEADER, Tile, WIDE, clusters, maps,
+};
 use super::{Adapter, Before, Way, assert_bias, assert_multiples_of_8, assert_shapes};
 use super::{nn, nt, nt_by};
 use crate::args;
@@ -35,7 +38,7 @@ static ROPE: Source = Source {
 static SWIGLU: Source = Source {
     name: "hopper_swiglu.cu",
     text: include_str!("../hopper_swiglu.cu"),
-    headers: &[HOPPER, TILE, PRODUCT_HEADER, swiglu::HEADER],
+    headers: &[HOPPER, TILE, PRODUCT_HEADER, GRADIENTS_HEADER, swiglu::HEADER],
 };
 
 /// As [`WIDE`], with room for two pieces of gate, two of up and one of what is activated instead of a stage.
@@ -269,7 +272,8 @@ pub struct Pulled<'a> {
 
 /// [`nn`] with beta 0 and [`swiglu::backward`]: from `dy`: `[m, n]` and w: `[n, i]` the gradients to `gate` and `up`,
 /// `[m, i]`, which they overwrite, and, where it is asked for, `act` as [`swiglu::forward`] makes it. Of adapters of the layers that
-/// made gate and up, du: those gradients times b. What lies between is nowhere, or in the arena.
+/// made gate and up, du: those gradients times b. `gradients` that have waited for a product, of as many rows, are added to. What lies
+/// between is nowhere, or in the arena.
 ///
 /// # Errors
 /// A launch fails, or the arena is too small.
@@ -286,6 +290,7 @@ pub fn nn_swiglu_backward(
     up: &mut DeviceSlice<bf16>,
     act: Option<&mut DeviceSlice<bf16>>,
     mut pulled: [Option<Pulled>; 2],
+    gradients: Vec<Gradient>,
     m: usize,
     n: usize,
     i: usize,
@@ -293,11 +298,12 @@ pub fn nn_swiglu_backward(
     if Tile::of(gpu, n, i) == Some(WIDE) {
         let fits = |it: &mut Pulled| padded(it.rank) == PULLED_RANK;
         let inside = pulled.each_mut().map(|it| it.take_if(fits));
-        activate_backward(gpu, arena, dy, w, adapter, gate, up, act, inside, m, n, i)?;
+        activate_backward(gpu, arena, dy, w, adapter, gate, up, act, inside, gradients, m, n, i)?;
     } else {
         let mut dout = arena.take(m * i)?;
         nn(gpu, dy, w, &mut dout, m, n, i, 0.0, adapter)?;
         swiglu::backward(gpu, &dout, gate, up, act)?;
+        add_to_gradients(gpu, arena, gradients, m)?;
     }
     for (dy, pulled) in [gate, up].into_iter().zip(pulled) {
         let Some(Pulled { b, du, rank }) = pulled else { continue };
@@ -319,6 +325,7 @@ fn activate_backward(
     up: &mut DeviceSlice<bf16>,
     act: Option<&mut DeviceSlice<bf16>>,
     pulled: [Option<Pulled>; 2],
+    gradients: Vec<Gradient>,
     m: usize,
     n: usize,
     i: usize,
@@ -337,7 +344,8 @@ fn activate_backward(
     if m * i == 0 {
         return Ok(());
     }
-    let (grid, (_, _, rank)) = (BACKWARD.grid(gpu, m, i), Adapter::parts(adapter));
+    let tiles = (BACKWARD.pairs(m, i), hopper::slices(n, adapter));
+    let (_, _, rank) = Adapter::parts(adapter);
     let parts = i.div_ceil(BACKWARD.n as usize);
     let take = |it: &Pulled| arena.take::<f32>(parts * it.du.len());
     let [of_gate, of_up] = &pulled;
@@ -354,25 +362,30 @@ fn activate_backward(
         None => gate,
     };
     let (rows, columns, depth) = (m as i32, i as i32, n as i32);
-    let args = args![
-        dy,
-        w,
-        du,
-        a,
-        gate,
-        up,
-        act,
-        b_gate,
-        gate_partial.as_deref_mut(),
-        b_up,
-        up_partial.as_deref_mut(),
-        rows,
-        columns,
-        depth,
-        rank,
-        with_act
-    ];
-    gpu.launch(&ACTIVATING_BACKWARD, grid, BACKWARD.shared_bytes(), args)?;
+    hopper::with_waiting(gpu, arena, gradients, m, |gradients| {
+        let (now, later) = gradients.split_at_mut(gradients.len().min(1));
+        let args = args![
+            dy,
+            w,
+            du,
+            a,
+            gate,
+            up,
+            act,
+            b_gate,
+            gate_partial.as_deref_mut(),
+            b_up,
+            up_partial.as_deref_mut(),
+            rows,
+            columns,
+            depth,
+            rank,
+            with_act
+        ];
+        let shared = hopper::share::<1>(gpu, BACKWARD, clusters(gpu), args, tiles, now, gate)?;
+        shared.launch(gpu, &ACTIVATING_BACKWARD)?;
+        hopper::launch(gpu, WIDE, clusters(gpu), None, later)
+    })?;
     for (pulled, partial) in pulled.into_iter().zip([gate_partial, up_partial]) {
         let Some((Pulled { du, .. }, partial)) = pulled.zip(partial) else { continue };
         round_partials(gpu, &partial, parts, du)?;

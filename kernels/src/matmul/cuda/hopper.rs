@@ -4,7 +4,7 @@ mod gradients;
 #[cfg(test)]
 mod tests;
 
-pub(super) use gradients::nn_with_gradients;
+pub(super) use gradients::{launch, nn_with_gradients, share, with_waiting};
 
 use super::{Adapter, Layer, short};
 use crate::args;
@@ -13,7 +13,7 @@ use half::bf16;
 
 pub(crate) const PRODUCT_HEADER: (&str, &str) =
     ("hopper_product.cuh", include_str!("../hopper_product.cuh"));
-const GRADIENTS_HEADER: (&str, &str) =
+pub(super) const GRADIENTS_HEADER: (&str, &str) =
     ("hopper_gradients.cuh", include_str!("../hopper_gradients.cuh"));
 static PRODUCT: Source = Source {
     name: "hopper.cu",
@@ -93,13 +93,18 @@ impl Tile {
     }
 
     /// Pairs of tiles of an output, of which a cluster makes one at a time.
-    fn pairs(self, rows: usize, columns: usize) -> u32 {
+    pub(super) fn pairs(self, rows: usize, columns: usize) -> u32 {
         short(rows).div_ceil(CLUSTER * TILE_M) * short(columns).div_ceil(self.n)
     }
 }
 
+/// Slices of a tile.
+pub(super) fn slices(depth: usize, adapter: Option<Adapter>) -> usize {
+    depth.div_ceil(SLICE) + adapter.map_or(0, |adapter| adapter.rank.div_ceil(SLICE))
+}
+
 /// That run at once.
-fn clusters(gpu: &Gpu) -> u32 {
+pub(super) fn clusters(gpu: &Gpu) -> u32 {
     (gpu.properties().multiprocessors / CLUSTER).max(1)
 }
 
@@ -170,15 +175,11 @@ pub(super) struct Product<'a> {
 impl Product<'_> {
     /// Slices of a tile.
     fn slices(&self) -> usize {
-        let of = |layer: &Layer| {
-            let rank = layer.adapter.map_or(0, |adapter| adapter.rank);
-            layer.n.div_ceil(SLICE) + rank.div_ceil(SLICE)
-        };
-        self.layers.iter().map(of).sum()
+        self.layers.iter().map(|layer| slices(layer.n, layer.adapter)).sum()
     }
 }
 
 /// As [`super::nn_together`], whose checks are made.
 pub(super) fn nn(gpu: &Gpu, tile: Tile, product: Product) -> Result<()> {
-    gradients::launch(gpu, tile, clusters(gpu), Some(product), &mut [])
+    launch(gpu, tile, clusters(gpu), Some(product), &mut [])
 }

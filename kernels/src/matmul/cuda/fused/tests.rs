@@ -1,9 +1,10 @@
 //! What is made in one kernel has the bits of what several make, which are tested against f64.
 
 use super::super::tests::{bits, random_padded, sum_of_products};
+use super::super::adapter::GradientOfB;
 use super::super::{Way, adapter, nn_by, nt_by};
 use super::*;
-use crate::cuda::Fault;
+use crate::cuda::{DeviceBuffer, Fault};
 use crate::rope::Rope;
 use crate::testing::{assert_accurate_bf16, hopper_gpu as gpu, random_bf16, round};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -11,7 +12,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 const SEEDS: u64 = 4;
 
 /// On a device: u and b of a rank, or nothing for rank 0.
-struct Factors(Option<[crate::cuda::DeviceBuffer<bf16>; 2]>, usize);
+struct Factors(Option<[DeviceBuffer<bf16>; 2]>, usize);
 
 impl Factors {
     /// `across`: b is `[R, columns]`, otherwise `[columns, R]`.
@@ -284,7 +285,8 @@ fn what_is_pulled_does_not_depend_on_its_company() {
         let (mut gate, mut up) = (rows(i, 3).unwrap(), rows(i, 4).unwrap());
         let mut before = [7, 8].map(|seed| Previous::new(&gpu, m, i, 16, seed));
         let pulled = before.each_mut().map(Previous::pulled);
-        activate_backward(&gpu, &arena, &dy, &w, None, &mut gate, &mut up, None, pulled, m, n, i)
+        let (gate, up, none) = (&mut gate, &mut up, Vec::new());
+        activate_backward(&gpu, &arena, &dy, &w, None, gate, up, None, pulled, none, m, n, i)
             .unwrap();
         before.map(|before| bits(&gpu.downloaded(&before.du).unwrap()))
     };
@@ -294,6 +296,16 @@ fn what_is_pulled_does_not_depend_on_its_company() {
             assert!(*some == all[..m * 16], "{m} of 300 rows");
         }
     }
+}
+
+/// Gradients `[72, 5]` that have waited.
+fn waiting<'a>(
+    dy: &'a DeviceSlice<bf16>,
+    u: &'a DeviceSlice<bf16>,
+    db: &'a mut [DeviceBuffer<f32>; 2],
+) -> Vec<Gradient<'a>> {
+    let each = db.iter_mut();
+    each.map(|db| Gradient::B(GradientOfB { dy, u, db, rank: 5, scale: 2.0 })).collect()
 }
 
 #[test]
@@ -318,7 +330,19 @@ fn shapes_and_devices_choose_between_one_kernel_and_several() {
         let act = Some(&mut **again);
         let mut before = [16, 20].map(|rank| Previous::new(&gpu, m, n, rank, 6));
         let pulled = before.each_mut().map(Previous::pulled);
-        nn_swiglu_backward(&gpu, &arena, &x, &w, None, gate, up, act, pulled, m, k, n).unwrap();
+        // Of what has waited, more than the kernel takes.
+        let dy = gpu.uploaded(&random_bf16(m * 72, 8)).unwrap();
+        let u = gpu.uploaded(&random_padded(m, 5, 9)).unwrap();
+        let zeros = [0.0f32; 72 * 5];
+        let [mut db, mut alone] = [(); 2].map(|()| [(); 2].map(|()| gpu.uploaded(&zeros).unwrap()));
+        let (of_b, none) = (waiting(&dy, &u, &mut db), None);
+        nn_swiglu_backward(&gpu, &arena, &x, &w, none, gate, up, act, pulled, of_b, m, k, n)
+            .unwrap();
+        add_to_gradients(&gpu, &arena, waiting(&dy, &u, &mut alone), m).unwrap();
+        for (db, alone) in db.iter().zip(&alone) {
+            let db = gpu.downloaded(db).unwrap();
+            assert!(db != zeros && db == gpu.downloaded(alone).unwrap());
+        }
         for (before, dy) in before.iter().zip([&*gate, &*up]) {
             before.assert_accurate(&gpu, &gpu.downloaded(dy).unwrap());
         }

@@ -9,16 +9,16 @@ use super::super::adapter::{
 };
 use super::super::{Adapter, Layer, assert_multiples_of_8, assert_shapes, short};
 use super::{CLUSTER, PIECE, Product, Tile, clusters, maps};
-use crate::cuda::{Arena, Args, DeviceBuffer, DeviceSlice, Gpu, Result, TensorMap};
+use crate::cuda::{Arena, Args, DeviceBuffer, DeviceSlice, Gpu, Kernel, Result, TensorMap};
 use half::bf16;
 
-/// Columns of a gradient and ranks that a task takes, gradients of a launch and bytes of one in shared memory; as
-/// hopper_gradients.cuh.
+/// Columns of a gradient and ranks that a task takes, and bytes of a gradient in shared memory; as hopper_gradients.cuh.
 const TASK_COLUMNS: usize = 256;
 const TASK_RANKS: usize = 64;
-pub(super) const MOST_GRADIENTS: usize = 5;
 const GRADIENT_BYTES: u32 = 96;
 const SIDES: usize = 11;
+/// Gradients of a launch of `hopper_nn`.
+const MOST: usize = 5;
 
 /// How long a slice of a task takes, and one of a tile: 128 tokens of 128 columns at 90 GB/s for a multiprocessor, a guess, and 64 of
 /// the depth at the speed that docs/kernels.md expects.
@@ -26,7 +26,7 @@ const TASK_TIME: usize = 5;
 const TILE_TIME: usize = 9;
 
 /// A gradient `to += scale weight ∘ (vᵀ u)`.
-pub(super) struct Gradient<'a> {
+pub(in super::super) struct Gradient<'a> {
     /// `[m, columns]`.
     pub v: &'a DeviceSlice<bf16>,
     /// `[m, R]` with R the sum of the padded ranks: a matrix for each of `to`, beside each other.
@@ -51,14 +51,26 @@ pub(in super::super) fn nn_with_gradients(
     waiting: Vec<Waiting>,
     m: usize,
 ) -> Result<()> {
+    with_waiting(gpu, arena, waiting, m, |gradients| {
+        launch(gpu, tile, clusters(gpu), product, gradients)
+    })
+}
+
+/// Calls `launch` with what has waited, of `m` rows each.
+pub(in super::super) fn with_waiting(
+    gpu: &Gpu,
+    arena: &Arena,
+    waiting: Vec<Waiting>,
+    m: usize,
+    launch: impl FnOnce(&mut [Gradient]) -> Result<()>,
+) -> Result<()> {
     let mut joined = Vec::new();
     for gradient in &waiting {
         joined.push(joined_du(gpu, arena, gradient, m)?);
     }
     let each = waiting.into_iter().zip(&joined);
     let gradients = each.filter_map(|(waiting, du)| Gradient::of(waiting, du.as_deref(), m));
-    let mut gradients: Vec<Gradient> = gradients.collect();
-    launch(gpu, tile, clusters(gpu), product, &mut gradients)
+    launch(&mut gradients.collect::<Vec<_>>())
 }
 
 /// du of the adapters of one input beside each other, times what the input's norm multiplied a row by; none where one is all as it is.
@@ -167,36 +179,62 @@ fn of_idle(clusters: usize, tiles: usize, tasks: usize, times: [usize; 2]) -> us
 }
 
 /// On so many `clusters` at most; with a product or without, and `gradients` of whose matrices none is empty.
-pub(super) fn launch<'a>(
+pub(in super::super) fn launch<'a>(
     gpu: &Gpu,
     tile: Tile,
     clusters: u32,
     product: Option<Product<'a>>,
     gradients: &'a mut [Gradient],
 ) -> Result<()> {
-    gradients.iter().for_each(Gradient::check);
-    let (gradients, later) = gradients.split_at_mut(gradients.len().min(MOST_GRADIENTS));
+    let (gradients, later) = gradients.split_at_mut(gradients.len().min(MOST));
+    // In the place of what is not there; nothing is read of it.
+    let any = match (&product, gradients.first()) {
+        (Some(Product { layers, m, .. }), _) => (layers[0].dy, [*m, layers[0].n]),
+        (None, Some(&Gradient { v, m, columns, .. })) => (v, [m, columns]),
+        (None, None) => return Ok(()),
+    };
+    let any = gpu.tensor_map(any.0, any.1, PIECE)?;
     let tiles = product.as_ref().map_or(0, |product| tile.pairs(product.m, product.k));
-    let tasks = gradients.iter().map(Gradient::tasks).sum();
-    let taken = clusters.min(tiles + short(tasks));
-    if taken > 0 {
-        let slices = product.as_ref().map_or(0, Product::slices);
-        let tokens = gradients.iter().map(|it| it.m).max().unwrap_or(0);
-        let times = [TILE_TIME * slices, TASK_TIME * tokens.div_ceil(tile.tokens() as usize)];
-        let of_idle = of_idle(taken as usize, tiles as usize, tasks, times) as i32;
-        // In the place of what is not there; nothing is read of it.
-        let any = match (&product, gradients.first()) {
-            (Some(Product { layers, m, .. }), _) => (layers[0].dy, [*m, layers[0].n]),
-            (None, Some(&Gradient { v, m, columns, .. })) => (v, [m, columns]),
-            (None, None) => unreachable!("there are tasks"),
-        };
-        let any = gpu.tensor_map(any.0, any.1, PIECE)?;
-        let args = with_product(gpu, Args::default(), product, any)?.with(of_idle);
-        let args = with_gradients(gpu, tile, args, gradients, any)?;
-        let shared = tile.shared_bytes() + MOST_GRADIENTS as u32 * GRADIENT_BYTES;
-        gpu.launch(&tile.kernel("hopper_nn"), [taken * CLUSTER, 1, 1], shared, args)?;
+    let slices = product.as_ref().map_or(0, Product::slices);
+    let args = with_product(gpu, Args::default(), product, any)?;
+    let shared = share::<MOST>(gpu, tile, clusters, args, (tiles, slices), gradients, any)?;
+    shared.launch(gpu, &tile.kernel("hopper_nn"))?;
+    launch(gpu, tile, clusters, None, later)
+}
+
+/// A launch that makes gradients besides tiles.
+pub(in super::super) struct Shared<'a> {
+    clusters: u32,
+    bytes: u32,
+    args: Args<'a>,
+}
+
+impl Shared<'_> {
+    pub(in super::super) fn launch(self, gpu: &Gpu, kernel: &Kernel) -> Result<()> {
+        gpu.launch(kernel, [self.clusters * CLUSTER, 1, 1], self.bytes, self.args)
     }
-    if later.is_empty() { Ok(()) } else { launch(gpu, tile, clusters, None, later) }
+}
+
+/// Adds the arguments that come last: how clusters share the tasks, and at most `MOST` gradients. `tiles`: how many pairs there are, and
+/// slices of each.
+pub(in super::super) fn share<'a, const MOST: usize>(
+    gpu: &Gpu,
+    tile: Tile,
+    clusters: u32,
+    args: Args<'a>,
+    (tiles, slices): (u32, usize),
+    gradients: &'a mut [Gradient],
+    any: TensorMap<'a>,
+) -> Result<Shared<'a>> {
+    assert!(gradients.len() <= MOST, "{} gradients, {MOST} at most", gradients.len());
+    gradients.iter().for_each(Gradient::check);
+    let tasks = gradients.iter().map(Gradient::tasks).sum();
+    let clusters = clusters.min(tiles + short(tasks));
+    let tokens = gradients.iter().map(|it| it.m).max().unwrap_or(0);
+    let times = [TILE_TIME * slices, TASK_TIME * tokens.div_ceil(tile.tokens() as usize)];
+    let of_idle = of_idle(clusters as usize, tiles as usize, tasks, times) as i32;
+    let args = with_gradients::<MOST>(gpu, tile, args.with(of_idle), gradients, any)?;
+    Ok(Shared { clusters, bytes: tile.shared_bytes() + MOST as u32 * GRADIENT_BYTES, args })
 }
 
 /// The arguments up to `add`.
@@ -226,7 +264,7 @@ fn with_product<'a>(
 }
 
 /// The arguments from there on.
-fn with_gradients<'a>(
+fn with_gradients<'a, const MOST: usize>(
     gpu: &Gpu,
     tile: Tile,
     mut args: Args<'a>,
@@ -234,7 +272,7 @@ fn with_gradients<'a>(
     any: TensorMap<'a>,
 ) -> Result<Args<'a>> {
     let mut each = gradients.iter_mut();
-    for _ in 0..MOST_GRADIENTS {
+    for _ in 0..MOST {
         let Some(gradient) = each.next() else {
             let nothing: [Option<&mut DeviceSlice<f32>>; SHARING] = Default::default();
             args = nothing.into_iter().fold(args.with(any).with(any), Args::with);
