@@ -1,7 +1,7 @@
 //! What is made in one kernel has the bits of what several make, which are tested against f64.
 
-use super::super::tests::{bits, random_padded, sum_of_products};
 use super::super::adapter::GradientOfB;
+use super::super::tests::{bits, random_padded, sum_of_products};
 use super::super::{Way, adapter, nn_by, nt_by};
 use super::*;
 use crate::cuda::{DeviceBuffer, Fault};
@@ -240,7 +240,8 @@ fn backward_is_right(gpu: &Gpu, [m, n, i]: [usize; 3], [rank, ranks @ ..]: [usiz
     let pulled = before.each_mut().map(Previous::pulled);
     let [gate, up, act] = &mut one;
     let act = with_act.then_some(&mut **act);
-    let found = activate_backward(gpu, &arena, &dy, &w, adapter, gate, up, act, pulled, m, n, i);
+    let (of_w, none) = (adapter, Vec::new());
+    let found = activate_backward(gpu, &arena, &dy, &w, of_w, gate, up, act, pulled, none, m, n, i);
     let found: Result<Vec<_>> =
         found.map(|()| one.iter().map(|y| gpu.downloaded(y).unwrap()).collect());
     if let Ok(found) = &found {
