@@ -95,11 +95,11 @@ HOPPER = [
     Product("`hopper_nt`: o, and the residual", 1, HIDDEN, HIDDEN, read=4),
     Product("`hopper_nt_swiglu`: gate and up, and u of down", 1, FEED, HIDDEN, width=128, written=6, adapters=2, projected=2),
     Product("`hopper_nt`: down, and the residual", 1, HIDDEN, FEED, read=4),
-    Product("`hopper_nn_swiglu_backward`: down, its input, and du of gate and up", 1, FEED, HIDDEN, written=12, read=8, projected=8,
-            alone={"written": 8}),
-    # With dB of each, then dA of what they read, which is read once, and both of down.
-    Product("`hopper_nn`: gate and up, dA and dB of all three", 1, HIDDEN, 2 * FEED, adapters=2,
-            gradients=(FEED, FEED, HIDDEN, HIDDEN, FEED)),
+    Product("`hopper_nn_swiglu_backward`: down, its input and dB, and du of gate and up", 1, FEED, HIDDEN, written=12, read=8,
+            projected=8, gradients=(HIDDEN,), alone={"written": 8}),
+    # dB of each, dA of what they read, which is read once, and dA of down.
+    Product("`hopper_nn`: gate and up, their dA and dB, and dA of down", 1, HIDDEN, 2 * FEED, adapters=2,
+            gradients=(FEED, FEED, HIDDEN, FEED)),
     Product("`hopper_nn`: o, dA and dB", 1, HIDDEN, HIDDEN, gradients=(HIDDEN, HIDDEN)),
     Product("`hopper_nn`: q, k and v, dA and dB", 1, HIDDEN, HIDDEN + 2 * KEYS, adapters=3, gradients=(HIDDEN, KEYS, KEYS, HIDDEN)),
     # Exponentials take about as long as a piece that is read, and so does the target's row of W.
