@@ -7,7 +7,7 @@
 //
 // A persistent product gives some clusters a tile more than others, which wait for them; a gradient only reads v, with hardly any
 // arithmetic. So clusters with a tile less make gradients in the meantime: a task is 256 columns (128 for each block, 64 for each of its
-// multiplying warpgroups) and up to 64 of the ranks over all tokens, summed in the order of the tokens whoever makes it. A slice of it
+// multiplying warpgroups) and up to 64 of the ranks over all tokens, summed in one order whoever makes it. A slice of it
 // takes the place of one of a tile in the ring:
 //
 //     v [TOKENS, 64] for each multiplying warpgroup, read across the rows as the left factor
@@ -25,6 +25,9 @@ constexpr int TASK_RANKS = 64;
 constexpr int TOKENS = TILE_N / 2;
 constexpr int PANEL_BYTES = TOKENS * ROW_BYTES;
 constexpr int SLICE_BYTES = (MULTIPLIERS + 1) * PANEL_BYTES;
+// Tokens that the tensor cores sum, which may cut off what does not fit instead of rounding; spans are added by ordinary additions.
+constexpr int SPAN = 1024;
+static_assert(SPAN % TOKENS == 0, "spans are whole slices");
 static_assert(SLICE_BYTES <= STAGE_BYTES, "a slice takes a stage");
 static_assert(PANEL_BYTES % (CLUSTER * 1024) == 0, "halves of u begin where the swizzle's pattern does");
 
@@ -151,25 +154,30 @@ struct Gradients {
 
     template <int GROUPS>
     DEVICE static void sum_tokens(const Shared& shared, Turn& turn, const Gradient& it, Part part, int column, int rank) {
-        float sums[8 * GROUPS] = {};
-        int before = turn.stage;
-        for (int token = 0; token < it.sides.tokens; token += TOKENS, turn.next()) {
-            barrier_wait(shared.full + turn.stage, turn.parity);
-            unsigned char* stage = shared.ring + turn.stage * STAGE_BYTES;
-            uint64_t v = descriptor_across(stage + part.index * PANEL_BYTES, 0);
-            uint64_t u = descriptor_across(stage + MULTIPLIERS * PANEL_BYTES, 0);
-            wgmma_fence();
+        float all[8 * GROUPS] = {};
+        for (int first = 0; first < it.sides.tokens; first += SPAN) {
+            float sums[8 * GROUPS] = {};
+            int before = turn.stage, last = min(first + SPAN, it.sides.tokens);
+            for (int token = first; token < last; token += TOKENS, turn.next()) {
+                barrier_wait(shared.full + turn.stage, turn.parity);
+                unsigned char* stage = shared.ring + turn.stage * STAGE_BYTES;
+                uint64_t v = descriptor_across(stage + part.index * PANEL_BYTES, 0);
+                uint64_t u = descriptor_across(stage + MULTIPLIERS * PANEL_BYTES, 0);
+                wgmma_fence();
 #pragma unroll
-            for (int k = 0; k < TOKENS / STEP; k++)
-                wgmma<true, true>(sums, advanced(v, STEP * ROW_BYTES * k), advanced(u, STEP * ROW_BYTES * k), true);
-            wgmma_commit();
-            wgmma_wait<1>();
-            if (token > 0) release(shared, before, part.thread);
-            before = turn.stage;
+                for (int k = 0; k < TOKENS / STEP; k++)
+                    wgmma<true, true>(sums, advanced(v, STEP * ROW_BYTES * k), advanced(u, STEP * ROW_BYTES * k), true);
+                wgmma_commit();
+                wgmma_wait<1>();
+                if (token > first) release(shared, before, part.thread);
+                before = turn.stage;
+            }
+            wgmma_wait<0>();
+            hold(sums);
+            release(shared, before, part.thread);
+#pragma unroll
+            for (int i = 0; i < 8 * GROUPS; i++) all[i] += sums[i];
         }
-        wgmma_wait<0>();
-        hold(sums);
-        release(shared, before, part.thread);
-        it.add<GROUPS>(sums, part, column, rank);
+        it.add<GROUPS>(all, part, column, rank);
     }
 };

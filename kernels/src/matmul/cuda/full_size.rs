@@ -3,11 +3,12 @@
 
 use super::*;
 use crate::testing::{
-    Endless, Real, assert_accurate, assert_accurate_bf16, assert_written, gpu, places, round,
+    Endless, Real, assert_accurate, assert_accurate_bf16, assert_written, gpu, hopper_gpu, places,
+    round,
 };
 use adapter::{
-    GradientOfA, GradientOfB, Input, Projected, add_to_gradient_of_b, add_to_gradients_of_a,
-    padded, project, workspace_of_a, workspace_of_b,
+    GradientOfA, GradientOfB, Input, Projected, add_to_gradient_of_b, add_to_gradients,
+    add_to_gradients_of_a, padded, project, workspace_of_a, workspace_of_b,
 };
 
 /// `left right`, an element at a time in some precision; `right` is stored as `nt` or as `nn` has it.
@@ -109,6 +110,19 @@ fn check_gradients((m, k): (usize, usize), rank: usize) {
         run() == (all_da.clone(), all_db.clone(), all_low.clone()),
         "another run has other bits"
     );
+    // As they wait for a product: on Hopper all rows are one task's.
+    let waiting = || {
+        let (gpu, arena) = (hopper_gpu(2), Arena::new(&hopper_gpu(2), 0).unwrap());
+        let (on_v, on_u) = (v.uploaded(&gpu, m * k).unwrap(), u.uploaded(&gpu, m * pitch).unwrap());
+        let [mut da, mut db] = [(); 2].map(|()| gpu.alloc(rank * k).unwrap());
+        gpu.zero(&mut da).unwrap();
+        gpu.zero(&mut db).unwrap();
+        let adapters = vec![GradientOfA { du: &on_u, da: &mut da, rank }];
+        let of_a = Gradient::A { input: Input { x: &on_v, norm: None }, k, adapters };
+        let of_b = GradientOfB { dy: &on_v, u: &on_u, db: &mut db, rank, scale: 0.5 };
+        add_to_gradients(&gpu, &arena, vec![of_a, Gradient::B(of_b)], m).unwrap();
+        [da, db].map(|x| gpu.downloaded(&x).unwrap())
+    };
 
     fn over_rows<R: Real>(m: usize, terms: impl Fn(usize) -> (bf16, bf16)) -> R {
         (0..m).fold(R::of(0.0), |sum, t| {
@@ -124,10 +138,12 @@ fn check_gradients((m, k): (usize, usize), rank: usize) {
     };
     let plain: Vec<f32> = at.iter().map(|&(p, r)| over_rows(m, terms(p, r))).collect();
     let exact: Vec<f64> = at.iter().map(|&(p, r)| over_rows(m, terms(p, r))).collect();
-    let da: Vec<f32> = at.iter().map(|&(p, r)| all_da[r * k + p]).collect();
-    let db: Vec<f32> = at.iter().map(|&(p, r)| 2.0 * all_db[p * rank + r]).collect();
-    assert_accurate(&format!("dA, {m} x {k}"), &da, &plain, &exact);
-    assert_accurate(&format!("dB, {m} x {k}"), &db, &plain, &exact);
+    for [all_da, all_db] in [[all_da, all_db], waiting()] {
+        let da: Vec<f32> = at.iter().map(|&(p, r)| all_da[r * k + p]).collect();
+        let db: Vec<f32> = at.iter().map(|&(p, r)| 2.0 * all_db[p * rank + r]).collect();
+        assert_accurate(&format!("dA, {m} x {k}"), &da, &plain, &exact);
+        assert_accurate(&format!("dB, {m} x {k}"), &db, &plain, &exact);
+    }
 
     let rows = places(m, 24, 6);
     let at = pairs(&rows, &ranks);

@@ -176,7 +176,7 @@ fn together(product: Option<[usize; 3]>, clusters: u32) -> Launch {
         Case::of_a(70, 136, &[16, 40]).normed(),
         Case::of_b(8, 264, 100),
         Case::of_a(257, 776, &[8]),
-        Case::of_b(65, 72, 8),
+        Case::of_b(1100, 72, 8),
         Case::of_b(33, 264, 20),
         Case::of_a(1, 1032, &[3, 3, 3]),
     ];
@@ -269,13 +269,14 @@ fn faults_in_gradients_are_caught() {
             "barrier_arrive_expecting(full, STAGE_BYTES - 1024);",
         ),
         (
-            "(token > 0) release(shared, before, part.thread);",
-            "(token > 0) release(shared, turn.stage, part.thread);",
+            "(token > first) release(shared, before, part.thread);",
+            "(token > first) release(shared, turn.stage, part.thread);",
         ),
-        ("hold(sums);\n        release(", "hold(sums);\n        if (false) release("),
+        ("hold(sums);\n            release(", "hold(sums);\n            if (false) release("),
         ("wgmma_wait<1>();", "wgmma_wait<2>();"),
         ("wgmma_wait<0>();", ""),
         ("wgmma_fence();", ""),
+        ("all[i] += sums[i]", "all[i] = sums[i]"),
         // Descriptors, panels and boxes.
         ("advanced(v, STEP * ROW_BYTES * k)", "advanced(v, 32 * k)"),
         ("advanced(u, STEP * ROW_BYTES * k)", "advanced(u, STEP * ROW_BYTES)"),
