@@ -16,7 +16,7 @@
 // in parts of 256 columns.
 // Whatever single kernels write to memory for the next one is rounded to bf16 here as well: the bits are the same.
 //
-// Constants from outside: those of hopper_product.cuh, with TILE_N 256.
+// Constants from outside: those of hopper_product.cuh, with TILE_N 256; RANK_GROUPS of 16 of the rank of du.
 #include "hopper_gradients.cuh"
 #include "swiglu.cuh"
 
@@ -154,47 +154,58 @@ HOPPER_KERNEL(THREADS, CLUSTER) hopper_nt_swiglu(TENSOR_MAP x, TENSOR_MAP w_gate
 }
 
 // du of an adapter, by `mma` of the fragments that its dy is packed in. In b a pair of numbers belongs to one column of dy and two of the
-// rank, while `mma` wants two columns and one of the rank: so its 8 and the next 8 of the rank are the even ones and the odd.
+// rank, while `mma` wants two columns and one of the rank: so of 16 of the rank its first 8 are the even ones and its second the odd.
 struct Pull {
-    // [columns, 16]; may be null: there is no du.
+    // [columns, 16 RANK_GROUPS]; may be null: there is no du.
     const bf16* b;
-    // [tiles across, rows, 16]
+    // [tiles across, rows, 16 RANK_GROUPS]
     float* partial;
 
     // Of b: two rows from `at` + 2 (thread % 4) on, and two that are 8 further down.
-    DEVICE void load(Part part, int at, int columns, uint32_t (&right)[2][2]) const {
+    DEVICE void load(Part part, int at, int columns, uint32_t (&right)[RANK_GROUPS][2][2]) const {
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             int column = at + 8 * i + part.thread % 4 * 2;
-            const bf16* pair = b + size_t(column) * 16 + part.thread % 32 / 4 * 2;
+            const bf16* pair = b + size_t(column) * 16 * RANK_GROUPS + part.thread % 32 / 4 * 2;
             bool inside = b && column < columns;
-            right[i][0] = inside ? *reinterpret_cast<const uint32_t*>(pair) : 0;
-            right[i][1] = inside ? *reinterpret_cast<const uint32_t*>(pair + 16) : 0;
+#pragma unroll
+            for (int group = 0; group < RANK_GROUPS; group++) {
+                right[group][i][0] = inside ? *reinterpret_cast<const uint32_t*>(pair + 16 * group) : 0;
+                right[group][i][1] = inside ? *reinterpret_cast<const uint32_t*>(pair + 16 * (RANK_GROUPS + group)) : 0;
+            }
         }
     }
 
     // du += 16 columns of dy times their rows of b.
-    DEVICE void add(const uint32_t (&left)[4], const uint32_t (&right)[2][2], float (&du)[2][4]) const {
+    DEVICE void add(const uint32_t (&left)[4], const uint32_t (&right)[RANK_GROUPS][2][2], float (&du)[RANK_GROUPS][2][4]) const {
         if (!b) return;
-        uint32_t even[2], odd[2];
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-            even[i] = (right[i][0] & 0xffff) | right[i][1] << 16;
-            odd[i] = right[i][0] >> 16 | (right[i][1] & 0xffff0000);
+        for (int group = 0; group < RANK_GROUPS; group++) {
+            uint32_t even[2], odd[2];
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                uint32_t first = right[group][i][0], second = right[group][i][1];
+                even[i] = (first & 0xffff) | second << 16;
+                odd[i] = first >> 16 | (second & 0xffff0000);
+            }
+            mma_bf16(du[group][0], left, even);
+            mma_bf16(du[group][1], left, odd);
         }
-        mma_bf16(du[0], left, even);
-        mma_bf16(du[1], left, odd);
     }
 
-    DEVICE void write(Part part, const float (&du)[2][4], int row, int rows, int column) const {
+    DEVICE void write(Part part, const float (&du)[RANK_GROUPS][2][4], int row, int rows, int column) const {
         if (!b) return;
-        float* tile = partial + size_t(column / TILE_N) * rows * 16;
+        float* tile = partial + size_t(column / TILE_N) * rows * 16 * RANK_GROUPS;
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             int at = row + part.thread / 32 * 16 + part.thread % 32 / 4 + 8 * half;
-            if (at < rows)
-                *reinterpret_cast<float4*>(tile + size_t(at) * 16 + part.thread % 4 * 4) =
-                    make_float4(du[0][2 * half], du[1][2 * half], du[0][2 * half + 1], du[1][2 * half + 1]);
+            if (at >= rows) break;
+#pragma unroll
+            for (int group = 0; group < RANK_GROUPS; group++) {
+                const float(&even)[4] = du[group][0], (&odd)[4] = du[group][1];
+                *reinterpret_cast<float4*>(tile + (size_t(at) * RANK_GROUPS + group) * 16 + part.thread % 4 * 4) =
+                    make_float4(even[2 * half], odd[2 * half], even[2 * half + 1], odd[2 * half + 1]);
+            }
         }
     }
 };
@@ -221,7 +232,7 @@ struct ActivateBackward {
     }
 
     DEVICE void write(const Shared& shared, Part part, const float (&sums)[TILE_N / 2], int row, int column) {
-        float du_gate[2][4] = {}, du_up[2][4] = {};
+        float du_gate[RANK_GROUPS][2][4] = {}, du_up[RANK_GROUPS][2][4] = {};
 #pragma unroll
         for (int piece = 0; piece < PANELS; piece++) {
             int first = column + 64 * piece, at = piece % 2 * 2;
@@ -233,7 +244,7 @@ struct ActivateBackward {
                 unsigned char* gates_at = place_of(staged_piece(shared, part, at), part.thread, group);
                 unsigned char* ups_at = place_of(staged_piece(shared, part, at + 1), part.thread, group);
                 // Long before they are needed.
-                uint32_t b_gate[2][2], b_up[2][2];
+                uint32_t b_gate[RANK_GROUPS][2][2], b_up[RANK_GROUPS][2][2];
                 of_gate.load(part, first + 8 * group, columns, b_gate);
                 of_up.load(part, first + 8 * group, columns, b_up);
                 uint32_t g[4], u[4], activation[4];

@@ -39,7 +39,7 @@ static PARTIALS: Source =
 pub const SHARING: usize = 3;
 
 /// Ranks are filled up to a multiple of this, the depth of one step of the tensor cores.
-const PADDING: usize = 16;
+pub(super) const PADDING: usize = 16;
 /// The highest rank.
 pub const MOST_RANK: usize = 256;
 /// Threads of every kernel here.

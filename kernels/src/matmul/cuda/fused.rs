@@ -15,7 +15,9 @@
 //! allow it; elsewhere the kernels it is made of, one after the other. The bits are the same but for u's and du's, which are summed in
 //! another order: one kernel rounds where the others write to memory.
 
-use super::adapter::{self, Gradient, Projected, add_to_gradients, padded, round_partials};
+use super::adapter::{
+    self, Gradient, PADDING, Projected, add_to_gradients, padded, round_partials,
+};
 use super::hopper::{
     self, CLUSTER, GRADIENTS_HEADER, NARROW, PIECE, PRODUCT_HEADER, Tile, WIDE, clusters, maps,
 };
@@ -47,17 +49,21 @@ const BACKWARD: Tile = Tile { n: WIDE.n, stages: WIDE.stages - 1, staged: 5 };
 const fn rotating(tile: Tile, head_dim: usize) -> Kernel {
     tile.kernel_of(&ROPE, "hopper_nt_rope").define("HEAD_DIM", head_dim as i64)
 }
-const ACTIVATING: Kernel = WIDE.kernel_of(&SWIGLU, "hopper_nt_swiglu");
-const ACTIVATING_BACKWARD: Kernel = BACKWARD.kernel_of(&SWIGLU, "hopper_nn_swiglu_backward");
+const ACTIVATING: Kernel = WIDE.kernel_of(&SWIGLU, "hopper_nt_swiglu").define("RANK_GROUPS", 1);
+const fn activating_backward(groups: usize) -> Kernel {
+    let kernel = BACKWARD.kernel_of(&SWIGLU, "hopper_nn_swiglu_backward");
+    kernel.define("RANK_GROUPS", groups as i64)
+}
 
 /// Every kernel of this file, with all constants that it is compiled with.
-pub const KERNELS: [Kernel; 6] = [
+pub const KERNELS: [Kernel; 7] = [
     rotating(WIDE, 64),
     rotating(WIDE, 128),
     rotating(NARROW, 64),
     rotating(NARROW, 128),
     ACTIVATING,
-    ACTIVATING_BACKWARD,
+    activating_backward(1),
+    activating_backward(2),
 ];
 
 /// A weight `[n, k]` with what is added to its product.
@@ -296,8 +302,10 @@ pub fn nn_swiglu_backward(
     i: usize,
 ) -> Result<()> {
     if Tile::of(gpu, n, i) == Some(WIDE) {
-        let fits = |it: &mut Pulled| padded(it.rank) == PULLED_RANK;
-        let inside = pulled.each_mut().map(|it| it.take_if(fits));
+        // Both of one rank, the first's that is not too high.
+        let mut ranks = pulled.iter().flatten().map(|it| padded(it.rank));
+        let rank = ranks.find(|rank| *rank <= PULLED_RANK);
+        let inside = pulled.each_mut().map(|it| it.take_if(|it| Some(padded(it.rank)) == rank));
         activate_backward(gpu, arena, dy, w, adapter, gate, up, act, inside, gradients, m, n, i)?;
     } else {
         let mut dout = arena.take(m * i)?;
@@ -312,8 +320,8 @@ pub fn nn_swiglu_backward(
     Ok(())
 }
 
-/// The padded rank of which du is made with the gradients that it is made of: sums of more do not fit in the registers beside a tile's.
-const PULLED_RANK: usize = 16;
+/// The highest rank of which du is made with the gradients that it is made of: sums of more do not fit in the registers beside a tile's.
+const PULLED_RANK: usize = 32;
 
 fn activate_backward(
     gpu: &Gpu,
@@ -336,8 +344,9 @@ fn activate_backward(
     if let Some(act) = &act {
         assert_shapes(op, [("act", act.len(), m, i)]);
     }
+    let pulled_rank = pulled.iter().flatten().next().map_or(PADDING, |it| padded(it.rank));
     for Pulled { b, du, .. } in pulled.iter().flatten() {
-        assert_shapes(op, [("b", b.len(), i, PULLED_RANK), ("du", du.len(), m, PULLED_RANK)]);
+        assert_shapes(op, [("b", b.len(), i, pulled_rank), ("du", du.len(), m, pulled_rank)]);
     }
     assert_multiples_of_8(op, [("n", n), ("i", i)]);
     Adapter::assert_fits(op, adapter, m, i);
@@ -383,7 +392,7 @@ fn activate_backward(
             with_act
         ];
         let shared = hopper::share::<1>(gpu, BACKWARD, clusters(gpu), args, tiles, now, gate)?;
-        shared.launch(gpu, &ACTIVATING_BACKWARD)?;
+        shared.launch(gpu, &activating_backward(pulled_rank / PADDING))?;
         hopper::launch(gpu, WIDE, clusters(gpu), None, later)
     })?;
     for (pulled, partial) in pulled.into_iter().zip([gate_partial, up_partial]) {
