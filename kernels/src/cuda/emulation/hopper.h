@@ -7,6 +7,8 @@
 //   * A store's box is read at the wait that promises it, or at once: the seed draws which.
 //   * wgmma reads its matrices through their descriptors, strides and swizzle decoded, at the wait that promises the result
 //     or when its group is committed, as is drawn. The accumulators are NaN until the wait.
+//   * What `stmatrix` writes is NaN until the warp meets at `__syncwarp`, or one of its threads says to others, by whatever
+//     barrier, or to the engines that it has written.
 //   * Engines and tensor cores have a view of shared memory of their own, to which what threads write comes only by
 //     `fence_async`. A copy onto what is not fenced is an error.
 //   * The blocks of a cluster run together; a copy or an arrival to a block that has ended is an error.

@@ -16,6 +16,7 @@ inline unsigned box_bytes(const TensorMap& map) { return map.box_rows * map.box_
 
 // What threads wrote to a stretch and engines see.
 inline void fence_async(const void* from, unsigned bytes) {
+    settle();
     uint32_t offset = shared_offset("fence_async", from, bytes);
     memcpy(engine().blocks[self().block->rank].seen + offset, from, bytes);
 }

@@ -5,7 +5,10 @@ use super::super::{Way, adapter, nn_by, nt_by};
 use super::*;
 use crate::cuda::Fault;
 use crate::rope::Rope;
-use crate::testing::{assert_accurate_bf16, hopper_gpu as gpu, random_bf16, round};
+use crate::testing::{
+    HeldBack, assert_accurate_bf16, assert_faults_are_caught_holding_back, hopper_gpu as gpu,
+    random_bf16, round,
+};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 const SEEDS: u64 = 4;
@@ -323,4 +326,12 @@ fn faults_in_activations_gradients_are_caught() {
         ("if (column + 64 * piece < columns) ask", "ask"),
     ];
     assert_caught(backwards_are_right, "hopper_swiglu.cu", &faults);
+    // Down's input, over one that the first thread has not seen leave.
+    let fault = [(
+        "            if (with_act) {\n                part.sync();\n",
+        "            if (with_act) {\n",
+    )];
+    let fault = fault.map(|(from, to)| ("hopper_swiglu.cu", from, to));
+    let check = |gpu: &Gpu| assert!(backwards_are_right(gpu));
+    assert_faults_are_caught_holding_back(HeldBack::Warp(4), check, &fault);
 }
