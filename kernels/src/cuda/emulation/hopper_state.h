@@ -44,6 +44,8 @@ struct Leaving {
     TensorMap map;
     int column, row;
     unsigned offset, group;
+    // Whether it has been read.
+    bool left;
 };
 
 // One wgmma of a thread.

@@ -172,7 +172,8 @@ fn wrong_operands(gpu: &Gpu, n: usize) -> Option<String> {
     }
     let found = gpu.downloaded(&d).unwrap();
     FORMS.iter().zip(found.chunks(64 * n)).find_map(|(form, found)| {
-        let wrong = (0..64 * n).find(|&i| !((found[i] - expected[i] - 1.0).abs() < 1e-3))?;
+        let off = |i: usize| (found[i] - expected[i] - 1.0).abs();
+        let wrong = (0..64 * n).find(|&i| off(i).is_nan() || off(i) > 1e-3)?;
         let (row, column) = (wrong / n, wrong % n);
         let (found, expected) = (found[wrong], expected[wrong] + 1.0);
         Some(format!("{n} columns, {form}: row {row}, column {column} is {found}, not {expected}"))
