@@ -54,6 +54,6 @@ fn launches_of_a_step_and_of_a_token() {
     };
     let of_token = token(2) - token(1);
     println!("{of_step} launches of a step, {of_token} of a token");
-    assert!((40 * LAYERS..80 * LAYERS).contains(&of_step), "{of_step}");
+    assert!((20 * LAYERS..60 * LAYERS).contains(&of_step), "{of_step}");
     assert!((10 * LAYERS..40 * LAYERS).contains(&of_token), "{of_token}");
 }

@@ -284,10 +284,7 @@ fn faults_in_gradients_are_caught() {
         ("column + 64 * panel, token", "column, token"),
         ("rank * (PANEL_BYTES / CLUSTER), *it.u", "0, *it.u"),
         ("token + rank * (TOKENS / CLUSTER)", "token"),
-        (
-            "token < it.sides.tokens; token += TOKENS, turn.next()) {\n            barrier",
-            "token + TOKENS < it.sides.tokens; token += TOKENS, turn.next()) {\n            barrier",
-        ),
+        ("token < it.sides.tokens", "token + TOKENS < it.sides.tokens"),
         ("divide_up(min(it.sides.ranks - rank, TASK_RANKS), 16)", "1"),
         // What is written.
         ("column_of(i) < sides.columns", "true"),
