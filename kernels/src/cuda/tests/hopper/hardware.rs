@@ -15,7 +15,7 @@ fn boxes_of_three_sides_come_as_rows() {
 
 #[test]
 fn wgmma_reads_matrices_as_its_descriptors_say() {
-    for (seed, n) in [64, 128, 256].into_iter().enumerate() {
+    for (seed, n) in [16, 32, 48, 64, 128, 256].into_iter().enumerate() {
         assert_eq!(wrong_operands(&gpu(seed as u64), n), None);
     }
 }
