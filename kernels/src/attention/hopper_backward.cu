@@ -385,13 +385,14 @@ DEVICE void collect(const Shared& shared, int part, bf16* dk, bf16* dv, const in
     store_rows<1, ROWS>(shared.v, first, sums_v, ones, dv, own, kv_heads, task.head);
 }
 
-// `sums` [T, heads, HEAD_DIM], as `sums_at` says; `words` [1 + T · kv_heads], zeros: how many blocks have begun, then of each token
+// `sums` [T, heads, HEAD_DIM], as `sums_at` says; `words` [1 + T · kv_heads], integers and zeros in room for f32: how many blocks have begun, then of each token
 // that is the first of a tile and each key head up to which position keys have been added.
 HOPPER_KERNEL(THREADS, 1) hopper_attention_backward(TENSOR_MAP dout, TENSOR_MAP q, TENSOR_MAP k, TENSOR_MAP v, const float* lse,
-                                                    const float* delta, float* sums, int* words, bf16* dk, bf16* dv,
+                                                    const float* delta, float* sums, float* words_room, bf16* dk, bf16* dv,
                                                     const int* tiles, const int* runs, int kv_heads, int window, float scale,
                                                     const float* angles, uint32_t positions) {
     Shared shared = shared_memory();
+    auto words = reinterpret_cast<int*>(words_room);
     prepare(shared, words);
     if (warpgroup_index() == 0) {
         fewer_registers<FEW>();

@@ -8,17 +8,37 @@ use crate::testing::{
     assert_accurate, assert_accurate_bf16, assert_faults_are_caught_on_hopper, hopper_gpu as gpu,
     round, widen,
 };
+use rayon::{ThreadPool, ThreadPoolBuilder};
+use std::sync::LazyLock;
+
+/// Blocks that are emulated at once, so that they wait for each other.
+static TOGETHER: LazyLock<ThreadPool> =
+    LazyLock::new(|| ThreadPoolBuilder::new().num_threads(4).build().unwrap());
 
 impl Case {
     fn run_on_hopper(&self, gpu: &Gpu) -> Result<Found> {
+        self.run_turned_on_hopper(gpu, None)
+    }
+
+    /// Back in one pass.
+    fn run_turned_on_hopper(&self, gpu: &Gpu, turned: Option<Turned>) -> Result<Found> {
         let tiling = Tiling::of(gpu, &self.heads).expect("heads of Hopper's kernels");
-        self.run_by(gpu, &self.schedule(Some(tiling))?)
+        let schedule = self.schedule(Some(tiling))?;
+        TOGETHER.install(|| self.run_with(gpu, &schedule, turned, schedule.backward_room()))
+    }
+
+    /// Back in two kernels.
+    fn run_twice_on_hopper(&self, gpu: &Gpu) -> Result<Found> {
+        let tiling = Tiling::of(gpu, &self.heads).expect("heads of Hopper's kernels");
+        self.run_with(gpu, &self.schedule(Some(tiling))?, None, 0)
     }
 
     #[track_caller]
     fn check_on_hopper(&self, seed: u64) {
-        let found = self.run_on_hopper(&gpu(seed)).unwrap_or_else(|error| panic!("{error}"));
-        self.assert_accurate(&found);
+        let gpu = gpu(seed);
+        for found in [self.run_on_hopper(&gpu), self.run_twice_on_hopper(&gpu)] {
+            self.assert_accurate(&found.unwrap_or_else(|error| panic!("{error}")));
+        }
     }
 }
 
