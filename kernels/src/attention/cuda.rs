@@ -154,8 +154,9 @@ pub fn backward(
             let grid = [table.blocks, heads.kv_heads as u32, 1];
             let scale = heads.scale();
             let dkv = (&mut *dk, dv);
-            let args =
-                args![dout, q, k, v, lse, delta, dkv.0, dkv.1, tiles, runs, kv_heads, window, scale];
+            let args = args![
+                dout, q, k, v, lse, delta, dkv.0, dkv.1, tiles, runs, kv_heads, window, scale
+            ];
             let kernel = tiling.kernel("attention_backward_keys");
             gpu.launch(&kernel, grid, tiling.backward_keys_bytes(), args)?;
 

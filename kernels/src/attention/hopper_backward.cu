@@ -30,6 +30,8 @@
 static_assert(ROWS == MULTIPLIERS * PART && QUERIES == PART, "a warpgroup has 64 rows, of dq too");
 // Tokens of a tile of queries at most.
 constexpr int TOKENS = QUERIES / SHARING;
+// Slopes that are written while others are read.
+constexpr int SLOPES = 2;
 // Tiles of dq on their way to memory, a warp for each.
 constexpr int STAGED = 2;
 constexpr int SLOPES_BYTES = ROWS * QUERIES * int(sizeof(bf16));
@@ -81,7 +83,7 @@ DEVICE Shared shared_memory() {
     unsigned char* q = v + tile_bytes(ROWS);
     unsigned char* dout = q + STAGES * tile_bytes(QUERIES);
     unsigned char* slopes = dout + STAGES * tile_bytes(QUERIES);
-    unsigned char* staged = slopes + 2 * SLOPES_BYTES;
+    unsigned char* staged = slopes + SLOPES * SLOPES_BYTES;
     auto lse = reinterpret_cast<float*>(staged + STAGED * STAGED_BYTES);
     float* delta = lse + STAGES * QUERIES;
     auto own_full = reinterpret_cast<Barrier*>(delta + STAGES * QUERIES);
@@ -225,6 +227,9 @@ DEVICE void add_tiles(const Shared& shared, int place, float* sums, int* words, 
     }
 }
 
+// Where those of a tile of queries are.
+DEVICE unsigned char* slopes_of(const Shared& shared, int tile) { return shared.slopes + tile % SLOPES * SLOPES_BYTES; }
+
 // A warp's part of slopes, to where tensor cores read them across.
 DEVICE void share(unsigned char* tile, int part, const Weights<QUERIES>& slopes) {
     int thread = thread_index_again(), lane = thread % WARP, first = PART * part + thread % WARPGROUP_THREADS / WARP * 16;
@@ -299,7 +304,7 @@ DEVICE void collect(const Shared& shared, int part, bf16* dk, bf16* dv, const in
     auto start_dq = [&](int tile) {
         set_zero(dq);
         wgmma_fence();
-        start_queries(dq, shared.slopes + tile % 2 * SLOPES_BYTES, shared.k, part);
+        start_queries(dq, slopes_of(shared, tile), shared.k, part);
         wgmma_commit();
     };
     set_zero(sums_k);
@@ -354,7 +359,7 @@ DEVICE void collect(const Shared& shared, int part, bf16* dk, bf16* dv, const in
         wgmma_fence();
         start_adding<QUERIES>(sums_k, slopes, q);
         wgmma_commit();
-        share(shared.slopes + tile % 2 * SLOPES_BYTES, part, slopes);
+        share(slopes_of(shared, tile), part, slopes);
         // Who is here has read the slopes before the last ones, whose place is next.
         named_barrier_sync(1, BOTH);
         if (!shared.tiles[tile % KNOWN].more) break;

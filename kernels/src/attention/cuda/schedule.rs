@@ -129,9 +129,7 @@ impl Schedule {
         let window = window.unwrap_or(UNBOUNDED).min(UNBOUNDED);
         let mut numbers = Vec::new();
         let (ahead, keys, met, back) = match hopper {
-            Some(hopper) => {
-                (hopper.tokens(), hopper::OWN, hopper.tokens_met(), hopper.tokens())
-            }
+            Some(hopper) => (hopper.tokens(), hopper::OWN, hopper.tokens_met(), hopper.tokens()),
             None => (tiling.forward_tokens(), tiling.backward_rows(), 1, tiling.backward_tokens()),
         };
         let tasks = sorted(query_tasks(layout, ahead, window));
@@ -151,9 +149,8 @@ impl Schedule {
         let end = numbers.len();
         if hopper.is_some() {
             let texts = layout.groups.iter().flat_map(Text::of_group);
-            let tiles = texts.flat_map(|text| {
-                text.blocks(met).map(move |block| own_run(&text, &block))
-            });
+            let tiles =
+                texts.flat_map(|text| text.blocks(met).map(move |block| own_run(&text, &block)));
             numbers.extend(tiles.flat_map(Run::numbers));
         }
         Ok(Self {
@@ -172,7 +169,10 @@ impl Schedule {
     }
 
     /// The tiles of queries that blocks of keys meet on Hopper, and how many they are.
-    pub(super) fn met_queries<'a>(&self, tables: &'a DeviceSlice<i32>) -> (&'a DeviceSlice<i32>, usize) {
+    pub(super) fn met_queries<'a>(
+        &self,
+        tables: &'a DeviceSlice<i32>,
+    ) -> (&'a DeviceSlice<i32>, usize) {
         (&tables[self.met_queries.clone()], self.met_queries.len() / RUN)
     }
 
@@ -281,7 +281,8 @@ fn key_tasks(layout: &Layout, tokens: usize, met: usize, window: usize) -> Vec<T
                 // The last key is seen the farthest.
                 let end = block.position + block.len - 1 + window;
                 let own = whole_tiles(text, block.position..end, met);
-                let branches = branches.iter().filter_map(|b| whole_tiles(b, b.prompt_len..end, met));
+                let branches =
+                    branches.iter().filter_map(|b| whole_tiles(b, b.prompt_len..end, met));
                 let own_and_branches: Vec<Run> = own.into_iter().chain(branches).collect();
                 let task = Task { own: own_run(text, block), met: own_and_branches };
                 most = most.max(task.work());
