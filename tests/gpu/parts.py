@@ -25,7 +25,7 @@ SANITIZED = ["cuda::hardware::", "hopper::hardware::", "matmul::cuda::tests::nt_
              "attention::cuda::tests::every_order", "attention::cuda::hopper::tests::every_order", "logprob::cuda::tests::company", "rmsnorm::cuda::tests::forward",
              "rmsnorm::cuda::tests::backward", "rope::cuda::", "swiglu::cuda::", "embedding::cuda::", "elementwise::cuda::", "adamw::cuda::"]
 # Peers that need no compilation, and the head's, which counts.
-AT_ONCE = ["mm", "copy", "sdpa", "gradient_of_b", "decode", "log_probs"]
+AT_ONCE = ["mm", "mm_added", "copy", "sdpa", "gradient_of_b", "decode", "log_probs"]
 RESULT = re.compile(r"^test (\S+)(?: - should panic)? \.\.\. (ok|FAILED|ignored)", re.M)
 
 
@@ -216,7 +216,9 @@ def sanitized(tool, text, status, names, seconds):
 
 def kernels(context):
     """Every kernel, then what it is compared with."""
-    command = [context.binary("gpu-kernels"), "--device", context.options.device, "--only", context.options.only]
+    # The emulated device that takes all kernels that a GPU with Hopper does.
+    device = "emulated-hopper" if context.emulated else context.options.device
+    command = [context.binary("gpu-kernels"), "--device", device, "--only", context.options.only]
     whole, cases = context.deadline, []
     # Peers take about as long.
     context.deadline = time.monotonic() + 0.55 * context.left()
@@ -242,7 +244,7 @@ def steps(context):
 PARTS = [
     ("hardware", "what the emulation assumes of the hardware", 0.08, hardware),
     ("tests", "all tests of kernels, at full size", 0.22, tests),
-    ("kernels", "every kernel's time, the ceilings and peers", 0.27, kernels),
-    ("steps", "whole training steps at Mistral-7B's shape beside PEFT", 0.33, steps),
+    ("kernels", "every kernel's time, the ceilings and peers", 0.25, kernels),
+    ("steps", "whole training steps at Mistral-7B's shape beside PEFT", 0.35, steps),
     ("sanitizer", "compute-sanitizer on small tests", 0.10, sanitizer),
 ]

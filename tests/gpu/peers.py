@@ -73,6 +73,15 @@ class Peers:
         out = torch.empty(m, n, device=self.device, dtype=BF16)
         return f"cuBLAS, {self.version}", lambda: torch.mm(left, right, out=out)
 
+    def mm_added(self, m, depths, n):
+        pairs = [(self.random(m, depth), self.random(depth, n)) for depth in depths]
+        out = torch.empty(m, n, device=self.device, dtype=BF16)
+
+        def work():
+            for i, (left, right) in enumerate(pairs):
+                torch.addmm(out, left, right, beta=float(i > 0), out=out)
+        return f"cuBLAS, one after the other, {self.version}", work
+
     def gradient_of_b(self, m, n, r):
         dy, u, b = self.random(m, n), self.random(m, r), self.random(n, r)
         return f"cuBLAS, two products, {self.version}", lambda: (dy.T @ u, dy @ b)

@@ -20,6 +20,20 @@ TARGETS = [
     ("", "copy", 0.92),
 ]
 STEPS_TARGET = 18_000
+# The lines of docs/kernels.md's table of Hopper's kernels, and the case that each is measured in.
+ON_HOPPER = [
+    ("`hopper_nt_rope`: q", "nt with rotation, q"), ("`hopper_nt_rope`: k", "nt with rotation, k"), ("`hopper_nt`: v", "nt k, v"),
+    ("`hopper_nt`: o, and the residual", "nt with residual, o"),
+    ("`hopper_nt_swiglu`: gate and up, and u of down", "nt with activation, gate and up"),
+    ("`hopper_nt`: down, and the residual", "nt with residual, down"),
+    ("`hopper_nn_swiglu_backward`: down, and its input", "nn with activation, down"),
+    ("`hopper_nn`: gate and up", "nn together, gate and up"), ("`hopper_nn`: o", "nn q, o"),
+    ("`hopper_nn`: q, k and v", "nn together, q, k and v"),
+    ("`hopper_logprob_logits`, 1024 tokens", "log-probs with gradient"),
+    ("`hopper_logprob_backward`, 1024 tokens", "log-probs with gradient"),
+    ("`hopper_attention_forward`", "attention forward"), ("`hopper_attention_backward_keys`", "attention backward"),
+    ("`hopper_attention_backward_queries`", "attention backward"),
+]
 
 
 def cell(value):
@@ -190,6 +204,27 @@ def kernels(results):
                                          "peer", "target (H100)", "met"], table)]
 
 
+def on_hopper(results):
+    """The measured column of docs/kernels.md: milliseconds of one launch, of the first case that has the kernel."""
+    cases = [r for r in part(results, "kernels")["records"] if r.get("launches")]
+    lines = []
+    for name, begins in ON_HOPPER:
+        for case in (case for case in cases if case["case"].startswith(begins)):
+            found = next(((count, ms) for kernel, count, ms in case["launches"] if f"`{kernel}`" in name), None)
+            if found:
+                lines.append([name, number(found[1] and found[1] / found[0]), case["case"]])
+                break
+    return rows(["on Hopper", "ms", "case"], lines) if lines else []
+
+
+def launches(results):
+    """Cases of several kernels, each timed for itself."""
+    cases = [r for r in part(results, "kernels")["records"] if len(r.get("launches", [])) > 1]
+    lines = [[case["case"], kernel, count, number(ms), percent(ms and ms / sum(each for *_, each in case["launches"]))]
+             for case in cases for kernel, count, ms in case["launches"]]
+    return rows(["case", "kernel", "launches", "ms", "of all"], lines) if lines else []
+
+
 def steps(results):
     records = [r for r in part(results, "steps")["records"] if "task" in r]
     if not records:
@@ -201,7 +236,7 @@ def steps(results):
     table = []
     for r in records:
         rate = r.get("tokens_per_second")
-        ours = r["who"] == "uft"
+        ours = r["who"] == "uft" and r.get("recompute", "auto") == "auto"
         met = None if not ours or not rate or not r["task"].startswith("texts") else "yes" if rate >= STEPS_TARGET else "no"
         table.append([r["task"], r["who"], r.get("how"), r.get("steps"), number(r.get("seconds_per_step")), number(rate),
                       f"{rate / best[r['task']]:.2f}" if ours and rate and best.get(r["task"]) else None, number(r.get("memory_gib")),
@@ -213,13 +248,42 @@ def steps(results):
                 table) + why
 
 
+def copies(results):
+    """What a step pays for computing layers again, and for having their inputs wait in the machine's memory."""
+    runs = {r["recompute"]: r for r in part(results, "steps")["records"] if r.get("recompute") and r["task"].startswith("texts")}
+    if "offload" not in runs:
+        return []
+    seconds = {name: r.get("seconds_per_step") for name, r in runs.items()}
+    kept, again, offloaded = (seconds.get(name) for name in ("auto", "all", "offload"))
+
+    def longer(a, b):
+        return a - b if a and b else None
+
+    cases = part(results, "kernels")["records"]
+    alone = next((r for r in cases if r.get("case") == "copy out and back" and r.get("ms")), None)
+    rate = alone and alone["bytes"] / alone["ms"] * 1e3
+    copied = 2 * runs["offload"].get("copied_each_way", 0)
+    moving, exposed = copied / rate if rate else None, longer(offloaded, again)
+    lines = [
+        ["layers computed again, against what the plan keeps", longer(again, kept), again],
+        [f"copies out and back by themselves, {copied / 1e9:.3g} GB at {number(rate and rate / 1e9)} GB/s", moving, offloaded],
+        ["of these, what shows", exposed, offloaded],
+    ]
+    table = [[what, number(value and value * 1e3), percent(value / whole) if value is not None and whole else None]
+             for what, value, whole in lines]
+    hidden = percent(max(0.0, 1 - exposed / moving)) if moving and exposed is not None else None
+    return rows(["texts, inputs offloaded", "ms of a step", "of the step"], table + [["of these, hidden", None, hidden]])
+
+
 def log(results):
     lines = [line if len(line) <= 160 else line[:157] + "..." for line in results.get("log", [])]
     return ["```text", *lines, "```"] if lines else []
 
 
 def table(results):
-    sections = [("", head), ("### Tests", tested), ("### Kernels", kernels), ("### Whole steps", steps), ("### Log", log)]
+    sections = [("", head), ("### Tests", tested), ("### Kernels", kernels), ("### Kernels of Hopper", on_hopper),
+                ("### Cases of several kernels", launches), ("### Whole steps", steps),
+                ("### Copies beside launches", copies), ("### Log", log)]
     out = []
     for title, section in sections:
         lines = section(results)

@@ -4,6 +4,9 @@ texts  a step of 16,384 tokens: four texts of 4096, every token trained; the obj
 pairs  a step of two pairs, each a prompt of 2048 tokens with two responses of 2048; DPO, whose reference log-probs are computed
        in the step, as nothing is met twice. uft computes a prompt once, PEFT once for each response.
 
+The texts once more with all layers computed again, their inputs kept and then offloaded to the machine's memory: what the second
+takes longer is the part of the copies that shows. Steps that keep more or less must have the same losses and norms, bit by bit.
+
 A rate counts the tokens of all sequences, prompts once for each response, the same for both. Steps are timed by each side's own
 clock, the first two are left out, and the median counts. Memory is the most that nvidia-smi saw in use."""
 import importlib.util
@@ -37,6 +40,7 @@ name = "{task}"
 output = "{out}"
 reference_cache = "{out}/reference"
 device = "{device}"
+recompute = "{recompute}"
 steps = {steps}
 batch = {groups}
 micro_tokens = {micro_tokens}
@@ -48,6 +52,8 @@ shuffle = false
 """
 # The two sides' rates are those of steps after these.
 WARM_UP = 2
+# What is done with layers where it is not the plan that chooses, and steps of each.
+RECOMPUTED, FEW_STEPS = ["all", "offload"], 5
 
 
 def installed(*modules):
@@ -60,11 +66,15 @@ def tokens(task, shape):
     return GROUPS[task] * (lengths["text"] if task == "texts" else 2 * (lengths["prompt"] + lengths["response"]))
 
 
-def configuration(task, shape, device, steps, folder):
+def name(task, recompute):
+    return f"out-{task}-{recompute}"
+
+
+def configuration(task, shape, device, steps, folder, recompute="auto"):
     lengths = model.LENGTHS[shape]
     source = SOURCES[task].format(data=folder)
-    return RUN.format(model=folder / "model", task=task, source=source, out=folder / f"out-{task}", device=device, steps=steps,
-                      groups=GROUPS[task], micro_tokens=4 * lengths["text"], max_length=lengths["text"])
+    return RUN.format(model=folder / "model", task=task, source=source, out=folder / name(task, recompute), device=device, steps=steps,
+                      recompute=recompute, groups=GROUPS[task], micro_tokens=4 * lengths["text"], max_length=lengths["text"])
 
 
 class Memory:
@@ -98,12 +108,13 @@ def record(task, who, how, seconds, loss, shape, memory, **more):
             "memory_gib": memory, **more}
 
 
-def uft(context, task, shape, steps, folder):
+def uft(context, task, shape, steps, folder, recompute="auto"):
+    """The record of a run of uft, and what its steps came to."""
     run = folder / f"{task}.toml"
-    run.write_text(configuration(task, shape, context.options.device, steps, folder))
+    run.write_text(configuration(task, shape, context.options.device, steps, folder, recompute))
     with Memory() as memory:
         out, err, status = context.run([context.binary("uft"), "train", str(run)])
-    metrics = folder / f"out-{task}" / "metrics.jsonl"
+    metrics = folder / name(task, recompute) / "metrics.jsonl"
     lines = [json.loads(line) for line in metrics.read_text().splitlines() if line.endswith("}")] if metrics.exists() else []
     more = {}
     if status != 0:
@@ -111,12 +122,30 @@ def uft(context, task, shape, steps, folder):
         more["error"] = "its time was over" if status == -9 else last
     seconds = [line["tokens"] / line["tokens_per_second"] for line in lines]
     if context.emulated:
-        more["note"], timed = "emulated", []
+        more["note"] = "emulated"
     loss = lines[0]["loss"] if lines else None
-    found = record(task, "uft", "one micro-batch", seconds, loss, shape, memory.most, **more)
+    how = "one micro-batch" if recompute == "auto" else f'recompute = "{recompute}"'
+    found = record(task, "uft", how, seconds, loss, shape, memory.most, recompute=recompute, **more)
     if context.emulated:
         found["seconds_per_step"] = found["tokens_per_second"] = None
-    return found
+    return found, [(line["loss"], line["grad_norm"]) for line in lines]
+
+
+def computed_again(context, kept, shape, steps, folder):
+    """The texts with every layer computed again, and what copies beside launches have to move; `kept`: what the steps came to with
+    what the plan keeps."""
+    # A text's last token is not fed.
+    rows, of_model = tokens("texts", shape) - GROUPS["texts"], model.SHAPES[shape]
+    copied = 2 * rows * of_model["hidden_size"] * of_model["num_hidden_layers"]
+    for recompute in RECOMPUTED:
+        found, came_to = uft(context, "texts", shape, min(steps, FEW_STEPS), folder, recompute)
+        if recompute == "offload":
+            found["copied_each_way"] = copied
+        both = min(len(kept), len(came_to))
+        if kept[:both] != came_to[:both] and "error" not in found:
+            step = next(i for i in range(both) if kept[i] != came_to[i])
+            found["error"] = f"step {step + 1} has loss and norm {came_to[step]}, with what the plan keeps {kept[step]}"
+        yield found
 
 
 def measure(context, missing):
@@ -132,8 +161,11 @@ def measure(context, missing):
             raise missing(f"{folder} has {room / 1e9:.1f} GB left, the model takes {needed / 1e9:.0f}; --work names another folder")
         model.write(folder / "model", shape)
         model.write_data(folder, shape, {task: steps * groups for task, groups in GROUPS.items()})
+        came_to = {}
         for task in GROUPS:
-            yield uft(context, task, shape, steps, folder)
+            found, came_to[task] = uft(context, task, shape, steps, folder)
+            yield found
+        yield from computed_again(context, came_to["texts"], shape, steps, folder)
         yield from peers(context, shape, steps, folder)
 
 

@@ -6,6 +6,7 @@ pub mod fuzz;
 pub mod mixed;
 pub mod outside;
 pub mod run;
+pub mod scripts;
 pub mod unrounded;
 
 use serde_json::Value;

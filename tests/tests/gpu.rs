@@ -2,40 +2,19 @@
 //! every part on the emulated device. What needs PyTorch is run by hand; here the table says that it is not there.
 
 use serde_json::{Value, json};
+use std::collections::BTreeSet;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
+use uft_kernels::cuda::{HOPPER_KERNELS, KERNELS};
 use uft_tests::mixed::temporary;
-use uft_tests::{json, root, succeed};
+use uft_tests::scripts::{here, python, snippet, stdout};
+use uft_tests::{json, root};
 
 const UFT: &str = env!("CARGO_BIN_EXE_uft-under-test");
 const GPU_KERNELS: &str = env!("CARGO_BIN_EXE_gpu-kernels");
-
-/// Python on a script of tests/gpu, which leaves nothing behind there.
-fn python(script: &Path) -> Command {
-    let mut command = Command::new("python3");
-    command.arg(script).env("PYTHONDONTWRITEBYTECODE", "1");
-    command
-}
-
-fn here(script: &str) -> PathBuf {
-    root().join("tests/gpu").join(script)
-}
-
-fn stdout(output: Output) -> String {
-    let stderr = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{stderr}");
-    String::from_utf8(output.stdout).expect("stdout is text")
-}
-
-/// What a snippet prints that runs with tests/gpu to import from.
-fn snippet(text: &str) -> String {
-    let mut command = Command::new("python3");
-    command.args(["-c", text]).env("PYTHONPATH", here("")).env("PYTHONDONTWRITEBYTECODE", "1");
-    stdout(command.output().expect("python3 runs"))
-}
 
 /// A folder of what cargo builds beside this test.
 fn deps() -> PathBuf {
@@ -234,24 +213,64 @@ fn every_part_runs_on_the_emulated_device() {
         assert!(record["tokens_per_second"].is_null(), "no time is told of an emulation: {record}");
     }
     assert!(table.contains("PyTorch is not installed, so whole steps have no peer"), "{table}");
+    // What is kept changes no number, which the script itself checks, too.
+    for (record, recompute) in steps[2..].iter().zip(["all", "offload"]) {
+        let as_kept = record["recompute"] == recompute && record["loss"] == steps[0]["loss"];
+        assert!(as_kept && record["error"].is_null() && record["steps"] == 3, "{record}");
+    }
+    assert_eq!(steps[3]["copied_each_way"], 2 * 2 * (4 * 47) * 64);
+    assert!(table.contains("of these, hidden"), "{table}");
     assert_eq!(part(&results, "sanitizer").0, "missing");
 }
 
-#[test]
-fn all_kernels_have_a_case_that_the_emulated_device_runs() {
+/// Every case of gpu-kernels on an emulated device, checked for what each has to say.
+fn cases(device: &str) -> Vec<Value> {
     let printed =
-        stdout(Command::new(GPU_KERNELS).args(["--device", "emulated"]).output().expect("runs"));
+        stdout(Command::new(GPU_KERNELS).args(["--device", device]).output().expect("runs"));
     let cases = uft_tests::lines(&printed);
     assert!(cases.len() > 40, "{printed}");
+    let peers = std::fs::read_to_string(here("peers.py")).expect("peers.py");
     for case in &cases {
         assert!(case["error"].is_null() && case["bytes"].as_u64() > Some(0), "{case}");
         // Every peer has a method of that name.
         let Some(op) = case["peer"]["op"].as_str() else { continue };
-        let peers = std::fs::read_to_string(here("peers.py")).expect("peers.py");
         assert!(peers.contains(&format!("    def {op}(self")), "peers.py has no {op}");
     }
+    cases
+}
+
+/// Names of the kernels that a case launches.
+fn launched(case: &Value) -> impl Iterator<Item = &str> {
+    let launches = case["launches"].as_array().expect("launches").iter();
+    launches.map(|launch| launch[0].as_str().expect("a name"))
+}
+
+#[test]
+fn all_kernels_have_a_case_that_the_emulated_device_runs() {
+    let cases = [cases("emulated"), cases("emulated-hopper")];
+    let measured: BTreeSet<&str> = cases.iter().flatten().flat_map(launched).collect();
+    let all = KERNELS.iter().chain(HOPPER_KERNELS).flat_map(|kernels| kernels.iter());
+    let missing: BTreeSet<&str> =
+        all.map(|kernel| kernel.name).filter(|name| !measured.contains(name)).collect();
+    assert!(missing.is_empty(), "gpu-kernels has no case that launches {missing:?}");
     let refused = Command::new(GPU_KERNELS).args(["--device", "tpu"]).output().expect("runs");
     assert_eq!(refused.status.code(), Some(2));
+
+    // The report has every line of the table that waits for measurements, from a case that is there.
+    let (_guard, dir) = temporary();
+    let results = json!({"device": "emulated", "date": "", "commit": "", "versions": "", "command": "", "uft": "",
+                         "parts": [{"name": "kernels", "does": "", "state": "done", "seconds": 1.0, "records": cases[1]}]});
+    let path = dir.join("results.json");
+    std::fs::write(&path, results.to_string()).expect("a file");
+    let table = stdout(python(&here("report.py")).arg(&path).output().expect("runs"));
+    let documented = std::fs::read_to_string(root().join("docs/kernels.md")).expect("the docs");
+    let first_cells = |text: &str| -> Vec<String> {
+        let lines = text.lines().skip_while(|line| !line.starts_with("| on Hopper |")).skip(2);
+        let cells =
+            lines.map_while(|line| Some(line.strip_prefix("| ")?.split_once(" |")?.0.to_owned()));
+        cells.collect()
+    };
+    assert_eq!(first_cells(&table), first_cells(&documented));
 }
 
 #[test]
@@ -371,80 +390,4 @@ fn a_rate_is_that_of_the_steps_after_the_first_two() {
     // Cut off before anything counts.
     let found = record("[9.0, 8.0]");
     assert!(found["tokens_per_second"].is_null() && found["steps"] == 2, "{found}");
-}
-
-#[test]
-fn what_is_predicted_is_what_the_documentation_says() {
-    let documented = std::fs::read_to_string(root().join("docs/kernels.md")).expect("the docs");
-    let predicted = ["predict.py", "predict_32b.py"]
-        .map(|script| stdout(python(&here(script)).output().expect("runs")))
-        .concat();
-    for line in predicted.lines().filter(|line| line.starts_with("| `")) {
-        // Measurements take the place of the dash.
-        let (name, rest) = line.split_once(" | — |").expect("not measured");
-        let found = documented.lines().find(|line| line.starts_with(name));
-        let found = found.unwrap_or_else(|| panic!("docs/kernels.md has no line {name}"));
-        assert!(found.ends_with(rest), "{found}: predicted is {line}");
-    }
-}
-
-/// The configuration of the whole steps is one that uft takes, the data has the tokens that it says, and a plan exists for a
-/// GPU of 80 GiB; no weights are needed for that.
-#[test]
-fn the_steps_of_mistral_7b_fit_on_a_gpu() {
-    let (_guard, dir) = temporary();
-    let write = format!(
-        "import json, pathlib, model, whole_steps as w\n\
-         folder = pathlib.Path({dir:?}); (folder / 'model').mkdir()\n\
-         model.write_tokenizer(folder / 'model', 32000)\n\
-         (folder / 'model/config.json').write_text(json.dumps(model.config('mistral-7b')))\n\
-         model.write_data(folder, 'mistral-7b', w.GROUPS)\n\
-         for task in w.GROUPS: (folder / f'{{task}}.toml').write_text(w.configuration(task, 'mistral-7b', 'cuda', 1, folder))\n\
-         print(*(w.tokens(task, 'mistral-7b') for task in w.GROUPS))",
-    );
-    assert_eq!(snippet(&write).trim(), "16384 16384");
-    // A text's last token and a response's are not fed; a prompt is computed once.
-    for (task, rows) in [("texts", 4 * 4095), ("pairs", 2 * (2048 + 2 * 2047))] {
-        let config = dir.join(format!("{task}.toml")).display().to_string();
-        let planned = succeed(UFT, &["check", &config, "--gpu", "80"]);
-        assert!(planned.contains("of 81920.0 MiB available on such a GPU"), "{planned}");
-        assert!(planned.contains(&rows.to_string()), "{rows} rows: {planned}");
-    }
-}
-
-/// What is predicted of steps of Qwen2.5-32B is of what the plan chooses for the memory of one GPU.
-#[test]
-fn the_steps_of_qwen_32b_are_computed_as_predicted() {
-    let (_guard, dir) = temporary();
-    let write = format!(
-        "import json, pathlib, model, predict_32b as p, whole_steps as w\n\
-         folder = pathlib.Path({dir:?}); (folder / 'model').mkdir()\n\
-         model.SHAPES['32b'], model.LENGTHS['32b'] = p.SHAPE, dict(text=p.LENGTH, prompt=8, response=8)\n\
-         model.write_tokenizer(folder / 'model', p.VOCABULARY)\n\
-         (folder / 'model/config.json').write_text(json.dumps(model.config('32b')))\n\
-         model.write_data(folder, '32b', dict(texts=8, pairs=0))\n\
-         (folder / 'texts.toml').write_text(w.configuration('texts', '32b', 'cuda', 1, folder))\n\
-         print(p.MEMORY, p.LENGTH)\n\
-         for choice in p.CHOICES: print(*choice)",
-    );
-    let said = snippet(&write);
-    let numbers = |line: &str| -> Vec<usize> {
-        line.split(' ').map(|number| number.parse().expect("a number")).collect()
-    };
-    let mut lines = said.lines().map(numbers);
-    let (memory, length) = lines.next().map(|first| (first[0].to_string(), first[1])).expect("two");
-    let config = dir.join("texts.toml").display().to_string();
-    for choice in lines {
-        let [tokens, gates, whole, offloaded] = choice[..] else { panic!("four numbers") };
-        let batch = format!("train.batch={}", tokens / length);
-        let micro_tokens = format!("train.micro_tokens={tokens}");
-        let set = ["--gpu", &memory, "--set", &batch, "--set", &micro_tokens];
-        let planned = succeed(UFT, &[&["check", &config][..], &set].concat());
-        let again = format!("{} of 64 layers computed again", gates + whole);
-        let of_gates = format!("of {gates} gate and up alone");
-        let inputs = format!("the input of {offloaded} in the machine's memory");
-        assert!(planned.contains(&again), "{tokens} tokens: {planned}");
-        assert_eq!(planned.contains(&of_gates), gates > 0, "{tokens} tokens: {planned}");
-        assert_eq!(planned.contains(&inputs), offloaded > 0, "{tokens} tokens: {planned}");
-    }
 }

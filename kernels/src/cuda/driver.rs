@@ -47,6 +47,8 @@ pub(super) struct Driver {
     allocated: AtomicUsize,
     waits: AtomicUsize,
     modules: Mutex<HashMap<ModuleKey, LoadedModule>>,
+    /// Launches, while they are asked for.
+    traced: Mutex<Option<Vec<Traced>>>,
 }
 
 /// Uploads on their way: the driver would wait for the stream before it took them from memory that is not
@@ -56,6 +58,9 @@ struct Uploads {
     /// Events that mark nothing now.
     events: Vec<sys::CUevent>,
 }
+
+/// A launch's kernel, and the moments before and after it.
+type Traced = (&'static str, [Event; 2]);
 
 type ModuleKey = (*const u8, [Option<(&'static str, i64)>; 8]);
 
@@ -167,8 +172,8 @@ impl Driver {
             (ring, Landing::new(page_locked(LANDING)?.cast(), LANDING))
         };
         let uploads = Mutex::new(Uploads { ring, events: Vec::new() });
-        let (allocated, waits, modules) =
-            (AtomicUsize::new(0), AtomicUsize::new(0), Mutex::default());
+        let (allocated, waits) = (AtomicUsize::new(0), AtomicUsize::new(0));
+        let (modules, traced) = (Mutex::default(), Mutex::default());
         Ok(Self {
             device,
             context,
@@ -182,6 +187,7 @@ impl Driver {
             allocated,
             waits,
             modules,
+            traced,
         })
     }
 
@@ -255,19 +261,21 @@ impl Driver {
         }
         let mut pointers: Vec<*mut c_void> =
             args.list.iter().map(|arg| arg.bytes.as_ptr().cast_mut().cast()).collect();
-        // SAFETY: arguments as the kernel's parameters are, checked above; what it writes is borrowed
-        // mutably by `args`, and memory is given back only after the stream is through.
-        let launched = unsafe {
-            result::launch_kernel(
-                function.handle,
-                grid.into(),
-                (kernel.threads, 1, 1),
-                shared_bytes,
-                self.stream,
-                &mut pointers,
-            )
-        };
-        launched.map_err(|e| failed(&format!("launch of {}", kernel.name), e))
+        self.trace(kernel.name, || {
+            // SAFETY: arguments as the kernel's parameters are, checked above; what it writes is borrowed
+            // mutably by `args`, and memory is given back only after the stream is through.
+            let launched = unsafe {
+                result::launch_kernel(
+                    function.handle,
+                    grid.into(),
+                    (kernel.threads, 1, 1),
+                    shared_bytes,
+                    self.stream,
+                    &mut pointers,
+                )
+            };
+            launched.map_err(|e| failed(&format!("launch of {}", kernel.name), e))
+        })
     }
 
     /// Allocations, and modules loaded.

@@ -48,6 +48,8 @@ pub(super) struct Emulator {
     placed: AtomicUsize,
     pub(super) waits: AtomicUsize,
     modules: Mutex<HashMap<ModuleKey, Loaded>>,
+    /// Launches, while they are asked for.
+    traced: Mutex<Option<Vec<&'static str>>>,
     #[cfg(test)]
     pub fault: Option<super::Fault>,
     /// Of the times that a stream is told to wait for the other, the one at which it does not.
@@ -210,7 +212,7 @@ impl Emulator {
             shared_bytes: if hopper { SHARED_BYTES_HOPPER } else { SHARED_BYTES },
         };
         let compiler = Compiler::find()?;
-        let (memory, modules) = (Mutex::default(), Mutex::default());
+        let (memory, modules, traced) = (Mutex::default(), Mutex::default(), Mutex::default());
         let mut ring = vec![0; RING].into_boxed_slice();
         // SAFETY: the memory lives as long as the ring, and only the ring is used.
         let uploads = Mutex::new(unsafe { Ring::new(ring.as_mut_ptr(), RING) });
@@ -231,6 +233,7 @@ impl Emulator {
             placed: AtomicUsize::new(0),
             waits: AtomicUsize::new(0),
             modules,
+            traced,
             #[cfg(test)]
             fault: None,
             #[cfg(test)]
@@ -276,7 +279,22 @@ impl Emulator {
         args: &Args,
     ) -> Result<()> {
         let launch = self.check(kernel, grid, shared_bytes, args)?;
+        if let Some(list) = &mut *self.traced() {
+            list.push(kernel.name);
+        }
         self.tell(Task::Launch(Box::new(launch))).map(drop)
+    }
+
+    /// Name of every launch of `work`, in their order.
+    pub fn trace(&self, work: impl FnOnce() -> Result<()>) -> Result<Vec<&'static str>> {
+        *self.traced() = Some(Vec::new());
+        let done = work();
+        let launches = self.traced().take().unwrap_or_default();
+        done.map(|()| launches)
+    }
+
+    fn traced(&self) -> MutexGuard<'_, Option<Vec<&'static str>>> {
+        self.traced.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// All that can be said before the kernel runs.

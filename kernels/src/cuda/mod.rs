@@ -393,6 +393,28 @@ impl Gpu {
         }
     }
 
+    /// Every launch of `work`, in their order: the kernel's name, and on a GPU its milliseconds, between moments that are
+    /// marked before and after it, which takes a few microseconds. Waits for it.
+    ///
+    /// # Errors
+    /// As [`Gpu::timed`].
+    pub fn traced(
+        &self,
+        work: impl FnOnce() -> Result<()>,
+    ) -> Result<Vec<(&'static str, Option<f64>)>> {
+        match &*self.0 {
+            Device::Driver(device) => {
+                let launches = device.traced(work)?;
+                Ok(launches.into_iter().map(|(name, ms)| (name, Some(ms))).collect())
+            }
+            Device::Emulator(device) => {
+                let launches = device.trace(work)?;
+                Ok(launches.into_iter().map(|name| (name, None)).collect())
+            }
+            Device::Counter(_) => work().map(|()| Vec::new()),
+        }
+    }
+
     /// Waits until everything is done.
     ///
     /// # Errors

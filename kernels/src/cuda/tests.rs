@@ -47,6 +47,20 @@ fn a_missing_barrier_gives_wrong_numbers_under_some_seed() {
     assert!(!always(|seed| reverse_is_right(&without(seed))));
 }
 
+#[test]
+fn what_is_launched_can_be_asked_for() {
+    let gpu = emulated(0);
+    let traced = gpu.traced(|| {
+        assert!(reverse_is_right(&gpu));
+        assert!(reverse_is_right(&gpu));
+        Ok(())
+    });
+    assert_eq!(traced.unwrap(), [("reverse", None); 2]);
+    assert!(reverse_is_right(&gpu));
+    assert_eq!(gpu.traced(|| Ok(())).unwrap(), []);
+    assert!(gpu.traced(|| Err(Error::Failed("work".into()))).is_err());
+}
+
 /// Whether numbers on the emulated device are what they are before anything is written to them.
 fn untouched(buffer: &DeviceSlice<f32>) -> bool {
     // SAFETY: the emulated device's memory is this process's.

@@ -8,8 +8,8 @@ use crate::cuda::{
     blocks,
 };
 use crate::matmul::cuda::adapter::{
-    self, GradientOfA, Input, Projected, add_to_gradient_of_b, add_to_gradients_of_a, project,
-    workspace_of_a, workspace_of_b,
+    self, GradientOfA, GradientOfB, Input, Projected, add_to_gradient_of_b, add_to_gradients_of_a,
+    project, workspace_of_a, workspace_of_b,
 };
 use crate::matmul::cuda::hopper::{self, NARROW, Tile, WIDE};
 use crate::matmul::cuda::{Adapter, PRODUCT_HEADER, few, nn};
@@ -223,10 +223,9 @@ pub fn adapter_backward(
         let mut pulled = arena.take(m * adapter::padded(rank))?;
         {
             let mut room = arena.take(workspace_of_b(m, entries, rank))?;
-            let (low, b, pulled) = (&low, b, &mut pulled);
-            add_to_gradient_of_b(
-                gpu, &slopes, low, b, db, pulled, m, entries, rank, scale, &mut room,
-            )?;
+            let of_b = GradientOfB { dy: &slopes, u: &low, db: &mut *db, rank, scale };
+            let with_du = Some((b, &mut *pulled));
+            add_to_gradient_of_b(gpu, of_b, with_du, m, entries, &mut room)?;
         }
         let mut room = arena.take(workspace_of_a(m, width, &[rank]))?;
         let of = &mut [GradientOfA { du: &pulled, da: &mut *da, rank }];

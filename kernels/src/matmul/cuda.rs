@@ -27,10 +27,11 @@ pub(crate) mod hopper;
 mod tests;
 
 use crate::args;
-use crate::cuda::{DeviceSlice, Gpu, Kernel, Result, Source, TILE};
+use crate::cuda::{Arena, DeviceSlice, Gpu, Kernel, Result, Source, TILE};
 use half::bf16;
 
 pub use adapter::Adapter;
+use adapter::{Gradient, add_to_gradients};
 
 pub(crate) const PRODUCT_HEADER: (&str, &str) = ("product.cuh", include_str!("product.cuh"));
 static PRODUCT: Source = Source {
@@ -288,18 +289,20 @@ pub struct Layer<'a> {
     pub adapter: Option<Adapter<'a>>,
 }
 
-/// `dx`: `[m, k]` becomes the sum of the [`nn`] of one to three layers that have one input. On compute capability 9.0 that is one
-/// product, rounded once; elsewhere one after the other is added.
+/// `dx`: `[m, k]` becomes the sum of the [`nn`] of one to three layers that have one input, and `gradients` that have waited for it,
+/// of as many rows, are added to. On compute capability 9.0 that is one product, rounded once; elsewhere one after the other is added.
 ///
 /// # Errors
-/// Of the launches.
+/// A launch fails, or the arena is too small.
 ///
 /// # Panics
 /// Shapes that do not fit.
 pub fn nn_together(
     gpu: &Gpu,
+    arena: &Arena,
     layers: &[Layer],
     dx: &mut DeviceSlice<bf16>,
+    gradients: Vec<Gradient>,
     m: usize,
     k: usize,
 ) -> Result<()> {
@@ -312,7 +315,7 @@ pub fn nn_together(
         for (i, &Layer { dy, w, n, adapter }) in layers.iter().enumerate() {
             nn(gpu, dy, w, dx, m, n, k, if i == 0 { 0.0 } else { 1.0 }, adapter)?;
         }
-        return Ok(());
+        return add_to_gradients(gpu, arena, gradients, m);
     };
     for Layer { dy, w, n, adapter } in layers {
         assert_shapes(op, [("dy", dy.len(), m, *n), ("w", w.len(), *n, k), ("dx", dx.len(), m, k)]);
@@ -322,7 +325,8 @@ pub fn nn_together(
     if m == 0 {
         return Ok(());
     }
-    hopper::nn(gpu, tile, layers, dx, m, k, false)
+    hopper::nn(gpu, tile, layers, dx, m, k, false)?;
+    add_to_gradients(gpu, arena, gradients, m)
 }
 
 /// [`nt`] for at most [`FEW_ROWS`] rows, as when text is generated: w is read once, at the memory's speed.

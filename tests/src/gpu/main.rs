@@ -2,13 +2,14 @@
 //! layers and 16k tokens.
 //!
 //! ```text
-//! cargo run --release -p uft-tests --bin gpu-kernels -- [--device cuda|emulated] [--only TEXT] [--seconds S]
+//! cargo run --release -p uft-tests --bin gpu-kernels -- [--device cuda|emulated|emulated-hopper] [--only TEXT] [--seconds S]
 //! ```
 //!
 //! One line of JSON for each case: what it must at least compute and move, the median of its times in milliseconds
-//! by the GPU's events, and what another library would have to do for the same, as `peer`, for tests/gpu/peers.py. A
-//! case whose name does not contain TEXT is left out; each runs for about S seconds. Before every run the level-2
-//! cache is overwritten. Emulated, every case runs once at a small size and has no time: that proves the script.
+//! by the GPU's events, and what another library would have to do for the same, as `peer`, for tests/gpu/peers.py; then
+//! `launches`, what each kernel of it is called, how often it is launched, and its part of the time. A case whose name does
+//! not contain TEXT is left out; each runs for about S seconds. Before every run the level-2 cache is overwritten. Emulated,
+//! every case runs once at a small size and has no time: that proves the script.
 
 mod memory_bound;
 mod products;
@@ -25,6 +26,8 @@ use uft_kernels::cuda::{DeviceBuffer, Gpu, Plain, Result};
 const FLUSHED: usize = 256 << 20;
 /// Runs of a case, at least and at most.
 const RUNS: std::ops::RangeInclusive<usize> = 5..=200;
+/// Runs of which every launch is timed for itself.
+const TRACED: usize = 5;
 /// Different numbers in what is random; longer operands repeat them, each from another place on.
 const NUMBERS: usize = 1 << 20;
 
@@ -59,24 +62,40 @@ impl Bench {
         }
         let Cost { flops, bytes } = cost;
         let head = format!(r#"{{"case":"{case}","flops":{flops},"bytes":{bytes},"peer":{peer}"#);
-        match self.times(work) {
-            Ok(times) if times.is_empty() => println!(r#"{head},"ms":null,"runs":1}}"#),
-            Ok(times) => {
+        match self.measured(work) {
+            Ok((times, launches)) if times.is_empty() => {
+                println!(r#"{head},"ms":null,"runs":1,"launches":{launches}}}"#);
+            }
+            Ok((times, launches)) => {
                 let (first, last) = (times[0], times[times.len() - 1]);
                 let (median, runs) = (times[times.len() / 2], times.len());
                 println!(
-                    r#"{head},"ms":{median:.5},"fastest_ms":{first:.5},"slowest_ms":{last:.5},"runs":{runs}}}"#
+                    r#"{head},"ms":{median:.5},"fastest_ms":{first:.5},"slowest_ms":{last:.5},"runs":{runs},"launches":{launches}}}"#
                 );
             }
             Err(error) => println!(r#"{head},"error":"{}"}}"#, escaped(&error.to_string())),
         }
     }
 
+    /// Times of all launches together, and those of each in JSON.
+    fn measured(&self, mut work: impl FnMut() -> Result<()>) -> Result<(Vec<f64>, String)> {
+        // Compiles, loads and warms up.
+        let first = self.gpu.traced(&mut work)?;
+        self.gpu.synchronize()?;
+        let times = self.times(&mut work)?;
+        let mut runs = vec![first];
+        if !times.is_empty() {
+            runs.clear();
+            for _ in 0..TRACED {
+                self.gpu.zero(&mut self.flush.borrow_mut())?;
+                runs.push(self.gpu.traced(&mut work)?);
+            }
+        }
+        Ok((times, launches(&runs)))
+    }
+
     /// Sorted; empty on a device whose times say nothing.
     fn times(&self, mut work: impl FnMut() -> Result<()>) -> Result<Vec<f64>> {
-        // Compiles, loads and warms up.
-        work()?;
-        self.gpu.synchronize()?;
         let mut flush = self.flush.borrow_mut();
         let (start, enough) = (Instant::now(), Duration::from_secs_f64(self.seconds));
         let mut times = Vec::new();
@@ -91,6 +110,27 @@ impl Bench {
         times.sort_by(f64::total_cmp);
         Ok(times)
     }
+}
+
+/// `[["name", launches, milliseconds], …]` of runs alike, a kernel in the place of its first launch. Its time is that of all its
+/// launches, each the median of the runs.
+fn launches(runs: &[Vec<(&str, Option<f64>)>]) -> String {
+    let mut found: Vec<(&str, usize, f64)> = Vec::new();
+    let timed = runs.iter().flatten().all(|(_, time)| time.is_some());
+    for (i, &(name, _)) in runs[0].iter().enumerate() {
+        let mut times: Vec<f64> = runs.iter().filter_map(|run| run[i].1).collect();
+        times.sort_by(f64::total_cmp);
+        let median = times.get(times.len() / 2).copied().unwrap_or(0.0);
+        match found.iter_mut().find(|(known, ..)| *known == name) {
+            Some((_, count, time)) => (*count, *time) = (*count + 1, *time + median),
+            None => found.push((name, 1, median)),
+        }
+    }
+    let each = found.into_iter().map(|(name, count, time)| match timed {
+        true => format!(r#"["{name}",{count},{time:.5}]"#),
+        false => format!(r#"["{name}",{count},null]"#),
+    });
+    format!("[{}]", each.collect::<Vec<_>>().join(","))
 }
 
 /// Memory on the device for operands.
@@ -178,7 +218,10 @@ fn bench(options: &Options) -> std::result::Result<Bench, String> {
     let (gpu, sizes) = match options.device.as_str() {
         "cuda" => (Gpu::open(0), sizes::MISTRAL_7B),
         "emulated" => (Gpu::emulated(0), sizes::SMALL),
-        other => return Err(format!("--device {other}: there are cuda and emulated")),
+        "emulated-hopper" => (Gpu::emulated_hopper(0), sizes::SMALL_ON_HOPPER),
+        other => {
+            return Err(format!("--device {other}: there are cuda, emulated and emulated-hopper"));
+        }
     };
     let gpu = gpu.map_err(|error| error.to_string())?;
     let bytes = if gpu.is_emulated() { 4096 } else { FLUSHED };

@@ -1,8 +1,9 @@
 //! What moves more than it computes.
 
 use crate::{Bench, Cost};
-use uft_kernels::cuda::{Arena, Result};
+use uft_kernels::cuda::{Arena, Offload, Result};
 use uft_kernels::embedding::cuda::{Readers, gather, scatter};
+use uft_kernels::matmul::cuda::adapter::{pack_b, padded};
 use uft_kernels::rope::{Rope, cuda as rope};
 use uft_kernels::{adamw, elementwise, rmsnorm, swiglu};
 
@@ -10,11 +11,13 @@ const EPS: f32 = 1e-5;
 
 pub fn measure(bench: &Bench) -> Result<()> {
     copy(bench)?;
+    out_and_back(bench)?;
     norms(bench)?;
     rotation(bench)?;
     activation(bench)?;
     sums(bench)?;
     rows_by_number(bench)?;
+    packed_adapter(bench)?;
     optimizer(bench)
 }
 
@@ -28,6 +31,23 @@ fn copy(bench: &Bench) -> Result<()> {
     let peer = format!(r#"{{"op":"copy","bytes":{bytes}}}"#);
     let cost = Cost { flops: 0, bytes: 2 * bytes };
     bench.case("copy", &peer, cost, || gpu.copy(&from, &mut to));
+    Ok(())
+}
+
+/// A layer's input to the machine's memory and back, with nothing beside it: what of a step's copies shows is compared with that.
+fn out_and_back(bench: &Bench) -> Result<()> {
+    let (gpu, n) = (&bench.gpu, bench.sizes.tokens * bench.sizes.hidden);
+    if !bench.wants("copy out and back") {
+        return Ok(());
+    }
+    let offload = Offload::new(gpu, 2 * n)?;
+    let mut held = Some(bench.random(n)?);
+    let cost = Cost { flops: 0, bytes: 4 * n };
+    bench.case("copy out and back", "null", cost, || {
+        let (there, leaving) = offload.send(held.take().expect("it is back"))?;
+        held = Some(offload.fetch(there, leaving.wait()?)?.wait()?);
+        Ok(())
+    });
     Ok(())
 }
 
@@ -126,6 +146,18 @@ fn rows_by_number(bench: &Bench) -> Result<()> {
     bench.case("embedding scatter", &peer("scatter"), cost, || {
         scatter(gpu, &x, &readers, Some(&factors), &mut all)
     });
+    Ok(())
+}
+
+/// B of gate, as the products take it.
+fn packed_adapter(bench: &Bench) -> Result<()> {
+    let (gpu, n, r) = (&bench.gpu, bench.sizes.intermediate, bench.sizes.rank);
+    if !bench.wants("pack B") {
+        return Ok(());
+    }
+    let (b, mut packed) = (bench.random_f32(n * r)?, bench.empty(n * padded(r))?);
+    let cost = Cost { flops: n * r, bytes: 4 * n * r + 2 * n * padded(r) };
+    bench.case("pack B", "null", cost, || pack_b(gpu, &b, &mut packed, n, r, 2.0));
     Ok(())
 }
 

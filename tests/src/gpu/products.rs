@@ -3,11 +3,11 @@
 use crate::{Bench, Cost};
 use uft_kernels::cuda::{Arena, Result};
 use uft_kernels::matmul::cuda::adapter::{
-    GradientOfA, Input, Norm, Projected, add_to_gradient_of_b, add_to_gradients_of_a, padded,
-    project, workspace_of_a, workspace_of_b,
+    GradientOfA, GradientOfB, Input, Norm, Projected, add_to_gradient_of_b, add_to_gradients_of_a,
+    padded, project, workspace_of_a, workspace_of_b,
 };
 use uft_kernels::matmul::cuda::fused::{Weight, nn_swiglu_backward, nt_added, nt_rope, nt_swiglu};
-use uft_kernels::matmul::cuda::{Adapter, few, nn, nt};
+use uft_kernels::matmul::cuda::{Adapter, Layer, few, nn, nn_together, nt};
 use uft_kernels::rope::{Rope, cuda::Table};
 
 pub fn measure(bench: &Bench) -> Result<()> {
@@ -23,7 +23,15 @@ pub fn measure(bench: &Bench) -> Result<()> {
     ] {
         linear(bench, name, k, n)?;
     }
-    with_neighbours(bench)?;
+    // Products with what stands next to them, which on Hopper is one kernel.
+    let queries = sizes.heads.query_width();
+    rotated(bench, "q", queries)?;
+    rotated(bench, "k", keys)?;
+    with_residual(bench, "o", queries)?;
+    with_residual(bench, "down", inner)?;
+    with_activation(bench)?;
+    back_together(bench, "gate and up", hidden, &[inner, inner])?;
+    back_together(bench, "q, k and v", hidden, &[queries, keys, keys])?;
     together(bench, hidden)?;
     one_token(bench, hidden, inner)
 }
@@ -81,8 +89,8 @@ fn linear(bench: &Bench, name: &str, k: usize, n: usize) -> Result<()> {
     let peer = format!(r#"{{"op":"gradient_of_b","m":{m},"n":{n},"r":{r}}}"#);
     let cost = Cost { flops: 4 * m * n * r, bytes: 2 * (m * n + 2 * m * r + n * r) + 8 * n * r };
     bench.case(&of_b, &peer, cost, || {
-        let db = &mut db;
-        add_to_gradient_of_b(gpu, &dy, &u, &b, db, &mut du, m, n, r, 2.0, &mut room_b)
+        let of_b = GradientOfB { dy: &dy, u: &u, db: &mut db, rank: r, scale: 2.0 };
+        add_to_gradient_of_b(gpu, of_b, Some((&b, &mut du)), m, n, &mut room_b)
     });
     let cost = Cost { flops: 2 * m * k * r, bytes: 2 * (m * k + m * r) + 8 * k * r };
     bench.case(&of_a, &mm("tn", r, m, k), cost, || {
@@ -121,57 +129,94 @@ fn together(bench: &Bench, k: usize) -> Result<()> {
     Ok(())
 }
 
-/// Products with what stands next to them, which on Hopper is one kernel. Peers multiply alone.
-fn with_neighbours(bench: &Bench) -> Result<()> {
-    let cases = [
-        "nt with rotation, q",
-        "nt with residual, o",
-        "nt with activation, gate and up",
-        "nn with activation, down",
-    ];
-    if !cases.iter().any(|case| bench.wants(case)) {
+/// Layers with one input on the way back, which on Hopper are one product. Peers multiply one after the other.
+fn back_together(bench: &Bench, name: &str, k: usize, widths: &[usize]) -> Result<()> {
+    let case = format!("nn together, {name}");
+    if !bench.wants(&case) {
         return Ok(());
     }
-    let [rotate, add, activate, activate_backward] = cases;
-    let (gpu, sizes, m, r) = (&bench.gpu, &bench.sizes, bench.sizes.tokens, bench.sizes.rank);
-    let (hidden, inner, queries) = (sizes.hidden, sizes.intermediate, sizes.heads.query_width());
+    let (gpu, m, r) = (&bench.gpu, bench.sizes.tokens, bench.sizes.rank);
     let pitch = padded(r);
-    let x = bench.random(m * hidden)?;
-    let (u, b) = (bench.random(m * pitch)?, bench.random(inner.max(queries) * pitch)?);
+    let matrices = |n: usize| Ok((bench.random(m * n)?, bench.random(n * k)?));
+    let each = widths.iter().map(|&n| matrices(n)).collect::<Result<Vec<_>>>()?;
+    let (du, a) = (bench.random(m * pitch)?, bench.random(pitch * k)?);
+    // No gradients wait for it, so the arena lends nothing.
+    let (mut dx, arena) = (bench.empty(m * k)?, Arena::new(gpu, 0)?);
+    let (depth, ranks) = (widths.iter().sum::<usize>(), r * widths.len());
+    let flops = 2 * m * k * (depth + ranks);
+    let bytes = 2 * (m * depth + depth * k + m * k + (m + k) * ranks);
+    let parts = widths.iter().map(|n| n.to_string()).collect::<Vec<_>>().join(",");
+    let peer = format!(r#"{{"op":"mm_added","m":{m},"depths":[{parts}],"n":{k}}}"#);
+    bench.case(&case, &peer, Cost { flops, bytes }, || {
+        let adapter = Some(Adapter { left: &du, right: &a, rank: r });
+        let each = each.iter().zip(widths);
+        let layers: Vec<Layer> = each.map(|((dy, w), &n)| Layer { dy, w, n, adapter }).collect();
+        nn_together(gpu, &arena, &layers, &mut dx, Vec::new(), m, k)
+    });
+    Ok(())
+}
 
-    let (w, mut y) = (bench.random(queries * hidden)?, bench.empty(m * queries)?);
+/// Queries or keys, which are rotated as they are made. Peers multiply alone, here and below.
+fn rotated(bench: &Bench, name: &str, n: usize) -> Result<()> {
+    let case = format!("nt with rotation, {name}");
+    if !bench.wants(&case) {
+        return Ok(());
+    }
+    let (gpu, sizes, m, k) = (&bench.gpu, &bench.sizes, bench.sizes.tokens, bench.sizes.hidden);
+    let (r, pitch) = (sizes.rank, padded(sizes.rank));
+    let (x, u, b) = (bench.random(m * k)?, bench.random(m * pitch)?, bench.random(n * pitch)?);
+    let (w, mut y) = (bench.random(n * k)?, bench.empty(m * n)?);
     let half = sizes.heads.head_dim / 2;
     let inv_freq = (0..half).map(|i| 1e4f64.powf(-(i as f64) / half as f64)).collect();
     let table = Table::new(gpu, &Rope::new(inv_freq, 1.0), sizes.text)?;
     let positions = gpu.uploaded(&bench.ids(m, sizes.text))?;
-    let flops = 2 * m * queries * (hidden + r) + 3 * m * queries;
-    let bytes = 2 * (m * hidden + queries * hidden + m * queries + (m + queries) * r);
-    bench.case(rotate, &mm("nt", m, hidden, queries), Cost { flops, bytes }, || {
-        let adapter = Some(Adapter { left: &u, right: &b[..queries * pitch], rank: r });
-        let weight = Weight { w: &w, bias: None, adapter };
-        nt_rope(gpu, &x, weight, &mut y, m, hidden, queries, &table, &positions)
+    let flops = 2 * m * n * (k + r) + 3 * m * n;
+    let bytes = 2 * (m * k + n * k + m * n + (m + n) * r);
+    bench.case(&case, &mm("nt", m, k, n), Cost { flops, bytes }, || {
+        let adapter = Some(Adapter { left: &u, right: &b, rank: r });
+        nt_rope(gpu, &x, Weight { w: &w, bias: None, adapter }, &mut y, m, k, n, &table, &positions)
     });
+    Ok(())
+}
 
-    // The queries' shape once more: to hidden from as many.
-    let before = bench.random(m * queries)?;
-    let flops = 2 * m * queries * (hidden + r) + m * queries;
-    let bytes = 2 * (m * hidden + queries * hidden + 2 * m * queries + (m + queries) * r);
-    bench.case(add, &mm("nt", m, hidden, queries), Cost { flops, bytes }, || {
-        let adapter = Some(Adapter { left: &u, right: &b[..queries * pitch], rank: r });
-        let weight = Weight { w: &w, bias: None, adapter };
-        nt_added(gpu, &x, weight, &before, &mut y, m, hidden, queries)
+/// A layer that makes what the residual is added to.
+fn with_residual(bench: &Bench, name: &str, k: usize) -> Result<()> {
+    let case = format!("nt with residual, {name}");
+    if !bench.wants(&case) {
+        return Ok(());
+    }
+    let (gpu, m, n, r) = (&bench.gpu, bench.sizes.tokens, bench.sizes.hidden, bench.sizes.rank);
+    let pitch = padded(r);
+    let (x, u, b) = (bench.random(m * k)?, bench.random(m * pitch)?, bench.random(n * pitch)?);
+    let (w, before, mut y) = (bench.random(n * k)?, bench.random(m * n)?, bench.empty(m * n)?);
+    let flops = 2 * m * n * (k + r) + m * n;
+    let bytes = 2 * (m * k + n * k + 2 * m * n + (m + n) * r);
+    bench.case(&case, &mm("nt", m, k, n), Cost { flops, bytes }, || {
+        let adapter = Some(Adapter { left: &u, right: &b, rank: r });
+        nt_added(gpu, &x, Weight { w: &w, bias: None, adapter }, &before, &mut y, m, k, n)
     });
+    Ok(())
+}
 
+/// The gated activation beside the products that it stands between.
+fn with_activation(bench: &Bench) -> Result<()> {
+    let [ahead, back] = ["nt with activation, gate and up", "nn with activation, down"];
+    if !bench.wants(ahead) && !bench.wants(back) {
+        return Ok(());
+    }
+    let (gpu, sizes, m, r) = (&bench.gpu, &bench.sizes, bench.sizes.tokens, bench.sizes.rank);
+    let (hidden, inner, pitch) = (sizes.hidden, sizes.intermediate, padded(sizes.rank));
+    let (x, u) = (bench.random(m * hidden)?, bench.random(m * pitch)?);
+    let (a, b) = (bench.random(pitch * inner)?, bench.random(inner * pitch)?);
     let (gate_w, up_w) = (bench.random(inner * hidden)?, bench.random(inner * hidden)?);
     let (mut gate, mut up) = (bench.random(m * inner)?, bench.random(m * inner)?);
     let (mut out, mut of_out) = (bench.empty(m * inner)?, bench.empty(m * pitch)?);
-    let a = bench.random(pitch * inner)?;
     // Room for what is made on the way from one to the other, where that is more than one kernel, and for u's parts.
     let arena = Arena::new(gpu, (2 * m * inner).max(m * inner / 128 * pitch * 4) + (1 << 20))?;
     let flops = 4 * m * inner * (hidden + r) + 5 * m * inner + 2 * m * inner * r;
     let bytes = 2 * (m * hidden + 2 * inner * hidden + 3 * m * inner + (3 * m + 3 * inner) * r);
-    bench.case(activate, &mm("nt", m, hidden, 2 * inner), Cost { flops, bytes }, || {
-        let adapter = Some(Adapter { left: &u, right: &b[..inner * pitch], rank: r });
+    bench.case(ahead, &mm("nt", m, hidden, 2 * inner), Cost { flops, bytes }, || {
+        let adapter = Some(Adapter { left: &u, right: &b, rank: r });
         let weights = [&gate_w, &up_w].map(|w| Weight { w, bias: None, adapter });
         let next = Some(Projected { a: &a, u: &mut of_out, rank: r });
         let (gate, up, out) = (&mut gate, &mut up, &mut out);
@@ -181,7 +226,7 @@ fn with_neighbours(bench: &Bench) -> Result<()> {
     // The way back through down: w [hidden, inner], and its input once more for an adapter.
     let flops = 2 * m * inner * (hidden + r) + 11 * m * inner;
     let bytes = 2 * (m * hidden + inner * hidden + 5 * m * inner + (m + inner) * r);
-    bench.case(activate_backward, &mm("nn", m, hidden, inner), Cost { flops, bytes }, || {
+    bench.case(back, &mm("nn", m, hidden, inner), Cost { flops, bytes }, || {
         let adapter = Some(Adapter { left: &u, right: &a, rank: r });
         let (gate, up, act) = (&mut gate, &mut up, Some(&mut *out));
         nn_swiglu_backward(gpu, &arena, &x, &gate_w, adapter, gate, up, act, m, hidden, inner)

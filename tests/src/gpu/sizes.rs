@@ -59,3 +59,12 @@ pub const SMALL: Sizes = Sizes {
     copied: 4096,
     trained: 9000,
 };
+
+/// The least for which every kernel of Hopper's is taken.
+pub const SMALL_ON_HOPPER: Sizes = Sizes {
+    hidden: 128,
+    intermediate: 1024,
+    heads: Heads { heads: 4, kv_heads: 2, head_dim: 64 },
+    square: 128,
+    ..SMALL
+};

@@ -4,14 +4,14 @@
 use super::Context;
 use super::adapters::{Adapter, Adapters, Gradients};
 use super::batch::{Batch, DeviceLayout};
-use super::linear::{self, Linear, Output, Trained, parts, project};
+use super::linear::{self, Linear, Output, Pulled, Trained, parts, project};
 use super::tape::{AttentionInputs, HeadNorm, LayerTape, Outputs};
 use crate::Result;
 use crate::model::targets::{Projection, Site};
 use crate::model::weights;
 use half::bf16;
 use uft_kernels::cuda::{DeviceBuffer, DeviceSlice};
-use uft_kernels::matmul::cuda::adapter::{Input, Norm};
+use uft_kernels::matmul::cuda::adapter::{Gradient, Input, Norm};
 use uft_kernels::{attention, embedding, rmsnorm, rope, swiglu};
 
 type Buffer = DeviceBuffer<bf16>;
@@ -317,29 +317,38 @@ impl Layer {
         let Outputs { mid, inv_rms, gate_and_up, u } = tape;
         let [gate, up] = gate_and_up.as_mut().expect("gate and up were computed again before");
         let below_act = below_needed || back.any(&[Gate, Up]);
-        let [of_down] = back.trained([Down], [&u[3]]);
-        let mut pulled = [of_down.map(|it| self.down.pull(d, it, with)).transpose()?];
+        let [of_gate, of_up, of_down] =
+            back.trained([Gate, Up, Down], [1, 2, 3].map(|projection| &u[projection]));
+        // Down's gradients go with the product of gate and up.
+        let of_down = of_down.map(|it| self.down.pull(d, it, with)).transpose()?;
+        let (mut pulled, of_b) = of_down.unzip();
+        let mut waiting: Vec<Gradient> = of_b.flatten().into_iter().collect();
+        let (of_down, of_a) = pulled.as_mut().map(Pulled::split).unzip();
         // The adapter's input, which nobody kept.
-        let mut act = pulled[0].is_some().then(|| with.take(gate.len())).transpose()?;
+        let mut act = of_a.is_some().then(|| with.take(gate.len())).transpose()?;
         if below_act {
-            let (of_down, act) = (pulled[0].as_ref(), act.as_deref_mut());
-            self.down.backward_activated(d, of_down, gate, up, act, with)?;
+            self.down.backward_activated(d, of_down, gate, up, act.as_deref_mut(), with)?;
         } else if let Some(act) = &mut act {
             swiglu::cuda::forward(gpu, gate, up, act)?;
         }
-        if let Some(act) = act {
-            linear::add_to_gradients(Input { x: &act, norm: None }, &mut pulled, with)?;
+        if let (Some(act), Some(of_a)) = (&act, of_a) {
+            let (input, k) = (Input { x: act, norm: None }, self.down.inputs);
+            waiting.push(Gradient::A { input, k, adapters: vec![of_a] });
         }
-        drop(pulled);
         if !below_act {
+            linear::add_waiting(waiting, inv_rms.len(), with)?;
             return Ok(false);
         }
 
         let (dgate, dup) = (gate, up);
         let input = Input { x: mid, norm: Some(Norm { weight: &self.mlp_norm, inv_rms }) };
-        let outputs = [(&self.gate, Gate, &**dgate, &u[1]), (&self.up, Up, &**dup, &u[2])];
+        let outputs = [
+            Output { linear: &self.gate, dy: dgate, adapter: of_gate },
+            Output { linear: &self.up, dy: dup, adapter: of_up },
+        ];
         let mut dh = below_needed.then(|| with.take(mid.len())).transpose()?;
-        back.layers(input, outputs, dh.as_deref_mut())?;
+        linear::backward(input, outputs, dh.as_deref_mut(), waiting, with)?;
+        drop((pulled, act));
         let Some(dh) = dh else { return Ok(false) };
         rmsnorm::cuda::backward(gpu, &dh, mid, &self.mlp_norm, inv_rms, d)?;
         Ok(true)
@@ -409,7 +418,7 @@ impl Back<'_> {
             dy,
             adapter: adapters.next().flatten(),
         });
-        linear::backward(input, outputs, dx, with)
+        linear::backward(input, outputs, dx, Vec::new(), with)
     }
 
     /// The projections' adapters, where there are any, with u.

@@ -3,11 +3,12 @@
 //!
 //! ```text
 //! forward    u = x Aᵀ                     y  = x Wᵀ + b + u (s B)ᵀ      one product
-//! backward   du = dy (s B)                dB += s dyᵀ u                 dy read once
+//! backward   du = dy (s B)                dB += s dyᵀ u
 //!            dA += duᵀ x                  dx = dy W + du A              one product
 //! ```
 //!
-//! Layers with the same x, such as q, k and v, read it once for all of their u, and once more for all of their dA.
+//! Layers with the same x, such as q, k and v, read it once for all of their u, and once more for all of their dA. Gradients go along
+//! with a product: on compute capability 9.0 that is where they are made, dB too; elsewhere dB is made with du, in one visit to dy.
 //!
 //! m rows, `in` and `out` widths, r rank, R the padded one. With B = 0 the adapter adds exact zeros to every sum,
 //! so a fresh adapter and no adapter give the same numbers.
@@ -19,8 +20,7 @@ use crate::model::weights;
 use half::bf16;
 use uft_kernels::cuda::{DeviceBuffer, DeviceSlice};
 use uft_kernels::matmul::cuda::adapter::{
-    GradientOfA, Input, Projected, add_to_gradient_of_b, add_to_gradients_of_a, padded,
-    workspace_of_a, workspace_of_b,
+    Gradient, GradientOfA, GradientOfB, Input, Projected, add_to_gradients, padded, pull,
 };
 use uft_kernels::matmul::cuda::fused::{self, Weight};
 use uft_kernels::matmul::cuda::{Adapter as Part, Layer, adapter, few, nn_together, nt};
@@ -145,12 +145,12 @@ impl Linear {
         Weight { w: &self.weight, bias: self.bias.as_deref(), adapter }
     }
 
-    /// Of a layer whose input is a gated activation, of `gate` and `up`: `[m, in]`: turns these into their gradients, `pulled`
-    /// being what [`Self::pull`] gave, and `act`, if it is asked for, into that input once more.
+    /// Of a layer whose input is a gated activation, of `gate` and `up`: `[m, in]`: turns these into their gradients, and `act`, if
+    /// it is asked for, into that input once more.
     pub fn backward_activated(
         &self,
         dy: &DeviceSlice<bf16>,
-        pulled: Option<&Pulled>,
+        part: Option<Part>,
         gate: &mut DeviceSlice<bf16>,
         up: &mut DeviceSlice<bf16>,
         act: Option<&mut DeviceSlice<bf16>>,
@@ -158,23 +158,22 @@ impl Linear {
     ) -> Result<()> {
         let (m, k, n) = (dy.len() / self.outputs, self.inputs, self.outputs);
         let (gpu, arena, w) = (with.gpu, with.arena, &self.weight);
-        let part = pulled.map(Pulled::part);
         Ok(fused::nn_swiglu_backward(gpu, arena, dy, w, part, gate, up, act, m, n, k)?)
     }
 
-    /// Adds to dB; du is what the way back goes on with.
+    /// du, with which the way back goes on, and dB, unless it was made with it.
     pub fn pull<'a>(
         &self,
-        dy: &DeviceSlice<bf16>,
+        dy: &'a DeviceSlice<bf16>,
         Trained { adapter, grad, u }: Trained<'a>,
         with: Context,
-    ) -> Result<Pulled<'a>> {
+    ) -> Result<(Pulled<'a>, Option<Gradient<'a>>)> {
         let (m, n) = (dy.len() / self.outputs, self.outputs);
-        let (gpu, rank, scale) = (with.gpu, adapter.rank, adapter.scale);
+        let (rank, scale) = (adapter.rank, adapter.scale);
         let mut du = with.take(m * padded(rank))?;
-        let mut room = with.take_f32(workspace_of_b(m, n, rank))?;
-        add_to_gradient_of_b(gpu, dy, u, adapter.b, grad.b, &mut du, m, n, rank, scale, &mut room)?;
-        Ok(Pulled { adapter, grad: grad.a, du })
+        let of_b = GradientOfB { dy, u, db: grad.b, rank, scale };
+        let of_b = pull(with.gpu, with.arena, of_b, adapter.b, &mut du, m, n)?;
+        Ok((Pulled { adapter, grad: grad.a, du }, of_b))
     }
 }
 
@@ -224,42 +223,45 @@ pub struct Output<'a> {
     pub adapter: Option<Trained<'a>>,
 }
 
-/// Adds the gradients of the adapters of layers with the same input, and turns `dx`, where it is given, into the sum of
-/// all `dy W + du A`; `dx`: `[m, in]`. Only adapters read the input.
-pub fn backward<const N: usize>(
-    input: Input,
-    outputs: [Output; N],
+/// Turns `dx`: `[m, in]`, where it is given, into the sum of all `dy W + du A` of layers with the same input, and adds to the gradients
+/// of their adapters and those that are `waiting`. Only adapters read the input.
+pub fn backward<'a, const N: usize>(
+    input: Input<'a>,
+    outputs: [Output<'a>; N],
     dx: Option<&mut DeviceSlice<bf16>>,
+    waiting: Vec<Gradient<'a>>,
     with: Context,
 ) -> Result<()> {
     let layers = outputs.each_ref().map(|Output { linear, dy, .. }| (*linear, *dy));
-    let mut pulled = [const { None }; N];
+    let (k, n, dy) = (layers[0].0.inputs, layers[0].0.outputs, layers[0].1);
+    let m = dy.len() / n;
+    let (mut waiting, mut pulled): (Vec<Gradient>, _) = (waiting, [const { None }; N]);
     for (pulled, Output { linear, dy, adapter }) in pulled.iter_mut().zip(outputs) {
-        *pulled = adapter.map(|adapter| linear.pull(dy, adapter, with)).transpose()?;
+        let Some(adapter) = adapter else { continue };
+        let (of_layer, of_b) = linear.pull(dy, adapter, with)?;
+        *pulled = Some(of_layer);
+        waiting.extend(of_b);
     }
-    add_to_gradients(input, &mut pulled, with)?;
-    let Some(dx) = dx else { return Ok(()) };
-    let (k, m) = (layers[0].0.inputs, dx.len() / layers[0].0.inputs);
+    let mut adapters = Vec::new();
+    let parts = pulled.each_mut().map(|pulled| {
+        let (part, of_a) = pulled.as_mut()?.split();
+        adapters.push(of_a);
+        Some(part)
+    });
+    if !adapters.is_empty() {
+        waiting.push(Gradient::A { input, k, adapters });
+    }
+    let Some(dx) = dx else { return add_waiting(waiting, m, with) };
     let each = std::array::from_fn::<_, N, _>(|i| {
         let (linear, dy) = layers[i];
-        let adapter = pulled[i].as_ref().map(Pulled::part);
-        Layer { dy, w: &linear.weight, n: linear.outputs, adapter }
+        Layer { dy, w: &linear.weight, n: linear.outputs, adapter: parts[i] }
     });
-    Ok(nn_together(with.gpu, &each, dx, m, k)?)
+    Ok(nn_together(with.gpu, with.arena, &each, dx, waiting, m, k)?)
 }
 
-/// Adds to dA of adapters with one input.
-pub fn add_to_gradients(input: Input, pulled: &mut [Option<Pulled>], with: Context) -> Result<()> {
-    let present = pulled.iter_mut().flatten();
-    let each = present.map(|Pulled { adapter, grad, du }| {
-        (adapter.rank, GradientOfA { du, da: grad, rank: adapter.rank })
-    });
-    let (ranks, mut each): (Vec<usize>, Vec<GradientOfA>) = each.unzip();
-    let Some(GradientOfA { da, rank, .. }) = each.first() else { return Ok(()) };
-    let k = da.len() / rank;
-    let m = input.x.len() / k;
-    let mut room = with.take_f32(workspace_of_a(m, k, &ranks))?;
-    Ok(add_to_gradients_of_a(with.gpu, input, &mut each, m, k, &mut room)?)
+/// Adds to gradients that wait for no product, of `m` rows each.
+pub fn add_waiting(waiting: Vec<Gradient>, m: usize, with: Context) -> Result<()> {
+    Ok(add_to_gradients(with.gpu, with.arena, waiting, m)?)
 }
 
 /// An adapter with du: `[m, R]`, and where dA goes.
@@ -270,8 +272,11 @@ pub struct Pulled<'a> {
 }
 
 impl Pulled<'_> {
-    fn part(&self) -> Part<'_> {
-        Part { left: &self.du, right: self.adapter.a, rank: self.adapter.rank }
+    /// Its part in the product, and dA.
+    pub fn split(&mut self) -> (Part<'_>, GradientOfA<'_>) {
+        let Self { adapter, grad, du } = self;
+        let (rank, du) = (adapter.rank, &**du);
+        (Part { left: du, right: adapter.a, rank }, GradientOfA { du, da: grad, rank })
     }
 }
 

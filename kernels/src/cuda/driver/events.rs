@@ -1,8 +1,9 @@
 //! Moments on the device: how long launches take, by its own clock, and when what it sends has come.
 
-use super::{Driver, Error, Result, failed};
+use super::{Driver, Error, Result, Traced, failed};
 use cudarc::driver::result::{self, event};
 use cudarc::driver::sys;
+use std::sync::PoisonError;
 
 /// `cuEventElapsedTime_v2` is in drivers of CUDA 12.8 and newer.
 const TELLS_TIME: i32 = 12_080;
@@ -35,16 +36,59 @@ impl Drop for Event {
 impl Driver {
     /// Milliseconds from the start to the end of what `work` launches, when it is done.
     pub fn timed(&self, work: impl FnOnce() -> Result<()>) -> Result<f64> {
+        self.enter()?;
+        let start = self.moment()?;
+        work()?;
+        let end = self.moment()?;
+        self.synchronize()?;
+        Self::between(&start, &end)
+    }
+
+    /// Name and milliseconds of every launch of `work`, in their order, when all are done.
+    pub fn traced(&self, work: impl FnOnce() -> Result<()>) -> Result<Vec<(&'static str, f64)>> {
+        self.enter()?;
+        let set = |list| {
+            let mut traced = self.traced.lock().unwrap_or_else(PoisonError::into_inner);
+            std::mem::replace(&mut *traced, list)
+        };
+        set(Some(Vec::new()));
+        let done = work();
+        let launches = set(None).unwrap_or_default();
+        done?;
+        self.synchronize()?;
+        let time = |(name, [start, end]): &Traced| Ok((*name, Self::between(start, end)?));
+        launches.iter().map(time).collect()
+    }
+
+    /// Notes the moments before and after a launch, where they are asked for.
+    pub(super) fn trace(
+        &self,
+        name: &'static str,
+        launch: impl FnOnce() -> Result<()>,
+    ) -> Result<()> {
+        let mut traced = self.traced.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(list) = &mut *traced else {
+            drop(traced);
+            return launch();
+        };
+        let start = self.moment()?;
+        launch()?;
+        list.push((name, [start, self.moment()?]));
+        Ok(())
+    }
+
+    /// When the stream comes to where it is now.
+    fn moment(&self) -> Result<Event> {
         if self.driver_version < TELLS_TIME {
             return Err(Error::Missing("times need a driver of CUDA 12.8 or newer".into()));
         }
-        self.enter()?;
-        let timing = sys::CUevent_flags::CU_EVENT_DEFAULT;
-        let (start, end) = (Event::new(timing)?, Event::new(timing)?);
-        start.record(self.stream)?;
-        work()?;
-        end.record(self.stream)?;
-        self.synchronize()?;
+        let moment = Event::new(sys::CUevent_flags::CU_EVENT_DEFAULT)?;
+        moment.record(self.stream)?;
+        Ok(moment)
+    }
+
+    /// Milliseconds between two moments that are over.
+    fn between(start: &Event, end: &Event) -> Result<f64> {
         // SAFETY: both were recorded in the same stream and are done.
         let milliseconds = unsafe { event::elapsed(start.0, end.0) };
         milliseconds.map(f64::from).map_err(|e| failed("event", e))

@@ -6,8 +6,8 @@ use crate::testing::{
     Endless, Real, assert_accurate, assert_accurate_bf16, assert_written, gpu, places, round,
 };
 use adapter::{
-    GradientOfA, Input, Projected, add_to_gradient_of_b, add_to_gradients_of_a, padded, project,
-    workspace_of_a, workspace_of_b,
+    GradientOfA, GradientOfB, Input, Projected, add_to_gradient_of_b, add_to_gradients_of_a,
+    padded, project, workspace_of_a, workspace_of_b,
 };
 
 /// `left right`, an element at a time in some precision; `right` is stored as `nt` or as `nn` has it.
@@ -96,11 +96,8 @@ fn check_gradients((m, k): (usize, usize), rank: usize) {
         let input = Input { x: &on_v, norm: None };
         add_to_gradients_of_a(&gpu, input, of, m, k, &mut room).unwrap();
         let mut room = gpu.alloc(workspace_of_b(m, k, rank)).unwrap();
-        let (db_room, du_room) = (&mut db, &mut du);
-        add_to_gradient_of_b(
-            &gpu, &on_v, &on_u, &on_b, db_room, du_room, m, k, rank, 0.5, &mut room,
-        )
-        .unwrap();
+        let of_b = GradientOfB { dy: &on_v, u: &on_u, db: &mut db, rank, scale: 0.5 };
+        add_to_gradient_of_b(&gpu, of_b, Some((&on_b, &mut du)), m, k, &mut room).unwrap();
         let mut low = gpu.alloc(m * pitch).unwrap();
         let sides = &mut [Projected { a: &on_a, u: &mut low, rank }];
         project(&gpu, &on_v, sides, m, k).unwrap();

@@ -221,7 +221,9 @@ impl Together {
         });
         let Case { m, columns, .. } = self.0[0];
         let mut out = gpu.alloc(m * columns)?;
-        nn_together(gpu, &layers.collect::<Vec<_>>(), &mut out, m, columns)?;
+        let arena = Arena::new(gpu, 0)?;
+        let layers: Vec<_> = layers.collect();
+        nn_together(gpu, &arena, &layers, &mut out, Vec::new(), m, columns)?;
         gpu.downloaded(&out)
     }
 

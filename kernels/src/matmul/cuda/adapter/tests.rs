@@ -1,9 +1,12 @@
 //! An adapter's gradients on a device against f64.
 
 use super::super::tests::{random_padded, sum_of_products};
+use super::super::{Layer, nn_together};
+use super::gradient::Division;
 use super::*;
+use crate::cuda::Arena;
 use crate::testing::{
-    Real, assert_accurate, assert_accurate_bf16, gpu, random, random_bf16, round,
+    Real, assert_accurate, assert_accurate_bf16, gpu, hopper_gpu, random, random_bf16, round,
 };
 
 const SEEDS: [u64; 4] = [0, 1, 2, 3];
@@ -40,20 +43,30 @@ impl Case {
         let mut db = gpu.uploaded(&self.before)?;
         let mut du = gpu.alloc(m * padded(rank))?;
         let mut workspace = gpu.alloc(workspace_of_b(m, n, rank))?;
-        add_to_gradient_of_b(
-            gpu,
-            &dy,
-            &u,
-            &b,
-            &mut db,
-            &mut du,
-            m,
-            n,
-            rank,
-            SCALE,
-            &mut workspace,
-        )?;
+        let of_b = GradientOfB { dy: &dy, u: &u, db: &mut db, rank, scale: SCALE };
+        add_to_gradient_of_b(gpu, of_b, Some((&b, &mut du)), m, n, &mut workspace)?;
         Ok((gpu.downloaded(&db)?, gpu.downloaded(&du)?))
+    }
+
+    /// All gradients as the way back has them: du first, dB with it or with a product of `k` columns, dA with that.
+    fn on_the_way_back(&self, gpu: &Gpu, k: usize) -> Result<Gradients> {
+        let Self { m, n, rank, .. } = *self;
+        let arena = Arena::new(gpu, 0)?;
+        let (dy, u, b) = (gpu.uploaded(&self.dy)?, gpu.uploaded(&self.u)?, gpu.uploaded(&self.b)?);
+        let (mut da, mut db) = (gpu.uploaded(&self.before)?, gpu.uploaded(&self.before)?);
+        let mut du = gpu.alloc(m * padded(rank))?;
+        let of_b = GradientOfB { dy: &dy, u: &u, db: &mut db, rank, scale: SCALE };
+        let of_b = pull(gpu, &arena, of_b, &b, &mut du, m, n)?;
+        assert_eq!(of_b.is_some(), gpu.properties().compute_capability == (9, 0));
+        let adapters = vec![GradientOfA { du: &u, da: &mut da, rank }];
+        let of_a = Gradient::A { input: Input { x: &dy, norm: None }, k: n, adapters };
+        let w = gpu.uploaded(&random_bf16(n * k, 7))?;
+        let mut dx = gpu.alloc(m * k)?;
+        let layers = [Layer { dy: &dy, w: &w, n, adapter: None }];
+        let gradients = of_b.into_iter().chain([of_a]).collect();
+        nn_together(gpu, &arena, &layers, &mut dx, gradients, m, k)?;
+        let [da, db] = [da, db].map(|gradient| gpu.downloaded(&gradient).unwrap());
+        Ok(Gradients { da, db, du: gpu.downloaded(&du)? })
     }
 
     /// da: `[rank, n]`, with dy for x and u for du.
@@ -124,6 +137,20 @@ fn gradients_agree_with_f64() {
         let case = Case::new(shape, rank);
         case.assert_accurate(&case.run(&gpu(seed)).unwrap());
     }
+}
+
+/// Wherever they are made: with a product of Hopper's, with one for narrow weights, with a portable one.
+#[test]
+fn gradients_that_wait_agree_with_f64() {
+    let cases = [((5, 72), 5, 8), ((130, 264), 16, 72), ((300, 40), 20, 136), ((67, 328), 100, 72)];
+    for ((shape, rank, k), seed) in cases.into_iter().zip(SEEDS) {
+        for gpu in [gpu(seed), hopper_gpu(seed)] {
+            let case = Case::new(shape, rank);
+            case.assert_accurate(&case.on_the_way_back(&gpu, k).unwrap());
+        }
+    }
+    let wide = Case::new((3, 1032), 16);
+    wide.assert_accurate(&wide.on_the_way_back(&hopper_gpu(1), 1024).unwrap());
 }
 
 #[test]
@@ -337,8 +364,8 @@ fn what_is_filled_up_stays_zero() {
     project(&gpu, &x, &mut [Projected { a: &a, u: &mut u, rank }], m, k).unwrap();
     let mut workspace = gpu.alloc(workspace_of_b(m, n, rank)).unwrap();
     let mut db = upload(n * rank, 5);
-    add_to_gradient_of_b(&gpu, &dy, &u, &b, &mut db, &mut du, m, n, rank, SCALE, &mut workspace)
-        .unwrap();
+    let of_b = GradientOfB { dy: &dy, u: &u, db: &mut db, rank, scale: SCALE };
+    add_to_gradient_of_b(&gpu, of_b, Some((&b, &mut du)), m, n, &mut workspace).unwrap();
     for padded in [u, du] {
         for row in gpu.downloaded(&padded).unwrap().chunks(pitch) {
             assert!(row[..rank].iter().all(|x| *x != bf16::ZERO));
