@@ -115,6 +115,9 @@ inline void bulk_read(unsigned pending) {
 
 inline void bulk_wait(unsigned pending) {
     ThreadEngine& mine = engine(self());
+    // It takes its time.
+    make_ready(self());
+    suspend(self());
     unsigned left = 0;
     for (unsigned i = 0; i < mine.bulk_count; i++) {
         Bulk& it = mine.bulks[i];

@@ -184,7 +184,6 @@ fn faults_on_the_way_back_are_caught() {
             ("        fence_barrier_init();\n", ""),
             ("release(shared.empty + stage);", ""),
             ("        named_barrier_sync(1, BOTH);\n        if", "        if"),
-            ("    named_barrier_sync(1, BOTH);\n    turn_back", "    turn_back"),
             ("constexpr int SLOPES = 2;", "constexpr int SLOPES = 1;"),
             // Words, and what they are about.
             ("atomicAdd(begun, 1)", "int(blockIdx.x)"),
@@ -194,7 +193,7 @@ fn faults_on_the_way_back_are_caught() {
             ("        bulk_wait<0>();\n", ""),
             ("store_release(word, end_of(own));", "store_release(word, end_of(own) - 1);"),
             ("own.position <= max(", "own.position < max("),
-            ("queries.position - window + 1, 0)", "queries.position - window, 0)"),
+            ("queries.position - window + 1, 0)", "queries.position + 1, 0)"),
             ("bulk_add(to, staged, bytes);", "bulk_store(to, staged, bytes);"),
             ("queries.row * kv_heads + task.head);", "queries.row * kv_heads);"),
             ("head * queries.tokens)", "head)"),
