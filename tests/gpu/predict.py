@@ -110,7 +110,8 @@ HOPPER = [
     Product("`hopper_nt`: o, and the residual", 1, HIDDEN, HIDDEN, read=4),
     Product("`hopper_nt_swiglu`: gate and up, and u of down", 1, FEED, HIDDEN, width=128, written=6, adapters=2, projected=2),
     Product("`hopper_nt`: down, and the residual", 1, HIDDEN, FEED, read=4),
-    Product("`hopper_nn_swiglu_backward`: down, and its input", 1, FEED, HIDDEN, written=12, read=8, alone={"written": 8}),
+    Product("`hopper_nn_swiglu_backward`: down, its input, and du of gate and up", 1, FEED, HIDDEN, written=12, read=8, projected=8,
+            alone={"written": 8}),
     Product("`hopper_nn`: gate and up", 1, HIDDEN, 2 * FEED, adapters=2),
     Product("`hopper_nn`: o", 1, HIDDEN, HIDDEN),
     Product("`hopper_nn`: q, k and v", 1, HIDDEN, HIDDEN + 2 * KEYS, adapters=3),
@@ -133,11 +134,13 @@ PORTABLE = [
     ("norms, forward and back", 2 * moved(2 * HIDDEN) + 2 * moved(4 * HIDDEN)),
 ]
 # Of a layer, what adapters read: the inputs of q, k and v together, of o, and of gate and up together; u of down comes in parts of 128
-# columns, four bytes each, from the product that makes its input. All outputs for dB and du.
+# columns, four bytes each, from the product that makes its input, and du of gate and up in parts of 256 from the one that makes their
+# gradients. All inputs for dA, all outputs for dB.
 ADAPTERS = [
     ("u", moved(3 * HIDDEN, GRADIENT) + moved(FEED / 128 * RANK * 2)),
+    ("du", moved(3 * HIDDEN + 2 * KEYS, GRADIENT) + 2 * moved(FEED / 256 * RANK * 2)),
     ("dA", moved(3 * HIDDEN + FEED, GRADIENT)),
-    ("dB and du", moved(3 * HIDDEN + 2 * KEYS + 2 * FEED, GRADIENT)),
+    ("dB", moved(3 * HIDDEN + 2 * KEYS + 2 * FEED, GRADIENT)),
 ]
 # Once a step: strips of the head's softmax, AdamW.
 ONCE = 2 * TOKENS * VOCABULARY / 64 * 8 / COPY / STREAM + 0.6e-3

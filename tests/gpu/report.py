@@ -26,7 +26,7 @@ ON_HOPPER = [
     ("`hopper_nt`: o, and the residual", "nt with residual, o"),
     ("`hopper_nt_swiglu`: gate and up, and u of down", "nt with activation, gate and up"),
     ("`hopper_nt`: down, and the residual", "nt with residual, down"),
-    ("`hopper_nn_swiglu_backward`: down, and its input", "nn with activation, down"),
+    ("`hopper_nn_swiglu_backward`: down, its input, and du of gate and up", "nn with activation, down"),
     ("`hopper_nn`: gate and up", "nn together, gate and up"), ("`hopper_nn`: o", "nn q, o"),
     ("`hopper_nn`: q, k and v", "nn together, q, k and v"),
     ("`hopper_logprob_logits`, 1024 tokens", "log-probs with gradient"),

@@ -7,11 +7,13 @@
 //     hopper_nn_swiglu_backward    dout [m, i] = dy [m, n] w [n, i] + du [m, r] a [r, i], not written
 //                                  act  [m, i] = silu(gate) up, if asked for, as the adapter of w has it for its input
 //                                  gate, up [m, i] become dout times the slopes of silu(gate) up
+//                                  du [m, r] = dgate b [i, r] of gate's adapter, and of up's: their parts
 //
 // A tile of the first has 128 columns of gate and the same 128 of up beside them, so a thread holds both; in memory they are two
 // matrices. An adapter of one is a slice in which the other's half is zeros. What is activated, packed for memory, is also the left
 // fragment of `mma`, so u costs no visit to `out`; each tile leaves its 128 columns' part of it in f32, and partials.cu adds the parts
-// in the order of the columns. The second kernel reads gate and up while the sums are made.
+// in the order of the columns. The second kernel reads gate and up while the sums are made, and makes du of their gradients likewise,
+// in parts of 256 columns.
 // Whatever single kernels write to memory for the next one is rounded to bf16 here as well: the bits are the same.
 //
 // Constants from outside: those of hopper_product.cuh, with TILE_N 256.
@@ -151,11 +153,58 @@ HOPPER_KERNEL(THREADS, CLUSTER) hopper_nt_swiglu(TENSOR_MAP x, TENSOR_MAP w_gate
     product(terms, Tiles::of(rows, columns, WIDTH), Activate{gate, up, out, a, groups, partial, rows, columns});
 }
 
+// du of an adapter, by `mma` of the fragments that its dy is packed in. In b a pair of numbers belongs to one column of dy and two of the
+// rank, while `mma` wants two columns and one of the rank: so its 8 and the next 8 of the rank are the even ones and the odd.
+struct Pull {
+    // [columns, 16]; may be null: there is no du.
+    const bf16* b;
+    // [tiles across, rows, 16]
+    float* partial;
+
+    // Of b: two rows from `at` + 2 (thread % 4) on, and two that are 8 further down.
+    DEVICE void load(Part part, int at, int columns, uint32_t (&right)[2][2]) const {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            int column = at + 8 * i + part.thread % 4 * 2;
+            const bf16* pair = b + size_t(column) * 16 + part.thread % 32 / 4 * 2;
+            bool inside = b && column < columns;
+            right[i][0] = inside ? *reinterpret_cast<const uint32_t*>(pair) : 0;
+            right[i][1] = inside ? *reinterpret_cast<const uint32_t*>(pair + 16) : 0;
+        }
+    }
+
+    // du += 16 columns of dy times their rows of b.
+    DEVICE void add(const uint32_t (&left)[4], const uint32_t (&right)[2][2], float (&du)[2][4]) const {
+        if (!b) return;
+        uint32_t even[2], odd[2];
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            even[i] = (right[i][0] & 0xffff) | right[i][1] << 16;
+            odd[i] = right[i][0] >> 16 | (right[i][1] & 0xffff0000);
+        }
+        mma_bf16(du[0], left, even);
+        mma_bf16(du[1], left, odd);
+    }
+
+    DEVICE void write(Part part, const float (&du)[2][4], int row, int rows, int column) const {
+        if (!b) return;
+        float* tile = partial + size_t(column / TILE_N) * rows * 16;
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            int at = row + part.thread / 32 * 16 + part.thread % 32 / 4 + 8 * half;
+            if (at < rows)
+                *reinterpret_cast<float4*>(tile + size_t(at) * 16 + part.thread % 4 * 4) =
+                    make_float4(du[0][2 * half], du[1][2 * half], du[0][2 * half + 1], du[1][2 * half + 1]);
+        }
+    }
+};
+
 // gate and up come to the pieces in which their gradients replace them; two pairs of pieces are under way. What is activated has a
 // piece of its own, the last.
 struct ActivateBackward {
     const TensorMap &gate, &up, &act;
-    int columns;
+    Pull of_gate, of_up;
+    int rows, columns;
     bool with_act;
     uint32_t parities;
 
@@ -172,51 +221,58 @@ struct ActivateBackward {
     }
 
     DEVICE void write(const Shared& shared, Part part, const float (&sums)[TILE_N / 2], int row, int column) {
+        float du_gate[2][4] = {}, du_up[2][4] = {};
 #pragma unroll
         for (int piece = 0; piece < PANELS; piece++) {
             int first = column + 64 * piece, at = piece % 2 * 2;
             if (first >= columns) break;
             await_piece(shared, part, at, parities);
             await_piece(shared, part, at + 1, parities);
-            uint32_t activation[16];
 #pragma unroll
             for (int group = 0; group < 8; group += 2) {
-                unsigned char* of_gate = place_of(staged_piece(shared, part, at), part.thread, group);
-                unsigned char* of_up = place_of(staged_piece(shared, part, at + 1), part.thread, group);
-                uint32_t g[4], u[4];
-                ldmatrix_x4(g, of_gate);
-                ldmatrix_x4(u, of_up);
+                unsigned char* gates_at = place_of(staged_piece(shared, part, at), part.thread, group);
+                unsigned char* ups_at = place_of(staged_piece(shared, part, at + 1), part.thread, group);
+                // Long before they are needed.
+                uint32_t b_gate[2][2], b_up[2][2];
+                of_gate.load(part, first + 8 * group, columns, b_gate);
+                of_up.load(part, first + 8 * group, columns, b_up);
+                uint32_t g[4], u[4], activation[4];
+                ldmatrix_x4(g, gates_at);
+                ldmatrix_x4(u, ups_at);
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
                     int sum = 32 * piece + 4 * group + 2 * i;
                     float2 dout = rounded(sums[sum], sums[sum + 1]), gates = unpack_bf16(g[i]), ups = unpack_bf16(u[i]);
                     float2 low = slopes(dout.x, gates.x, ups.x), high = slopes(dout.y, gates.y, ups.y);
-                    activation[2 * group + i] = pack_bf16(activated(gates.x, ups.x), activated(gates.y, ups.y));
+                    activation[i] = pack_bf16(activated(gates.x, ups.x), activated(gates.y, ups.y));
                     g[i] = pack_bf16(low.x, high.x);
                     u[i] = pack_bf16(low.y, high.y);
                 }
-                stmatrix_x4(of_gate, g);
-                stmatrix_x4(of_up, u);
+                stmatrix_x4(gates_at, g);
+                stmatrix_x4(ups_at, u);
+                if (with_act) stmatrix_x4(place_of(staged_piece(shared, part, STAGED - 1), part.thread, group), activation);
+                of_gate.add(g, b_gate, du_gate);
+                of_up.add(u, b_up, du_up);
             }
             send(shared, part, at, gate, row, first);
             send(shared, part, at + 1, up, row, first);
+            if (with_act) send(shared, part, STAGED - 1, act, row, first);
             if (part.thread == 0) {
                 tma_store_wait<0>(); // or what comes next would land on it
                 if (piece + 2 < PANELS && column + 64 * (piece + 2) < columns) ask(shared, part, piece + 2, row, column);
             }
-            if (with_act) {
-                part.sync();
-                fill_piece(staged_piece(shared, part, STAGED - 1), part, [&](int i) { return activation[i / 2]; });
-                send(shared, part, STAGED - 1, act, row, first);
-            }
+            if (with_act) part.sync(); // nor on what is activated
         }
+        of_gate.write(part, du_gate, row, rows, column);
+        of_up.write(part, du_up, row, rows, column);
     }
 };
 
-// gate and up become their gradients; not `with_act`: `act` is not written.
+// gate and up become their gradients; not `with_act`: `act` is not written. Of adapters without b there is no du.
 HOPPER_KERNEL(THREADS, CLUSTER) hopper_nn_swiglu_backward(TENSOR_MAP dy, TENSOR_MAP w, TENSOR_MAP du, TENSOR_MAP a,
-                                                          TENSOR_MAP gate, TENSOR_MAP up, TENSOR_MAP act, int rows, int columns,
-                                                          int depth, int rank, int with_act) {
+                                                          TENSOR_MAP gate, TENSOR_MAP up, TENSOR_MAP act, const bf16* b_gate,
+                                                          float* gate_partial, const bf16* b_up, float* up_partial, int rows,
+                                                          int columns, int depth, int rank, int with_act) {
     product(Linear<false>::of({dy, w}, depth, {du, a}, rank), Tiles::of(rows, columns, TILE_N),
-            ActivateBackward{gate, up, act, columns, with_act != 0, 0});
+            ActivateBackward{gate, up, act, {b_gate, gate_partial}, {b_up, up_partial}, rows, columns, with_act != 0, 0});
 }

@@ -6,7 +6,9 @@ use uft_kernels::matmul::cuda::adapter::{
     GradientOfA, GradientOfB, Input, Norm, Projected, add_to_gradient_of_b, add_to_gradients_of_a,
     padded, project, workspace_of_a, workspace_of_b,
 };
-use uft_kernels::matmul::cuda::fused::{Weight, nn_swiglu_backward, nt_added, nt_rope, nt_swiglu};
+use uft_kernels::matmul::cuda::fused::{
+    Pulled, Weight, nn_swiglu_backward, nt_added, nt_rope, nt_swiglu,
+};
 use uft_kernels::matmul::cuda::{Adapter, Layer, few, nn, nn_together, nt};
 use uft_kernels::rope::{Rope, cuda::Table};
 
@@ -223,13 +225,17 @@ fn with_activation(bench: &Bench) -> Result<()> {
         nt_swiglu(gpu, &arena, &x, weights, gate, up, out, next, m, hidden, inner)
     });
 
-    // The way back through down: w [hidden, inner], and its input once more for an adapter.
-    let flops = 2 * m * inner * (hidden + r) + 11 * m * inner;
-    let bytes = 2 * (m * hidden + inner * hidden + 5 * m * inner + (m + inner) * r);
+    // The way back through down: w [hidden, inner], and its input once more for an adapter, and du of gate and up.
+    let mut du = [bench.empty(m * pitch)?, bench.empty(m * pitch)?];
+    let flops = 2 * m * inner * (hidden + 3 * r) + 11 * m * inner;
+    let bytes = 2 * (m * hidden + inner * hidden + 5 * m * inner + (3 * m + 2 * inner) * r);
     bench.case(back, &mm("nn", m, hidden, inner), Cost { flops, bytes }, || {
         let adapter = Some(Adapter { left: &u, right: &a, rank: r });
         let (gate, up, act) = (&mut gate, &mut up, Some(&mut *out));
-        nn_swiglu_backward(gpu, &arena, &x, &gate_w, adapter, gate, up, act, m, hidden, inner)
+        let b = &b[..inner * pitch];
+        let pulled = du.each_mut().map(|du| Some(Pulled { b, du, rank: r }));
+        let (m, n, i) = (m, hidden, inner);
+        nn_swiglu_backward(gpu, &arena, &x, &gate_w, adapter, gate, up, act, pulled, m, n, i)
     });
     Ok(())
 }

@@ -315,19 +315,25 @@ impl Layer {
         let with = back.with;
         let gpu = with.gpu;
         let Outputs { mid, inv_rms, gate_and_up, u } = tape;
+        let rows = inv_rms.len();
         let [gate, up] = gate_and_up.as_mut().expect("gate and up were computed again before");
         let below_act = below_needed || back.any(&[Gate, Up]);
         let [of_gate, of_up, of_down] =
             back.trained([Gate, Up, Down], [1, 2, 3].map(|projection| &u[projection]));
         // Down's gradients go with the product of gate and up.
-        let of_down = of_down.map(|it| self.down.pull(d, it, with)).transpose()?;
+        let of_down = of_down.map(|it| self.down.pull(d, it, None, with)).transpose()?;
         let (mut pulled, of_b) = of_down.unzip();
         let mut waiting: Vec<Gradient> = of_b.flatten().into_iter().collect();
         let (of_down, of_a) = pulled.as_mut().map(Pulled::split).unzip();
         // The adapter's input, which nobody kept.
         let mut act = of_a.is_some().then(|| with.take(gate.len())).transpose()?;
+        let mut du_gate = Trained::room(of_gate.as_ref(), rows, with)?;
+        let mut du_up = Trained::room(of_up.as_ref(), rows, with)?;
         if below_act {
-            self.down.backward_activated(d, of_down, gate, up, act.as_deref_mut(), with)?;
+            let act = act.as_deref_mut();
+            let pulled = [(&of_gate, &mut du_gate), (&of_up, &mut du_up)]
+                .map(|(it, du)| Some(it.as_ref()?.pulled(du.as_deref_mut()?)));
+            self.down.backward_activated(d, of_down, gate, up, act, pulled, with)?;
         } else if let Some(act) = &mut act {
             swiglu::cuda::forward(gpu, gate, up, act)?;
         }
@@ -336,15 +342,15 @@ impl Layer {
             waiting.push(Gradient::A { input, k, adapters: vec![of_a] });
         }
         if !below_act {
-            linear::add_waiting(waiting, inv_rms.len(), with)?;
+            linear::add_waiting(waiting, rows, with)?;
             return Ok(false);
         }
 
         let (dgate, dup) = (gate, up);
         let input = Input { x: mid, norm: Some(Norm { weight: &self.mlp_norm, inv_rms }) };
         let outputs = [
-            Output { linear: &self.gate, dy: dgate, adapter: of_gate },
-            Output { linear: &self.up, dy: dup, adapter: of_up },
+            Output { linear: &self.gate, dy: dgate, adapter: of_gate, du: du_gate },
+            Output { linear: &self.up, dy: dup, adapter: of_up, du: du_up },
         ];
         let mut dh = below_needed.then(|| with.take(mid.len())).transpose()?;
         linear::backward(input, outputs, dh.as_deref_mut(), waiting, with)?;
@@ -417,6 +423,7 @@ impl Back<'_> {
             linear,
             dy,
             adapter: adapters.next().flatten(),
+            du: None,
         });
         linear::backward(input, outputs, dx, Vec::new(), with)
     }

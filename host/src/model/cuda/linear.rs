@@ -20,7 +20,8 @@ use crate::model::weights;
 use half::bf16;
 use uft_kernels::cuda::{DeviceBuffer, DeviceSlice};
 use uft_kernels::matmul::cuda::adapter::{
-    Gradient, GradientOfA, GradientOfB, Input, Projected, add_to_gradients, padded, pull,
+    Gradient, GradientOfA, GradientOfB, Input, Projected, add_to_gradients, gradients_wait, padded,
+    pull,
 };
 use uft_kernels::matmul::cuda::fused::{self, Weight};
 use uft_kernels::matmul::cuda::{Adapter as Part, Layer, adapter, few, nn_together, nt};
@@ -146,7 +147,7 @@ impl Linear {
     }
 
     /// Of a layer whose input is a gated activation, of `gate` and `up`: `[m, in]`: turns these into their gradients, and `act`, if
-    /// it is asked for, into that input once more.
+    /// it is asked for, into that input once more; and makes du of what is `pulled` of the layers that made gate and up.
     pub fn backward_activated(
         &self,
         dy: &DeviceSlice<bf16>,
@@ -154,24 +155,29 @@ impl Linear {
         gate: &mut DeviceSlice<bf16>,
         up: &mut DeviceSlice<bf16>,
         act: Option<&mut DeviceSlice<bf16>>,
+        pulled: [Option<fused::Pulled>; 2],
         with: Context,
     ) -> Result<()> {
-        let (m, k, n) = (dy.len() / self.outputs, self.inputs, self.outputs);
+        let (m, i, n) = (dy.len() / self.outputs, self.inputs, self.outputs);
         let (gpu, arena, w) = (with.gpu, with.arena, &self.weight);
-        Ok(fused::nn_swiglu_backward(gpu, arena, dy, w, part, gate, up, act, m, n, k)?)
+        Ok(fused::nn_swiglu_backward(gpu, arena, dy, w, part, gate, up, act, pulled, m, n, i)?)
     }
 
-    /// du, with which the way back goes on, and dB, unless it was made with it.
+    /// du, with which the way back goes on, unless it has been `made`, and dB, unless it was made with it.
     pub fn pull<'a>(
         &self,
         dy: &'a DeviceSlice<bf16>,
         Trained { adapter, grad, u }: Trained<'a>,
+        made: Option<DeviceBuffer<bf16>>,
         with: Context,
     ) -> Result<(Pulled<'a>, Option<Gradient<'a>>)> {
         let (m, n) = (dy.len() / self.outputs, self.outputs);
         let (rank, scale) = (adapter.rank, adapter.scale);
-        let mut du = with.take(m * padded(rank))?;
         let of_b = GradientOfB { dy, u, db: grad.b, rank, scale };
+        if let Some(du) = made {
+            return Ok((Pulled { adapter, grad: grad.a, du }, Some(Gradient::B(of_b))));
+        }
+        let mut du = with.take(m * padded(rank))?;
         let of_b = pull(with.gpu, with.arena, of_b, adapter.b, &mut du, m, n)?;
         Ok((Pulled { adapter, grad: grad.a, du }, of_b))
     }
@@ -221,6 +227,8 @@ pub struct Output<'a> {
     /// `[m, out]`: the gradient to y.
     pub dy: &'a DeviceSlice<bf16>,
     pub adapter: Option<Trained<'a>>,
+    /// du: `[m, R]`, where it was made with dy.
+    pub du: Option<DeviceBuffer<bf16>>,
 }
 
 /// Turns `dx`: `[m, in]`, where it is given, into the sum of all `dy W + du A` of layers with the same input, and adds to the gradients
@@ -236,9 +244,9 @@ pub fn backward<'a, const N: usize>(
     let (k, n, dy) = (layers[0].0.inputs, layers[0].0.outputs, layers[0].1);
     let m = dy.len() / n;
     let (mut waiting, mut pulled): (Vec<Gradient>, _) = (waiting, [const { None }; N]);
-    for (pulled, Output { linear, dy, adapter }) in pulled.iter_mut().zip(outputs) {
+    for (pulled, Output { linear, dy, adapter, du }) in pulled.iter_mut().zip(outputs) {
         let Some(adapter) = adapter else { continue };
-        let (of_layer, of_b) = linear.pull(dy, adapter, with)?;
+        let (of_layer, of_b) = linear.pull(dy, adapter, du, with)?;
         *pulled = Some(of_layer);
         waiting.extend(of_b);
     }
@@ -286,4 +294,17 @@ pub struct Trained<'a> {
     pub grad: Grad<'a>,
     /// `[m, R]`: x Aᵀ.
     pub u: &'a DeviceSlice<bf16>,
+}
+
+impl Trained<'_> {
+    /// Room for du of `m` rows where it can be made with dy: where dB waits.
+    pub fn room(of: Option<&Self>, m: usize, with: Context) -> Result<Option<DeviceBuffer<bf16>>> {
+        let of = of.filter(|_| gradients_wait(with.gpu));
+        of.map(|it| with.take(m * padded(it.adapter.rank))).transpose()
+    }
+
+    /// Its part where dy is made.
+    pub fn pulled<'a>(&'a self, du: &'a mut DeviceSlice<bf16>) -> fused::Pulled<'a> {
+        fused::Pulled { b: self.adapter.b, du, rank: self.adapter.rank }
+    }
 }

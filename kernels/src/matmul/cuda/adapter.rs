@@ -27,7 +27,7 @@ pub(super) mod tests;
 use gradient::COLLECTING;
 pub use gradient::{
     Gradient, GradientOfA, GradientOfB, Input, Norm, add_to_gradient_of_b, add_to_gradients,
-    add_to_gradients_of_a, pull, workspace_of_a, workspace_of_b,
+    add_to_gradients_of_a, gradients_wait, pull, workspace_of_a, workspace_of_b,
 };
 use project::projecting;
 pub use project::{Projected, project};

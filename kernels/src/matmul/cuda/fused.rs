@@ -7,11 +7,12 @@
 //!                       u = out aᵀ, of an adapter of the layer that reads out
 //! nn_swiglu_backward    dout = dy w + adapter        act = silu(gate) up
 //!                       gate and up become dout times the slopes of that
+//!                       du = dgate (scale b), of adapters of the layers that made gate and up
 //! ```
 //!
 //! The first is one kernel everywhere. On compute capability 9.0 so is each other (hopper_rope.cu, hopper_swiglu.cu) where the shapes
-//! allow it; elsewhere the kernels it is made of, one after the other. The bits are the same but for u's, which is summed in another
-//! order: one kernel rounds where the others write to memory.
+//! allow it; elsewhere the kernels it is made of, one after the other. The bits are the same but for u's and du's, which are summed in
+//! another order: one kernel rounds where the others write to memory.
 
 use super::adapter::{self, Projected, padded, round_partials};
 use super::hopper::{CLUSTER, NARROW, PIECE, PRODUCT_HEADER, Tile, WIDE, maps};
@@ -257,9 +258,18 @@ fn activate(
     }
 }
 
+/// An adapter's part in [`nn_swiglu_backward`].
+pub struct Pulled<'a> {
+    /// scale b `[i, R]`, as [`adapter::pack_b`] leaves it.
+    pub b: &'a DeviceSlice<bf16>,
+    /// `[m, R]`.
+    pub du: &'a mut DeviceSlice<bf16>,
+    pub rank: usize,
+}
+
 /// [`nn`] with beta 0 and [`swiglu::backward`]: from `dy`: `[m, n]` and w: `[n, i]` the gradients to `gate` and `up`,
-/// `[m, i]`, which they overwrite, and, where it is asked for, `act` as [`swiglu::forward`] makes it. What lies between is nowhere, or
-/// in the arena.
+/// `[m, i]`, which they overwrite, and, where it is asked for, `act` as [`swiglu::forward`] makes it. Of adapters of the layers that
+/// made gate and up, du: those gradients times b. What lies between is nowhere, or in the arena.
 ///
 /// # Errors
 /// A launch fails, or the arena is too small.
@@ -275,26 +285,40 @@ pub fn nn_swiglu_backward(
     gate: &mut DeviceSlice<bf16>,
     up: &mut DeviceSlice<bf16>,
     act: Option<&mut DeviceSlice<bf16>>,
+    mut pulled: [Option<Pulled>; 2],
     m: usize,
     n: usize,
     i: usize,
 ) -> Result<()> {
     if Tile::of(gpu, n, i) == Some(WIDE) {
-        return activate_backward(gpu, dy, w, adapter, gate, up, act, m, n, i);
+        let fits = |it: &mut Pulled| padded(it.rank) == PULLED_RANK;
+        let inside = pulled.each_mut().map(|it| it.take_if(fits));
+        activate_backward(gpu, arena, dy, w, adapter, gate, up, act, inside, m, n, i)?;
+    } else {
+        let mut dout = arena.take(m * i)?;
+        nn(gpu, dy, w, &mut dout, m, n, i, 0.0, adapter)?;
+        swiglu::backward(gpu, &dout, gate, up, act)?;
     }
-    let mut dout = arena.take(m * i)?;
-    nn(gpu, dy, w, &mut dout, m, n, i, 0.0, adapter)?;
-    swiglu::backward(gpu, &dout, gate, up, act)
+    for (dy, pulled) in [gate, up].into_iter().zip(pulled) {
+        let Some(Pulled { b, du, rank }) = pulled else { continue };
+        nn(gpu, dy, b, du, m, i, padded(rank), 0.0, None)?;
+    }
+    Ok(())
 }
+
+/// The padded rank of which du is made with the gradients that it is made of: sums of more do not fit in the registers beside a tile's.
+const PULLED_RANK: usize = 16;
 
 fn activate_backward(
     gpu: &Gpu,
+    arena: &Arena,
     dy: &DeviceSlice<bf16>,
     w: &DeviceSlice<bf16>,
     adapter: Option<Adapter>,
     gate: &mut DeviceSlice<bf16>,
     up: &mut DeviceSlice<bf16>,
     act: Option<&mut DeviceSlice<bf16>>,
+    pulled: [Option<Pulled>; 2],
     m: usize,
     n: usize,
     i: usize,
@@ -305,12 +329,21 @@ fn activate_backward(
     if let Some(act) = &act {
         assert_shapes(op, [("act", act.len(), m, i)]);
     }
+    for Pulled { b, du, .. } in pulled.iter().flatten() {
+        assert_shapes(op, [("b", b.len(), i, PULLED_RANK), ("du", du.len(), m, PULLED_RANK)]);
+    }
     assert_multiples_of_8(op, [("n", n), ("i", i)]);
     Adapter::assert_fits(op, adapter, m, i);
     if m * i == 0 {
         return Ok(());
     }
     let (grid, (_, _, rank)) = (BACKWARD.grid(gpu, m, i), Adapter::parts(adapter));
+    let parts = i.div_ceil(BACKWARD.n as usize);
+    let take = |it: &Pulled| arena.take::<f32>(parts * it.du.len());
+    let [of_gate, of_up] = &pulled;
+    let mut gate_partial = of_gate.as_ref().map(take).transpose()?;
+    let mut up_partial = of_up.as_ref().map(take).transpose()?;
+    let [b_gate, b_up] = pulled.each_ref().map(|it| it.as_ref().map(|it| it.b));
     let [dy, w, du, a] = maps(gpu, (dy, w), adapter, (m, n, i), None)?;
     let gate = gpu.tensor_map_mut(gate, [m, i], PIECE)?;
     let up = gpu.tensor_map_mut(up, [m, i], PIECE)?;
@@ -321,6 +354,28 @@ fn activate_backward(
         None => gate,
     };
     let (rows, columns, depth) = (m as i32, i as i32, n as i32);
-    let args = args![dy, w, du, a, gate, up, act, rows, columns, depth, rank, with_act];
-    gpu.launch(&ACTIVATING_BACKWARD, grid, BACKWARD.shared_bytes(), args)
+    let args = args![
+        dy,
+        w,
+        du,
+        a,
+        gate,
+        up,
+        act,
+        b_gate,
+        gate_partial.as_deref_mut(),
+        b_up,
+        up_partial.as_deref_mut(),
+        rows,
+        columns,
+        depth,
+        rank,
+        with_act
+    ];
+    gpu.launch(&ACTIVATING_BACKWARD, grid, BACKWARD.shared_bytes(), args)?;
+    for (pulled, partial) in pulled.into_iter().zip([gate_partial, up_partial]) {
+        let Some((Pulled { du, .. }, partial)) = pulled.zip(partial) else { continue };
+        round_partials(gpu, &partial, parts, du)?;
+    }
+    Ok(())
 }

@@ -319,8 +319,8 @@ pub enum Gradient<'a> {
     B(GradientOfB<'a>),
 }
 
-/// Whether gradients wait for a product: on compute capability 9.0.
-fn wait(gpu: &Gpu) -> bool {
+/// Whether gradients wait for a product, and du is made apart from them: on compute capability 9.0.
+pub fn gradients_wait(gpu: &Gpu) -> bool {
     gpu.properties().compute_capability == (9, 0)
 }
 
@@ -342,7 +342,7 @@ pub fn pull<'a>(
     n: usize,
 ) -> Result<Option<Gradient<'a>>> {
     let rank = of_b.rank;
-    if wait(gpu) {
+    if gradients_wait(gpu) {
         nn(gpu, of_b.dy, b, du, m, n, padded(rank), 0.0, None)?;
         return Ok(Some(Gradient::B(of_b)));
     }

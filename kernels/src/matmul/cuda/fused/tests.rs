@@ -190,7 +190,42 @@ fn an_activated_product_has_the_bits_of_products_and_activation() {
     assert!(activation_is_right(&gpu(1), [1, 8, 8], [1, 0]));
 }
 
-fn backward_is_right(gpu: &Gpu, [m, n, i]: [usize; 3], rank: usize) -> bool {
+/// An adapter of what made gate or up, `[m, i]`; for rank 0, none.
+struct Previous {
+    b: Vec<bf16>,
+    on: crate::cuda::DeviceBuffer<bf16>,
+    du: crate::cuda::DeviceBuffer<bf16>,
+    rank: usize,
+}
+
+impl Previous {
+    fn new(gpu: &Gpu, m: usize, i: usize, rank: usize, seed: u64) -> Self {
+        let b = random_padded(i, rank, seed);
+        let du = gpu.alloc(m * padded(rank)).unwrap();
+        Self { on: gpu.uploaded(&b).unwrap(), b, du, rank }
+    }
+
+    fn pulled(&mut self) -> Option<Pulled<'_>> {
+        let Self { on, du, rank, .. } = self;
+        (*rank > 0).then_some(Pulled { b: on, du, rank: *rank })
+    }
+
+    fn assert_accurate(&self, gpu: &Gpu, dy: &[bf16]) {
+        if self.rank == 0 {
+            return;
+        }
+        let du = gpu.downloaded(&self.du).unwrap();
+        let pitch = padded(self.rank);
+        let (m, i) = (du.len() / pitch, self.b.len() / pitch);
+        let (of_dy, of_b) = (|t, l| dy[t * i + l], |l, r: usize| self.b[l * pitch + r]);
+        let plain = round(&sum_of_products::<f32>((m, i, pitch), of_dy, of_b));
+        let exact = sum_of_products::<f64>((m, i, pitch), of_dy, of_b);
+        assert_accurate_bf16(&format!("du, rank {}", self.rank), &du, &plain, &exact);
+    }
+}
+
+/// `ranks`: of the adapter of what reads what was activated, and of those of gate and up.
+fn backward_is_right(gpu: &Gpu, [m, n, i]: [usize; 3], [rank, ranks @ ..]: [usize; 3]) -> bool {
     let dy = gpu.uploaded(&random_bf16(m * n, 1)).unwrap();
     let w = gpu.uploaded(&random_bf16(n * i, 2)).unwrap();
     let factors = Factors::new(gpu, m, i, rank, 5, true);
@@ -199,10 +234,24 @@ fn backward_is_right(gpu: &Gpu, [m, n, i]: [usize; 3], rank: usize) -> bool {
     let all = || [3, 4, 5].map(|seed| gpu.uploaded(&random_bf16(m * i, seed)).unwrap());
     let with_act = rank > 0;
     let (mut one, mut two) = (all(), all());
+    let arena = Arena::new(gpu, 0).unwrap();
+    let mut before = [0, 1].map(|at| Previous::new(gpu, m, i, ranks[at], 7 + at as u64));
+    let pulled = before.each_mut().map(Previous::pulled);
     let [gate, up, act] = &mut one;
     let act = with_act.then_some(&mut **act);
-    let found = activate_backward(gpu, &dy, &w, adapter, gate, up, act, m, n, i);
-    let found = found.map(|()| one.iter().map(|y| gpu.downloaded(y).unwrap()).collect());
+    let found = activate_backward(gpu, &arena, &dy, &w, adapter, gate, up, act, pulled, m, n, i);
+    let found: Result<Vec<_>> =
+        found.map(|()| one.iter().map(|y| gpu.downloaded(y).unwrap()).collect());
+    if let Ok(found) = &found {
+        let accurate = || {
+            for (before, dy) in before.iter().zip(found) {
+                before.assert_accurate(gpu, dy);
+            }
+        };
+        if catch_unwind(AssertUnwindSafe(accurate)).is_err() {
+            return false;
+        }
+    }
     let mut dout = gpu.alloc(m * i).unwrap();
     nn_by(gpu, Way::Hopper(WIDE), &dy, &w, &mut dout, m, n, i, 0.0, adapter).unwrap();
     let [gate, up, act] = &mut two;
@@ -211,7 +260,8 @@ fn backward_is_right(gpu: &Gpu, [m, n, i]: [usize; 3], rank: usize) -> bool {
 }
 
 fn backwards_are_right(gpu: &Gpu) -> bool {
-    backward_is_right(gpu, [300, 264, 328], 16) && backward_is_right(gpu, [600, 72, 520], 0)
+    backward_is_right(gpu, [300, 264, 328], [16, 16, 9])
+        && backward_is_right(gpu, [600, 72, 520], [0, 0, 16])
 }
 
 #[test]
@@ -219,7 +269,31 @@ fn an_activations_gradient_has_the_bits_of_product_and_slopes() {
     for seed in 0..SEEDS {
         assert!(backwards_are_right(&gpu(seed)), "seed {seed}");
     }
-    assert!(backward_is_right(&gpu(1), [1, 8, 8], 80));
+    assert!(backward_is_right(&gpu(1), [1, 8, 8], [80, 1, 0]));
+}
+
+/// A row of du has the same bits in any company, and in any order of threads.
+#[test]
+fn what_is_pulled_does_not_depend_on_its_company() {
+    let (n, i) = (72, 328);
+    let run = |seed: u64, m: usize| {
+        let gpu = gpu(seed);
+        let arena = Arena::new(&gpu, 0).unwrap();
+        let rows = |width: usize, seed| gpu.uploaded(&random_bf16(300 * width, seed)[..m * width]);
+        let (dy, w) = (rows(n, 1).unwrap(), gpu.uploaded(&random_bf16(n * i, 2)).unwrap());
+        let (mut gate, mut up) = (rows(i, 3).unwrap(), rows(i, 4).unwrap());
+        let mut before = [7, 8].map(|seed| Previous::new(&gpu, m, i, 16, seed));
+        let pulled = before.each_mut().map(Previous::pulled);
+        activate_backward(&gpu, &arena, &dy, &w, None, &mut gate, &mut up, None, pulled, m, n, i)
+            .unwrap();
+        before.map(|before| bits(&gpu.downloaded(&before.du).unwrap()))
+    };
+    let all = run(0, 300);
+    for (m, seed) in [(300, 1), (129, 2), (64, 3), (1, 0)] {
+        for (some, all) in run(seed, m).iter().zip(&all) {
+            assert!(*some == all[..m * 16], "{m} of 300 rows");
+        }
+    }
 }
 
 #[test]
@@ -240,9 +314,14 @@ fn shapes_and_devices_choose_between_one_kernel_and_several() {
         nt_swiglu(&gpu, &arena, &x, weights, gate, up, out, of_next, m, k, n).unwrap();
         next.assert_accurate(&gpu.downloaded(out).unwrap(), &gpu.downloaded(&u).unwrap());
         nt_added(&gpu, &x, weights[0], out, added, m, k, n).unwrap();
-        // w as [k, n].
+        // w as [k, n]. Of one adapter, du is made with its gradients where that is one kernel, of the other after it.
         let act = Some(&mut **again);
-        nn_swiglu_backward(&gpu, &arena, &x, &w, None, gate, up, act, m, k, n).unwrap();
+        let mut before = [16, 20].map(|rank| Previous::new(&gpu, m, n, rank, 6));
+        let pulled = before.each_mut().map(Previous::pulled);
+        nn_swiglu_backward(&gpu, &arena, &x, &w, None, gate, up, act, pulled, m, k, n).unwrap();
+        for (before, dy) in before.iter().zip([&*gate, &*up]) {
+            before.assert_accurate(&gpu, &gpu.downloaded(dy).unwrap());
+        }
         assert_eq!(gpu.downloaded(again).unwrap(), gpu.downloaded(out).unwrap());
         let rope = Rope::new(vec![1.0; 32], 1.0);
         let table = rope::Table::new(&gpu, &rope, 4).unwrap();
@@ -321,6 +400,21 @@ fn faults_in_activations_gradients_are_caught() {
         ),
         ("u[i] = pack_bf16(low.y, high.y);", "u[i] = pack_bf16(low.x, high.y);"),
         ("if (column + 64 * piece < columns) ask", "ask"),
+        // du.
+        ("bool inside = b && column < columns;", "bool inside = b;"),
+        (
+            "if (at < rows)\n                *reinterpret_cast<float4*>",
+            "*reinterpret_cast<float4*>",
+        ),
+        (
+            "of_up.load(part, first + 8 * group, columns, b_up);",
+            "of_up.load(part, first, columns, b_up);",
+        ),
+        ("pair + 16) : 0", "pair) : 0"),
+        ("(right[i][0] & 0xffff) | right[i][1] << 16", "right[i][0]"),
+        ("of_up.add(u, b_up, du_up);", "of_up.add(u, b_gate, du_up);"),
+        ("size_t(column / TILE_N) * rows * 16;", "0;"),
+        ("du[1][2 * half], du[0][2 * half + 1]", "du[0][2 * half + 1], du[1][2 * half]"),
     ];
     assert_caught(backwards_are_right, "hopper_swiglu.cu", &faults);
 }
