@@ -127,7 +127,7 @@ pub fn backward(
     assert_per_head(schedule, &[("lse", lse), ("delta", delta)]);
     assert_tables(schedule, tables);
     let needed = schedule.backward_room();
-    assert!(matches!(room.len(), 0) || room.len() == needed, "attention: room must be [{needed}]");
+    assert!([0, needed].contains(&room.len()), "attention: room must be [{needed}]");
     if schedule.rows == 0 {
         return Ok(());
     }
@@ -148,30 +148,45 @@ pub fn backward(
             hopper.backward_twice(gpu, dout, q, k, v, lse, schedule, tables, delta, dq, dk, dv)?;
         }
         None => {
-            let (kv_heads, window) = (heads.kv_heads as i32, schedule.window as i32);
-            let table = &schedule.backward_keys;
-            let (tiles, runs) = table.of(tables);
-            let grid = [table.blocks, heads.kv_heads as u32, 1];
-            let scale = heads.scale();
-            let dkv = (&mut *dk, dv);
-            let args = args![
-                dout, q, k, v, lse, delta, dkv.0, dkv.1, tiles, runs, kv_heads, window, scale
-            ];
-            let kernel = tiling.kernel("attention_backward_keys");
-            gpu.launch(&kernel, grid, tiling.backward_keys_bytes(), args)?;
-
-            let table = &schedule.backward_queries;
-            let (tiles, runs) = table.of(tables);
-            let grid = [table.blocks, heads.kv_heads as u32, 1];
-            let args =
-                args![dout, q, k, v, lse, delta, &mut *dq, tiles, runs, kv_heads, window, scale];
-            let kernel = tiling.kernel("attention_backward_queries");
-            gpu.launch(&kernel, grid, tiling.backward_queries_bytes(), args)?;
+            backward_portable(gpu, dout, q, k, v, lse, schedule, tables, delta, dq, dk, dv)?;
         }
     }
     let Some(Turned { table, positions }) = turned else { return Ok(()) };
     rope::backward(gpu, table, dq, heads.heads, positions)?;
     rope::backward(gpu, table, dk, heads.kv_heads, positions)
+}
+
+/// [`backward`] once `delta` is there, and nothing is turned.
+fn backward_portable(
+    gpu: &Gpu,
+    dout: &DeviceSlice<bf16>,
+    q: &DeviceSlice<bf16>,
+    k: &DeviceSlice<bf16>,
+    v: &DeviceSlice<bf16>,
+    lse: &DeviceSlice<f32>,
+    schedule: &Schedule,
+    tables: &DeviceSlice<i32>,
+    delta: &DeviceSlice<f32>,
+    dq: &mut DeviceSlice<bf16>,
+    dk: &mut DeviceSlice<bf16>,
+    dv: &mut DeviceSlice<bf16>,
+) -> Result<()> {
+    let Schedule { heads, tiling, .. } = schedule;
+    let (kv_heads, window) = (heads.kv_heads as i32, schedule.window as i32);
+    let table = &schedule.backward_keys;
+    let (tiles, runs) = table.of(tables);
+    let grid = [table.blocks, heads.kv_heads as u32, 1];
+    let args =
+        args![dout, q, k, v, lse, delta, dk, dv, tiles, runs, kv_heads, window, heads.scale()];
+    let kernel = tiling.kernel("attention_backward_keys");
+    gpu.launch(&kernel, grid, tiling.backward_keys_bytes(), args)?;
+
+    let table = &schedule.backward_queries;
+    let (tiles, runs) = table.of(tables);
+    let grid = [table.blocks, heads.kv_heads as u32, 1];
+    let args = args![dout, q, k, v, lse, delta, dq, tiles, runs, kv_heads, window, heads.scale()];
+    let kernel = tiling.kernel("attention_backward_queries");
+    gpu.launch(&kernel, grid, tiling.backward_queries_bytes(), args)
 }
 
 /// One new token against a cache. `q`, `out`: `[heads, D]`; `k_cache`, `v_cache`: `[n, kv_heads, D]` or
