@@ -19,11 +19,11 @@ KERNEL(256) swiglu_forward(const bf16* gate, const bf16* up, bf16* out, size_t n
         unpack8(load16(gate + i), g);
         unpack8(load16(up + i), u);
 #pragma unroll
-        for (int j = 0; j < 8; j++) o[j] = activated(g[j], u[j]);
+        for (int j = 0; j < 8; j++) o[j] = activated(activate(g[j]), u[j]);
         store16(out + i, pack8(o));
         return;
     }
-    for (; i < n; i++) out[i] = to_bf16(activated(to_float(gate[i]), to_float(up[i])));
+    for (; i < n; i++) out[i] = to_bf16(activated(activate(to_float(gate[i])), to_float(up[i])));
 }
 
 KERNEL(256) swiglu_backward(const bf16* dout, bf16* gate, bf16* up, bf16* out, size_t n) {
@@ -35,8 +35,9 @@ KERNEL(256) swiglu_backward(const bf16* dout, bf16* gate, bf16* up, bf16* out, s
         unpack8(load16(up + i), u);
 #pragma unroll
         for (int j = 0; j < 8; j++) {
-            o[j] = activated(g[j], u[j]);
-            float2 both = slopes(d[j], g[j], u[j]);
+            Activation it = activate(g[j]);
+            o[j] = activated(it, u[j]);
+            float2 both = slopes(d[j], it, u[j]);
             g[j] = both.x;
             u[j] = both.y;
         }
@@ -46,10 +47,11 @@ KERNEL(256) swiglu_backward(const bf16* dout, bf16* gate, bf16* up, bf16* out, s
         return;
     }
     for (; i < n; i++) {
-        float g = to_float(gate[i]), u = to_float(up[i]);
-        float2 both = slopes(to_float(dout[i]), g, u);
+        Activation it = activate(to_float(gate[i]));
+        float u = to_float(up[i]);
+        float2 both = slopes(to_float(dout[i]), it, u);
         gate[i] = to_bf16(both.x);
         up[i] = to_bf16(both.y);
-        if (out) out[i] = to_bf16(activated(g, u));
+        if (out) out[i] = to_bf16(activated(it, u));
     }
 }

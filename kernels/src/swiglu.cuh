@@ -11,14 +11,13 @@ struct Activation {
 
 // e^-gate may be infinite; σ is then 0, as it should be.
 DEVICE Activation activate(float gate) {
-    float sigma = 1.0f / (1.0f + exp2_fast(-LOG2_E * gate));
+    float sigma = reciprocal_fast(1.0f + exp2_fast(-LOG2_E * gate));
     return {sigma, gate * sigma};
 }
 
-DEVICE float activated(float gate, float up) { return activate(gate).silu * up; }
+DEVICE float activated(Activation gate, float up) { return gate.silu * up; }
 
 // (dgate, dup)
-DEVICE float2 slopes(float dout, float gate, float up) {
-    Activation it = activate(gate);
-    return make_float2(dout * up * fmaf(it.silu, 1.0f - it.sigma, it.sigma), dout * it.silu);
+DEVICE float2 slopes(float dout, Activation gate, float up) {
+    return make_float2(dout * up * fmaf(gate.silu, 1.0f - gate.sigma, gate.sigma), dout * gate.silu);
 }

@@ -229,6 +229,17 @@ DEVICE float exp2_fast(float x) {
 #endif
 }
 
+// 1 / x, with a relative error of about 2⁻²³: one instruction, where a division that is correctly rounded takes ten.
+DEVICE float reciprocal_fast(float x) {
+#ifdef __CUDACC_RTC__
+    float out;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
+    return out;
+#else
+    return 1.0f / x;
+#endif
+}
+
 // ---- sums and maxima, in a fixed order; every thread gets the result ----
 
 DEVICE float warp_sum(float x) {

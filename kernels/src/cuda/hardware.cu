@@ -185,6 +185,6 @@ KERNEL(64) near_arithmetic(const float* x, float* out, int count) {
         out[i] = exp2_fast(x[i]);
         out[count + i] = expm1f(x[i]);
         out[2 * count + i] = logf(fabsf(x[i]));
-        out[3 * count + i] = 1.0f / (1.0f + exp2_fast(-x[i]));
+        out[3 * count + i] = reciprocal_fast(1.0f + exp2_fast(-x[i]));
     }
 }

@@ -129,7 +129,7 @@ struct Activate {
 #pragma unroll
             for (int i = 0; i < 32; i += 2) {
                 float2 g = rounded(gates[i], gates[i + 1]), u = rounded(ups[i], ups[i + 1]);
-                activation[i / 2] = pack_bf16(activated(g.x, u.x), activated(g.y, u.y));
+                activation[i / 2] = pack_bf16(activated(activate(g.x), u.x), activated(activate(g.y), u.y));
             }
             await_place(part, false);
             fill_piece(staged_piece(shared, part, at), part, [&](int i) { return activation[i / 2]; });
@@ -243,8 +243,9 @@ struct ActivateBackward {
                 for (int i = 0; i < 4; i++) {
                     int sum = 32 * piece + 4 * group + 2 * i;
                     float2 dout = rounded(sums[sum], sums[sum + 1]), gates = unpack_bf16(g[i]), ups = unpack_bf16(u[i]);
-                    float2 low = slopes(dout.x, gates.x, ups.x), high = slopes(dout.y, gates.y, ups.y);
-                    activation[i] = pack_bf16(activated(gates.x, ups.x), activated(gates.y, ups.y));
+                    Activation lower = activate(gates.x), upper = activate(gates.y);
+                    float2 low = slopes(dout.x, lower, ups.x), high = slopes(dout.y, upper, ups.y);
+                    activation[i] = pack_bf16(activated(lower, ups.x), activated(upper, ups.y));
                     g[i] = pack_bf16(low.x, high.x);
                     u[i] = pack_bf16(low.y, high.y);
                 }

@@ -74,8 +74,8 @@ fn planted_faults_are_caught() {
         ("swiglu.cu", "if (out) store16(out + i, pack8(o));", ""),
         (
             "swiglu.cuh",
-            "fmaf(it.silu, 1.0f - it.sigma, it.sigma)",
-            "fmaf(it.silu, 1.0f + it.sigma, it.sigma)",
+            "fmaf(gate.silu, 1.0f - gate.sigma, gate.sigma)",
+            "fmaf(gate.silu, 1.0f + gate.sigma, gate.sigma)",
         ),
         ("swiglu.cu", "j++) o[j] = activated", "j++) o[j] += activated"),
     ];

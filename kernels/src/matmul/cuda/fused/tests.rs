@@ -388,7 +388,7 @@ fn faults_in_activations_are_caught() {
 fn faults_in_activations_gradients_are_caught() {
     let faults = [
         ("tma_store_wait<0>(); // or what comes next would land on it", ""),
-        ("activated(gates.y, ups.y)", "activated(gates.y, ups.x)"),
+        ("activated(upper, ups.y)", "activated(upper, ups.x)"),
         ("await_piece(shared, part, at + 1, parities);", ""),
         (
             "ask(shared, part, piece + 2, row, column);",
