@@ -179,6 +179,24 @@ pub(crate) fn together<R: Send>(run: impl FnOnce() -> R + Send) -> R {
     POOL.install(run)
 }
 
+/// Threads of every block that run only when no other can.
+#[derive(Clone, Copy)]
+pub(crate) enum HeldBack {
+    Warp(u64),
+    AllButTheFirstLaneOf(u64),
+}
+
+impl HeldBack {
+    /// Twice as many as [`SEEDS`]: whether a store reads late, and which lane of a warp is last, has to be drawn, too.
+    fn orders(self) -> [u64; 8] {
+        let held = match self {
+            Self::Warp(warp) => warp + 1,
+            Self::AllButTheFirstLaneOf(warp) => 1 << 16 | (warp + 1),
+        };
+        [0, 1, 2, 3, 4, 5, 6, 7].map(|seed| held << 32 | seed)
+    }
+}
+
 /// `check` passes, and panics in some order of threads when in one of `faults`, (file, right, wrong), what
 /// is right is replaced by what is wrong.
 #[track_caller]
@@ -187,7 +205,7 @@ pub(crate) fn assert_faults_are_caught(
     faults: &[(&'static str, &'static str, &'static str)],
 ) {
     check(&gpu(0));
-    assert_caught(check, faults, Gpu::emulated_with_fault);
+    assert_caught(check, faults, &SEEDS, Gpu::emulated_with_fault);
 }
 
 /// The same with what only Hopper has.
@@ -197,18 +215,31 @@ pub(crate) fn assert_faults_are_caught_on_hopper(
     faults: &[(&'static str, &'static str, &'static str)],
 ) {
     check(&hopper_gpu(0));
-    assert_caught(check, faults, Gpu::emulated_hopper_with_fault);
+    assert_caught(check, faults, &SEEDS, Gpu::emulated_hopper_with_fault);
+}
+
+/// The same in orders in which threads are held back, also without a fault.
+#[track_caller]
+pub(crate) fn assert_faults_are_caught_holding_back(
+    held_back: HeldBack,
+    check: impl Fn(&Gpu),
+    faults: &[(&'static str, &'static str, &'static str)],
+) {
+    let orders = held_back.orders();
+    orders.into_iter().for_each(|seed| check(&hopper_gpu(seed)));
+    assert_caught(check, faults, &orders, Gpu::emulated_hopper_with_fault);
 }
 
 #[track_caller]
 fn assert_caught(
     check: impl Fn(&Gpu),
     faults: &[(&'static str, &'static str, &'static str)],
+    orders: &[u64],
     device: fn(u64, Fault) -> Result<Gpu>,
 ) {
     let mut missed = String::new();
     for &(file, from, to) in faults {
-        let caught = SEEDS.into_iter().any(|seed| {
+        let caught = orders.iter().any(|&seed| {
             let gpu = device(seed, Fault { file, from, to });
             let gpu = gpu.unwrap_or_else(|error| panic!("{error}"));
             let Err(panic) = catch_unwind(AssertUnwindSafe(|| check(&gpu))) else { return false };

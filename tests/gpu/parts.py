@@ -20,10 +20,14 @@ HERE = Path(__file__).resolve().parent
 # Of compute-sanitizer; racecheck first, because nothing else here sees a race on the hardware.
 TOOLS = ["racecheck", "memcheck", "synccheck", "initcheck"]
 # Tests that are small enough to be executed a hundred times slower, a few of every kernel.
-SANITIZED = ["cuda::hardware::", "hopper::hardware::", "matmul::cuda::tests::nt_", "matmul::cuda::tests::nn_", "matmul::cuda::tests::few_",
-             "adapter::tests::gradients_agree", "attention::cuda::tests::agrees_with_f64_over_many_tiles",
-             "attention::cuda::tests::every_order", "attention::cuda::hopper::tests::every_order", "logprob::cuda::tests::company", "rmsnorm::cuda::tests::forward",
+SANITIZED = ["cuda::hardware::", "hopper::hardware::", "order::hardware::", "matmul::cuda::tests::nt_agrees", "matmul::cuda::tests::nn_agrees",
+             "matmul::cuda::tests::few_", "matmul::cuda::hopper::tests::the_portable_products_agree",
+             "matmul::cuda::fused::tests::a_rotated", "matmul::cuda::fused::tests::an_activat", "adapter::tests::gradients_agree",
+             "attention::cuda::tests::agrees_with_f64_over_many_tiles", "attention::cuda::tests::every_order",
+             "attention::cuda::hopper::tests::every_order", "logprob::cuda::tests::company", "rmsnorm::cuda::tests::forward",
              "rmsnorm::cuda::tests::backward", "rope::cuda::", "swiglu::cuda::", "embedding::cuda::", "elementwise::cuda::", "adamw::cuda::"]
+# Seconds that a group of tests, a test by itself and a case of gpu-kernels may take: a kernel may never end.
+GROUP, ALONE, CASE = 40.0, 12.0, 25.0
 # Peers that need no compilation, and the head's, which counts.
 AT_ONCE = ["mm", "mm_added", "copy", "sdpa", "gradient_of_b", "decode", "log_probs"]
 RESULT = re.compile(r"^test (\S+)(?: - should panic)? \.\.\. (ok|FAILED|ignored)", re.M)
@@ -59,13 +63,13 @@ class Context:
             raise Missing(f"{path} is not there: pack.py builds it")
         return str(path)
 
-    def run(self, command, least=1.0):
-        """Output, error output and exit status; -9 and what there was if the time was over."""
+    def run(self, command, most=float("inf")):
+        """Output, error output and exit status; -9 and what there was if the time, or `most` seconds, were over."""
         self.options.log(" ".join(map(str, command)))
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace",
                                    env=self.environment, process_group=0)
         try:
-            out, err = process.communicate(timeout=max(self.left(), least))
+            out, err = process.communicate(timeout=max(min(self.left(), most), 1.0))
             status = process.returncode
         except subprocess.TimeoutExpired:
             end(process)
@@ -74,18 +78,24 @@ class Context:
             self.options.log(f"exit status {status}\n{err[-4000:]}")
         return out, err, status
 
-    def lines(self, command, stdin=""):
-        """JSON objects that a command prints, one a line, as they come; the last one may be {"error": …}."""
+    def lines(self, command, stdin="", most=float("inf")):
+        """JSON objects that a command prints, one a line, as they come; the last one may be {"error": …}. The command ends when it
+        has printed none for `most` seconds."""
         self.options.log(" ".join(map(str, command)))
         with tempfile.TemporaryFile("w+") as given, tempfile.TemporaryFile("w+", errors="replace") as said:
             given.write(stdin)
             given.seek(0)
             process = subprocess.Popen(command, stdin=given, stdout=subprocess.PIPE, stderr=said, text=True, errors="replace",
                                        env=self.environment, process_group=0)
-            timer = threading.Timer(max(self.left(), 1.0), end, [process])
-            timer.start()
+            def clock():
+                timer = threading.Timer(max(min(self.left(), most), 1.0), end, [process])
+                timer.start()
+                return timer
+            timer = clock()
             try:
                 for line in process.stdout:
+                    timer.cancel()
+                    timer = clock()
                     # Not what else is printed, nor half a line of a program that was ended.
                     if line.startswith("{") and line.endswith("}\n"):
                         yield json.loads(line)
@@ -114,7 +124,7 @@ def all_tests(context):
 
 def assumption(name):
     """Whether a test is of what the emulation assumes of the hardware."""
-    return name.startswith(("cuda::hardware::", "cuda::tests::hopper::hardware::"))
+    return name.startswith(("cuda::hardware::", "cuda::tests::hopper::hardware::", "cuda::tests::hopper::order::hardware::"))
 
 
 def why_not(name, context):
@@ -128,8 +138,8 @@ def why_not(name, context):
     return None
 
 
-def run_tests(context, names, full=False):
-    """A record for every test, in processes of one group of modules each: a kernel that fails ends all of its process."""
+def run_tests(context, names, full=False, most=GROUP):
+    """A record for every test, in processes of one group of modules each, with so many seconds."""
     groups = {}
     for name in names:
         why = why_not(name, context)
@@ -142,21 +152,35 @@ def run_tests(context, names, full=False):
         if context.left() <= 0:
             yield from ({"test": name, "state": "not finished", "why": "its time was over"} for name in wanted)
             continue
-        command = [context.binary("kernels-tests"), "--exact", *wanted] + (["--include-ignored"] if full else [])
         start = time.monotonic()
-        out, err, status = context.run(command)
-        found = dict(RESULT.findall(out))
-        for name in wanted:
-            state = {"ok": "ok", "FAILED": "failed", "ignored": "left out"}.get(found.get(name), "not finished")
-            record = {"test": name, "state": state}
-            if state == "left out":
-                record["why"] = "needs a GPU"
-            elif state == "failed":
-                record["why"] = message(out, name)
-            elif state == "not finished":
-                record["why"] = "its time was over" if status == -9 else f"its process ended with status {status}: {err.strip()[-300:]}"
-            yield record
+        found = tested(context, wanted, full, most)
+        # A kernel that fails or never ends takes others of its process with it.
+        wrong = [name for name in wanted if found[name]["state"] in ("failed", "not finished")]
+        for name in wrong if len(wanted) > 1 else []:
+            if context.left() > 0:
+                found[name] = tested(context, [name], full, ALONE)[name]
+        yield from found.values()
         yield {"group": group, "tests": len(wanted), "seconds": round(time.monotonic() - start, 2)}
+
+
+def tested(context, wanted, full, most):
+    """A record of each of some tests, by name, from one process with so many seconds."""
+    command = [context.binary("kernels-tests"), "--exact", *wanted] + (["--include-ignored"] if full else [])
+    start = time.monotonic()
+    out, err, status = context.run(command, most)
+    found, records = dict(RESULT.findall(out)), {}
+    for name in wanted:
+        state = {"ok": "ok", "FAILED": "failed", "ignored": "left out"}.get(found.get(name), "not finished")
+        record = records[name] = {"test": name, "state": state}
+        if state == "left out":
+            record["why"] = "needs a GPU"
+        elif state == "failed":
+            record["why"] = message(out, name)
+        elif state == "not finished" and status == -9 and context.left() > 0:
+            record["why"] = f"it did not end in {time.monotonic() - start:.0f} s"
+        elif state == "not finished":
+            record["why"] = "its time was over" if status == -9 else f"its process ended with status {status}: {err.strip()[-300:]}"
+    return records
 
 
 def message(out, name):
@@ -169,7 +193,7 @@ def message(out, name):
 
 
 def hardware(context):
-    yield from run_tests(context, [name for name in all_tests(context) if assumption(name)])
+    yield from run_tests(context, [name for name in all_tests(context) if assumption(name)], most=ALONE)
 
 
 def tests(context):
@@ -184,7 +208,7 @@ def sanitizer(context):
     if not Path(tool).exists():
         raise Missing("compute-sanitizer is not installed")
     names = [name for name in all_tests(context) if any(part in name for part in SANITIZED) and not why_not(name, context)]
-    for which in TOOLS:
+    for i, which in enumerate(TOOLS):
         if context.left() < 5:
             yield {"tool": which, "state": "not finished", "why": "its time was over"}
             continue
@@ -193,7 +217,7 @@ def sanitizer(context):
         start = time.monotonic()
         # Memory that a test has filled with NaN counts as initialised.
         context.environment["UFT_TEST_POISON"] = "0" if which == "initcheck" else "1"
-        out, err, status = context.run(command)
+        out, err, status = context.run(command, context.left() / (len(TOOLS) - i))
         yield sanitized(which, out + err, status, names, round(time.monotonic() - start, 2))
 
 
@@ -219,10 +243,11 @@ def kernels(context):
     # The emulated device that takes all kernels that a GPU with Hopper does.
     device = "emulated-hopper" if context.emulated else context.options.device
     command = [context.binary("gpu-kernels"), "--device", device, "--only", context.options.only]
+    command += ["--seconds", str(context.options.seconds)]
     whole, cases = context.deadline, []
     # Peers take about as long.
     context.deadline = time.monotonic() + 0.55 * context.left()
-    for record in context.lines(command + ["--seconds", str(context.options.seconds)]):
+    for record in cases_of(context, command):
         cases.append(record)
         yield record
     context.deadline = whole
@@ -234,6 +259,35 @@ def kernels(context):
     device = "cpu" if context.emulated else "cuda"
     command = [sys.executable, str(HERE / "peers.py"), "--device", device, "--seconds", str(context.options.seconds)]
     yield from context.lines(command, stdin="".join(json.dumps(case) + "\n" for case in wanted))
+
+
+def cases_of(context, command):
+    """Records of all cases of gpu-kernels. After one that fails or never ends, those that are left have a process of their own: what
+    a kernel did wrong stays with its process."""
+    met = set()
+    while True:
+        begun = None
+        # Closed at the end of a turn, which ends the process.
+        lines = context.lines(command + [word for name in sorted(met) for word in ("--without", name)], most=CASE)
+        for record in lines:
+            if "begins" in record:
+                begun = record["begins"]
+                met.add(begun)
+                continue
+            if record.get("case") == begun:
+                begun = None
+            elif begun and "case" not in record:
+                why = record["error"] if context.left() <= 0 else f"it ended its process, or did not end in {CASE:.0f} s: {record['error']}"
+                record = {"case": begun, "flops": 0, "bytes": 0, "peer": None, "error": why}
+            yield record
+            # A section that cannot be set up has no case that began.
+            if record.get("error") and record.get("case", begun) in met:
+                break
+        else:
+            return
+        lines.close()
+        if context.left() <= 0 or context.emulated:
+            return
 
 
 def steps(context):

@@ -54,6 +54,8 @@ shuffle = false
 WARM_UP = 2
 # What is done with layers where it is not the plan that chooses, and steps of each.
 RECOMPUTED, FEW_STEPS = ["all", "offload"], 5
+# Seconds that a run of uft may take: a kernel may never end.
+MOST = 75.0
 
 
 def installed(*modules):
@@ -113,13 +115,13 @@ def uft(context, task, shape, steps, folder, recompute="auto"):
     run = folder / f"{task}.toml"
     run.write_text(configuration(task, shape, context.options.device, steps, folder, recompute))
     with Memory() as memory:
-        out, err, status = context.run([context.binary("uft"), "train", str(run)])
+        out, err, status = context.run([context.binary("uft"), "train", str(run)], MOST)
     metrics = folder / name(task, recompute) / "metrics.jsonl"
     lines = [json.loads(line) for line in metrics.read_text().splitlines() if line.endswith("}")] if metrics.exists() else []
     more = {}
     if status != 0:
         last = (err.strip().splitlines() or [f"exit status {status}"])[-1]
-        more["error"] = "its time was over" if status == -9 else last
+        more["error"] = "its time was over" if status == -9 and context.left() <= 0 else f"it did not end in {MOST:.0f} s" if status == -9 else last
     seconds = [line["tokens"] / line["tokens_per_second"] for line in lines]
     if context.emulated:
         more["note"] = "emulated"

@@ -227,8 +227,9 @@ fn every_part_runs_on_the_emulated_device() {
 fn cases(device: &str) -> Vec<Value> {
     let printed =
         stdout(Command::new(GPU_KERNELS).args(["--device", device]).output().expect("runs"));
-    let cases = uft_tests::lines(&printed);
-    assert!(cases.len() > 40, "{printed}");
+    let (begun, cases): (Vec<Value>, Vec<Value>) =
+        uft_tests::lines(&printed).into_iter().partition(|line| line["begins"].is_string());
+    assert!(cases.len() > 40 && begun.len() == cases.len(), "{printed}");
     let peers = std::fs::read_to_string(here("peers.py")).expect("peers.py");
     for case in &cases {
         assert!(case["error"].is_null() && case["bytes"].as_u64() > Some(0), "{case}");
@@ -328,6 +329,56 @@ fn what_goes_wrong_is_in_the_table_and_the_rest_goes_on() {
     let results = json(&out.join("results.json"));
     let ok = part(&results, "tests").1.iter().filter(|record| record["state"] == "ok").count();
     assert_eq!(ok, 1, "what shares no process with a test that ends it");
+}
+
+/// A kernel of a GPU may never end, or end its process: each test and case that is left has another.
+#[test]
+fn what_never_ends_is_ended_and_the_rest_goes_on() {
+    let (_guard, dir) = temporary();
+    let waits = TESTS.replace("kill -6 $$", "sleep 60");
+    let packed = stand_ins(
+        &dir,
+        &waits.replace("rope::cuda::tests::crashes", "matmul::cuda::tests::crashes"),
+    );
+    without_torch(&packed);
+    let script = packed.join("parts.py");
+    let text = std::fs::read_to_string(&script).expect("a script");
+    let hasty =
+        text.replace("GROUP, ALONE, CASE = 40.0, 12.0, 25.0", "GROUP, ALONE, CASE = 2.0, 2.0, 2.0");
+    assert_ne!(text, hasty);
+    std::fs::write(&script, hasty).expect("a script");
+    let kernels = r#"#!/bin/sh
+line() { echo "{\"begins\":\"$1\"}"; [ -z "$2" ] || echo "{\"case\":\"$1\",\"flops\":0,\"bytes\":8,\"peer\":null,$2}"; }
+case "$*" in
+  *--without\ faulty*) line right '"ms":2.0,"runs":9' ;;
+  *--without\ slow*) line faulty '"error":"illegal address"'; line after '"error":"illegal address"' ;;
+  *) line slow; sleep 60 ;;
+esac
+"#;
+    std::fs::write(packed.join("bin/gpu-kernels"), kernels).expect("a script");
+    let out = dir.join("results");
+    let output = run(&packed, &out, &["--parts", "tests,kernels"]);
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    let table = String::from_utf8(output.stdout).expect("text");
+    for expected in [
+        "matmul::cuda::tests::crashes: it did not end in 2 s",
+        "matmul::cuda::tests::broken: thread panicked: off by 3",
+        "slow: it ended its process, or did not end in 2 s",
+        "faulty: illegal address",
+        "| right | 2 |",
+    ] {
+        assert!(table.contains(expected), "{expected}: {table}");
+    }
+    assert!(!table.contains("after"), "of a process that a kernel has spoilt: {table}");
+}
+
+#[test]
+fn what_compute_sanitizer_runs_is_there() {
+    let listed = Command::new(kernels_tests()).arg("--list").output().expect("it runs");
+    let tests = stdout(listed);
+    for part in snippet("import parts\nfor part in parts.SANITIZED: print(part)").lines() {
+        assert!(tests.contains(part), "no test has {part} in its name");
+    }
 }
 
 #[test]

@@ -137,7 +137,8 @@ impl Gpu {
     }
 
     /// The emulated device. The seed decides in which order threads run, which must not matter: 0 is a plain
-    /// order, others are drawn.
+    /// order, others are drawn. Bits 32 to 47, where they are not 0, are one more than the number of a warp of each block
+    /// that runs only when no other thread can; with bit 48 its first lane is not held back.
     ///
     /// # Errors
     /// There is no C++ compiler.

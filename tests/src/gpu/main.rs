@@ -2,14 +2,16 @@
 //! layers and 16k tokens.
 //!
 //! ```text
-//! cargo run --release -p uft-tests --bin gpu-kernels -- [--device cuda|emulated|emulated-hopper] [--only TEXT] [--seconds S]
+//! cargo run --release -p uft-tests --bin gpu-kernels -- [--device cuda|emulated|emulated-hopper]
+//!     [--only TEXT] [--without CASE]… [--seconds S]
 //! ```
 //!
-//! One line of JSON for each case: what it must at least compute and move, the median of its times in milliseconds
-//! by the GPU's events, and what another library would have to do for the same, as `peer`, for tests/gpu/peers.py; then
-//! `launches`, what each kernel of it is called, how often it is launched, and its part of the time. A case whose name does
-//! not contain TEXT is left out; each runs for about S seconds. Before every run the level-2 cache is overwritten. Emulated,
-//! every case runs once at a small size and has no time: that proves the script.
+//! One line of JSON where a case begins, since it may never end, and one of what came of it: what it must at least compute
+//! and move, the median of its times in milliseconds by the GPU's events, and what another library would have to do for
+//! the same, as `peer`, for tests/gpu/peers.py; then `launches`, what each kernel of it is called, how often it is
+//! launched, and its part of the time. A case whose name does not contain TEXT, or is CASE, is left out; each runs for
+//! about S seconds. Before every run the level-2 cache is overwritten. Emulated, every case runs once at a small size and
+//! has no time: that proves the script.
 
 mod memory_bound;
 mod products;
@@ -43,6 +45,7 @@ struct Bench {
     gpu: Gpu,
     sizes: Sizes,
     only: String,
+    without: Vec<String>,
     seconds: f64,
     flush: RefCell<DeviceBuffer<u8>>,
     numbers: Vec<bf16>,
@@ -52,7 +55,7 @@ struct Bench {
 
 impl Bench {
     fn wants(&self, case: &str) -> bool {
-        case.contains(&self.only)
+        case.contains(&self.only) && !self.without.iter().any(|left_out| left_out == case)
     }
 
     /// Measures `work`. `peer`: JSON of what to compare with.
@@ -60,6 +63,7 @@ impl Bench {
         if !self.wants(case) {
             return;
         }
+        println!(r#"{{"begins":"{case}"}}"#);
         let Cost { flops, bytes } = cost;
         let head = format!(r#"{{"case":"{case}","flops":{flops},"bytes":{bytes},"peer":{peer}"#);
         match self.measured(work) {
@@ -194,21 +198,26 @@ fn escaped(text: &str) -> String {
 struct Options {
     device: String,
     only: String,
+    without: Vec<String>,
     seconds: f64,
 }
 
 fn options() -> std::result::Result<Options, String> {
-    let mut options = Options { device: "cuda".into(), only: String::new(), seconds: 0.3 };
+    let mut options =
+        Options { device: "cuda".into(), only: String::new(), without: vec![], seconds: 0.3 };
     let mut arguments = std::env::args().skip(1);
     while let Some(name) = arguments.next() {
         let value = arguments.next().ok_or_else(|| format!("{name} needs a value"))?;
         match name.as_str() {
             "--device" => options.device = value,
             "--only" => options.only = value,
+            "--without" => options.without.push(value),
             "--seconds" => {
                 options.seconds = value.parse().map_err(|_| format!("--seconds {value}"))?;
             }
-            _ => return Err(format!("{name}: there are --device, --only and --seconds")),
+            _ => {
+                return Err(format!("{name}: there are --device, --only, --without and --seconds"));
+            }
         }
     }
     Ok(options)
@@ -226,8 +235,9 @@ fn bench(options: &Options) -> std::result::Result<Bench, String> {
     let gpu = gpu.map_err(|error| error.to_string())?;
     let bytes = if gpu.is_emulated() { 4096 } else { FLUSHED };
     let flush = RefCell::new(gpu.alloc(bytes).map_err(|error| error.to_string())?);
-    let (only, numbers) = (options.only.clone(), normal(NUMBERS));
-    Ok(Bench { gpu, sizes, only, seconds: options.seconds, flush, numbers, next: Cell::new(0) })
+    let (only, without) = (options.only.clone(), options.without.clone());
+    let (seconds, numbers, next) = (options.seconds, normal(NUMBERS), Cell::new(0));
+    Ok(Bench { gpu, sizes, only, without, seconds, flush, numbers, next })
 }
 
 fn main() {

@@ -10,6 +10,7 @@
 
 inline void __syncthreads() { emulation::barrier(); }
 inline void __syncwarp(uint32_t lanes = 0xffffffffu) {
+    emulation::settle();
     emulation::collective("__syncwarp", lanes, emulation::self().block, [](void**) {});
 }
 inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }

@@ -41,6 +41,8 @@ struct Fiber {
     Copy* copy;
     // Null where a kernel has nothing of it, and kept from block to block.
     ThreadEngine* engine;
+    // Of a warp's first lane: what its threads wrote to shared memory for each other comes there, if there is anything.
+    void (*settle)(Fiber& first_lane);
 };
 
 constexpr size_t FIBER_SIZE = (sizeof(Fiber) + 63) / 64 * 64;
@@ -74,6 +76,9 @@ struct Cluster {
     unsigned short ready[MOST_THREADS];
     unsigned ready_first, ready_count;
     Order order;
+    // One more than the number of a warp of each block that runs only when no other thread can, 0: none is held back; beyond its 16
+    // bits whether the warp's first lane is not.
+    unsigned held_back;
     uint64_t random;
     void* outside;
     unsigned char* stacks;
@@ -190,6 +195,19 @@ inline void begin(Block& block) {
     for (unsigned i = 0; i < block.dim.x; i++) make_ready(fiber(block, i));
 }
 
+// Of those that can go on.
+inline bool is_held_back(Cluster& cluster, unsigned place) {
+    unsigned number = fiber(cluster, cluster.ready[(cluster.ready_first + place) % MOST_THREADS]).number;
+    return number / 32 + 1 == (cluster.held_back & 0xffff) && (cluster.held_back >> 16 == 0 || number % 32 != 0);
+}
+
+inline bool all_held_back(Cluster& cluster) {
+    if (!cluster.held_back) return false;
+    for (unsigned place = 0; place < cluster.ready_count; place++)
+        if (!is_held_back(cluster, place)) return false;
+    return true;
+}
+
 inline Fiber* take_ready(Cluster& cluster) {
     if (cluster.progress) {
         cluster.progress(cluster, false);
@@ -201,17 +219,18 @@ inline Fiber* take_ready(Cluster& cluster) {
         cluster.late = 0;
     }
     if (cluster.ready_count == 0) return nullptr;
-    unsigned first = cluster.ready_first, last = (first + cluster.ready_count - 1) % MOST_THREADS;
+    // What is under way beside the threads goes on before those that are held back.
+    while (all_held_back(cluster) && cluster.progress && cluster.progress(cluster, true)) {}
+    unsigned first = cluster.ready_first, last = (first + cluster.ready_count - 1) % MOST_THREADS, place = 0;
+    if (cluster.order == Order::LAST_FIRST) place = cluster.ready_count - 1;
+    if (cluster.order == Order::ANY) place = draw(cluster) % cluster.ready_count;
+    if (!all_held_back(cluster))
+        while (is_held_back(cluster, place)) place = (place + 1) % cluster.ready_count;
+    unsigned end = cluster.order == Order::IN_TURN ? first : last;
+    std::swap(cluster.ready[(first + place) % MOST_THREADS], cluster.ready[end]);
+    if (cluster.order == Order::IN_TURN) cluster.ready_first = (first + 1) % MOST_THREADS;
     cluster.ready_count--;
-    if (cluster.order == Order::IN_TURN) {
-        cluster.ready_first = (first + 1) % MOST_THREADS;
-        return &fiber(cluster, cluster.ready[first]);
-    }
-    if (cluster.order == Order::ANY) {
-        unsigned any = (first + draw(cluster) % (cluster.ready_count + 1)) % MOST_THREADS;
-        std::swap(cluster.ready[any], cluster.ready[last]);
-    }
-    return &fiber(cluster, cluster.ready[last]);
+    return &fiber(cluster, cluster.ready[end]);
 }
 
 // Leaves the calling fiber; returns when somebody made it ready again.
@@ -239,8 +258,16 @@ inline bool open_barrier(Block& block) {
     return true;
 }
 
+// At whatever orders the calling thread's writes before what others read after it.
+inline void settle() {
+    Fiber& me = self();
+    Fiber& first_lane = fiber(*me.block, me.number / 32 * 32);
+    if (first_lane.settle) first_lane.settle(first_lane);
+}
+
 inline void barrier() {
     Fiber& me = self();
+    settle();
     me.waits_at = BARRIER;
     me.block->at_barrier++;
     open_barrier(*me.block); // which makes also the caller ready: who goes first is drawn
@@ -331,6 +358,7 @@ inline void start_block(Block& block) {
         it.done = false;
         it.waits_at = nullptr;
         it.group = it.copies = 0;
+        it.settle = nullptr;
         // As emulation_switch leaves a stack: six registers, then where to go on.
         uintptr_t* top = (uintptr_t*)&it;
         *--top = 0;

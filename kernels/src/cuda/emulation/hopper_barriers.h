@@ -57,6 +57,7 @@ inline void complete_phase(Cluster& cluster, uint64_t* barrier) {
 }
 
 inline void arrive(const char* name, uint64_t* barrier, int bytes) {
+    settle();
     BarrierState& state = barrier_state(name, barrier);
     if (state.pending == 0) fail("%s: more arrivals than the phase has", name);
     state.missing += bytes;
@@ -65,6 +66,7 @@ inline void arrive(const char* name, uint64_t* barrier, int bytes) {
 }
 
 inline void barrier_arrive_at(uint64_t* barrier, unsigned rank) {
+    settle();
     Fiber& me = self();
     Block& there = me.block->cluster->blocks[rank];
     uint64_t* remote = (uint64_t*)at_rank("barrier_arrive_at", barrier, rank);
@@ -82,6 +84,7 @@ inline void barrier_wait(uint64_t* barrier, unsigned parity) {
 inline void named_barrier(const char* name, unsigned id, unsigned threads, bool wait) {
     if (id == 0 || id > 15 || threads == 0 || threads % 32)
         fail("%s: barrier %u of %u threads; 0 is __syncthreads', and warps count whole", name, id, threads);
+    settle();
     NamedBarrier& it = engine().blocks[self().block->rank].named[id];
     if (it.arrived && it.threads != threads)
         fail("%s: barrier %u is waited for by %u threads and %u", name, id, it.threads, threads);
@@ -95,6 +98,7 @@ inline void named_barrier(const char* name, unsigned id, unsigned threads, bool 
 }
 
 inline void cluster_arrive() {
+    settle();
     ClusterEngine& all = engine();
     Cluster& cluster = *self().block->cluster;
     engine(self()).cluster_phase = all.cluster_phase;

@@ -16,6 +16,7 @@ inline unsigned box_bytes(const TensorMap& map) { return map.box_rows * map.box_
 
 // What threads wrote to a stretch and engines see.
 inline void fence_async(const void* from, unsigned bytes) {
+    settle();
     uint32_t offset = shared_offset("fence_async", from, bytes);
     memcpy(engine().blocks[self().block->rank].seen + offset, from, bytes);
 }
@@ -103,7 +104,11 @@ inline bool land_some(Cluster& cluster, bool must) {
 }
 
 inline void leave(const Leaving& it) {
-    const unsigned char* seen = engine().blocks[self().block->rank].seen;
+    Block& block = *self().block;
+    const unsigned char* seen = engine().blocks[block.rank].seen;
+    if (memcmp(block.shared + it.offset, seen + it.offset, box_bytes(it.map)))
+        fail("tma_store: the box at byte %u was written to, without fence_async or before it had been read", it.offset);
+    if (it.left) return;
     for_box(it.map, it.column, 0, it.row, it.offset, [&](unsigned at, unsigned char* global, unsigned bytes) {
         if (global) memcpy(global, seen + at, bytes);
     });
@@ -115,10 +120,10 @@ inline void tma_store(const TensorMap& map, const void* from, int column, int ro
     check_box("tma_store", map, offset);
     if (!map.writable) fail("tma_store: the tensor map is of a matrix that is only read");
     grow(mine.stores, mine.store_count, mine.store_capacity);
-    Leaving& it = mine.stores[mine.store_count++] = {map, column, row, offset, mine.store_group};
+    Leaving& it = mine.stores[mine.store_count++] = {map, column, row, offset, mine.store_group, false};
     if (!engine().early) return;
     leave(it);
-    it.map.box_rows = 0;
+    it.left = true;
 }
 
 inline void tma_store_commit() { engine(self()).store_group++; }

@@ -202,19 +202,40 @@ struct Stmatrix {
     unsigned char* row;
 };
 
+inline void settle_matrices(Fiber& first_lane) {
+    ThreadEngine& lead = engine(first_lane);
+    for (unsigned i = 0; i < lead.stored_count; i++) {
+        const Stored& it = lead.stored[i];
+        for (unsigned lane = 0; lane < 32; lane++)
+            for (unsigned m = 0; m < 4; m++) {
+                unsigned char* const* rows = it.rows + m * 8;
+                const unsigned char* pair = (const unsigned char*)&it.registers[lane][m];
+                if (it.transposed) {
+                    memcpy(rows[lane % 4 * 2] + lane / 4 * 2, pair, 2);
+                    memcpy(rows[lane % 4 * 2 + 1] + lane / 4 * 2, pair + 2, 2);
+                } else {
+                    memcpy(rows[lane / 4] + lane % 4 * 4, pair, 4);
+                }
+            }
+    }
+    lead.stored_count = 0;
+}
+
 template <bool TRANSPOSED> void store_matrices(void** arguments) {
     need_all("stmatrix", arguments);
-    for (unsigned lane = 0; lane < 32; lane++)
-        for (unsigned m = 0; m < 4; m++) {
-            auto row = [&](unsigned i) { return ((Stmatrix*)arguments[m * 8 + i])->row; };
-            const unsigned char* pair = (const unsigned char*)&((Stmatrix*)arguments[lane])->r[m];
-            if (TRANSPOSED) {
-                memcpy(row(lane % 4 * 2) + lane / 4 * 2, pair, 2);
-                memcpy(row(lane % 4 * 2 + 1) + lane / 4 * 2, pair + 2, 2);
-            } else {
-                memcpy(row(lane / 4) + lane % 4 * 4, pair, 4);
-            }
-        }
+    Fiber& me = self();
+    Fiber& first_lane = fiber(*me.block, me.number / 32 * 32);
+    ThreadEngine& lead = engine(first_lane);
+    grow(lead.stored, lead.stored_count, lead.stored_capacity);
+    Stored& it = lead.stored[lead.stored_count++];
+    it.transposed = TRANSPOSED;
+    for (unsigned lane = 0; lane < 32; lane++) {
+        const Stmatrix& of = *(Stmatrix*)arguments[lane];
+        it.rows[lane] = of.row;
+        memcpy(it.registers[lane], of.r, sizeof it.registers[lane]);
+        memset(of.row, POISON, 16);
+    }
+    first_lane.settle = settle_matrices;
 }
 
 template <bool TRANSPOSED> void stmatrix(void* row, const uint32_t* r) {

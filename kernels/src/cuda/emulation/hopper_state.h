@@ -44,6 +44,8 @@ struct Leaving {
     TensorMap map;
     int column, row;
     unsigned offset, group;
+    // Whether it has been read.
+    bool left;
 };
 
 // Numbers under way from shared memory to global memory, stored or added.
@@ -71,7 +73,17 @@ struct Accumulators {
     float sums[128];
 };
 
+// What a warp stored by `stmatrix`: 16 bytes at each row, of which every lane has a part.
+struct Stored {
+    unsigned char* rows[32];
+    uint32_t registers[32][4];
+    bool transposed;
+};
+
 struct ThreadEngine {
+    // Of a warp's first lane.
+    Stored* stored;
+    unsigned stored_count, stored_capacity;
     Product* products;
     unsigned product_count, product_capacity, product_group;
     Accumulators accumulators[8];
@@ -161,7 +173,7 @@ inline ClusterEngine& engine(Cluster& cluster) {
     it.early = cluster.blocks[0].launch->seed && draw(cluster) % 2;
     for (unsigned i = 0; i < cluster.size * threads; i++)
         if (ThreadEngine* of = fiber(cluster, i).engine) {
-            of->product_count = of->product_group = of->accumulator_count = of->store_count = of->store_group = 0;
+            of->stored_count = of->product_count = of->product_group = of->accumulator_count = of->store_count = of->store_group = 0;
             of->bulk_count = 0;
             of->fenced = of->acquired = false;
         }

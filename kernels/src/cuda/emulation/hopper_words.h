@@ -46,7 +46,7 @@ inline bool go_on(Cluster& cluster, bool must) {
     if (land_some(cluster, must)) return true;
     if (cluster.engine->waiter_count == 0) return false;
     if (wake_waiters(cluster)) return true;
-    return must && !cluster.late && await_word(cluster);
+    return must && cluster.ready_count == 0 && !cluster.late && await_word(cluster);
 }
 
 inline void acquire_when(const int* word, int value) {

@@ -164,6 +164,7 @@ inline void run(Launch& launch) {
             cluster.blocks[rank].index = {unsigned(i % across * cluster.size + rank), unsigned(i / across % launch.grid[1]),
                                           unsigned(i / across / launch.grid[1])};
         cluster.random = mix(launch.seed + 0x9e3779b97f4a7c15u * (i + 1));
+        cluster.held_back = unsigned(launch.seed >> 32);
         cluster.order = launch.seed ? Order(draw(cluster) % 3) : Order::IN_TURN;
         run_cluster(cluster);
         for (unsigned rank = 0; rank < cluster.size; rank++) check_around_shared(w, cluster.blocks[rank]);

@@ -2,7 +2,8 @@
 
 use super::*;
 use crate::cuda::TILE;
-use crate::testing::together;
+
+mod order;
 
 static SOURCE: Source =
     Source { name: "hopper.cu", text: include_str!("hopper.cu"), headers: &[HOPPER, TILE] };
@@ -128,29 +129,37 @@ fn every_fault_in_how_matrices_are_described_is_caught() {
     let (from, to) =
         ("matrix_descriptor(matrix, panel, 1024)", "matrix_descriptor(matrix, 1024, panel)");
     let gpu = Gpu::emulated_hopper_with_fault(0, Fault { file: "hopper.cuh", from, to }).unwrap();
-    assert!(!operands_are_right(&gpu, 128));
+    assert!(wrong_operands(&gpu, 128).is_some());
 }
 
-/// `[columns, rows]`, each row filled up to a multiple of `to` columns with numbers that must not count.
-fn transposed(x: &[bf16], columns: usize, to: usize) -> Vec<bf16> {
+/// `[columns, rows]`.
+fn transposed(x: &[bf16], columns: usize) -> Vec<bf16> {
     let rows = x.len() / columns;
-    let wide = rows.next_multiple_of(to);
-    let at = |i: usize, j: usize| if j < rows { x[j * columns + i] } else { bf16::from_f32(9.0) };
-    (0..columns * wide).map(|e| at(e / wide, e % wide)).collect()
+    (0..x.len()).map(|e| x[e % rows * columns + e / rows]).collect()
 }
 
-fn operands_are_right(gpu: &Gpu, n: usize) -> bool {
-    let (a, bt) = (random_bf16(64 * 16, 1), random_bf16(n * 16, 2));
-    let expected = product(&widen(&a), &widen(&bt), 16);
-    let padded = |x: &[bf16]| transposed(&transposed(x, 16, 1), x.len() / 16, 64);
-    let operands = [padded(&a), transposed(&a, 16, 64), padded(&bt), transposed(&bt, 16, 64)];
+/// The operands of a product's six forms in tests/hopper.cu.
+const FORMS: [&str; 6] = [
+    "a along, b along",
+    "a along, b across",
+    "a across, b along",
+    "a across, b across",
+    "a in registers, b along",
+    "a in registers, b across",
+];
+
+/// What is wrong with products of n columns, if anything.
+fn wrong_operands(gpu: &Gpu, n: usize) -> Option<String> {
+    let (a, bt) = (random_bf16(64 * 64, 1), random_bf16(n * 64, 2));
+    let expected = product(&widen(&a), &widen(&bt), 64);
+    let operands = [a.clone(), transposed(&a, 64), bt.clone(), transposed(&bt, 64)];
     let [a, at, bt, b] = operands.map(|x| gpu.uploaded(&x).unwrap());
     let mut d = gpu.alloc::<f32>(6 * 64 * n).unwrap();
     let maps = args![
         gpu.tensor_map(&a, [64, 64], 64).unwrap(),
-        gpu.tensor_map(&at, [16, 64], 16).unwrap(),
+        gpu.tensor_map(&at, [64, 64], 64).unwrap(),
         gpu.tensor_map(&bt, [n, 64], n as u32).unwrap(),
-        gpu.tensor_map(&b, [16, n], 16).unwrap(),
+        gpu.tensor_map(&b, [64, n], 64).unwrap(),
         &mut d,
     ];
     let name = match n {
@@ -158,24 +167,25 @@ fn operands_are_right(gpu: &Gpu, n: usize) -> bool {
         128 => "multiply_128",
         _ => "multiply_256",
     };
-    let shared = 128 * (64 + 16 + n + n / 64 * 16) + 8;
-    match gpu.launch(&kernel(name, 128), [1, 1, 1], shared as u32, maps) {
-        Ok(()) => gpu
-            .downloaded(&d)
-            .unwrap()
-            .chunks(64 * n)
-            .all(|form| form.iter().zip(&expected).all(|(f, e)| (f - e - 1.0).abs() < 1e-4)),
-        Err(error) => {
-            assert!(error.to_string().starts_with("kernel "), "{error}");
-            false
-        }
+    let shared = 128 * (64 + 64 + n + n) + 8;
+    if let Err(error) = gpu.launch(&kernel(name, 128), [1, 1, 1], shared as u32, maps) {
+        assert!(error.to_string().starts_with("kernel "), "{error}");
+        return Some(error.to_string());
     }
+    let found = gpu.downloaded(&d).unwrap();
+    FORMS.iter().zip(found.chunks(64 * n)).find_map(|(form, found)| {
+        let off = |i: usize| (found[i] - expected[i] - 1.0).abs();
+        let wrong = (0..64 * n).find(|&i| off(i).is_nan() || off(i) > 1e-3)?;
+        let (row, column) = (wrong / n, wrong % n);
+        let (found, expected) = (found[wrong], expected[wrong] + 1.0);
+        Some(format!("{n} columns, {form}: row {row}, column {column} is {found}, not {expected}"))
+    })
 }
 
 #[test]
 fn operands_of_every_form_are_read_as_they_are_described() {
     for (n, seed) in [(64, 0), (128, 1), (256, 2), (64, 3)] {
-        assert!(operands_are_right(&emulated(seed), n), "{n} columns, seed {seed}");
+        assert_eq!(wrong_operands(&emulated(seed), n), None, "seed {seed}");
     }
 }
 
@@ -267,62 +277,6 @@ fn named_barriers_give_turns() {
     }
 }
 
-/// Two halves of a matrix's columns, the second from the middle of its rows on.
-fn halves_are_right(gpu: &Gpu) -> bool {
-    let (a, bt) = (random_bf16(64 * 16, 1), random_bf16(64 * 16, 2));
-    let expected = product(&widen(&a), &widen(&bt), 16);
-    let [at, b] = [&a, &bt].map(|x| gpu.uploaded(&transposed(x, 16, 64)).unwrap());
-    let mut d = gpu.alloc::<f32>(2 * 64 * 32).unwrap();
-    let [at, b] = [&at, &b].map(|x| gpu.tensor_map(x, [16, 64], 16).unwrap());
-    gpu.launch(&kernel("halves", 128), [1, 1, 1], 128 * 32 + 8, args![at, b, &mut d]).unwrap();
-    let d = gpu.downloaded(&d).unwrap();
-    (0..64 * 64).all(|at| {
-        let (row, column) = (at / 64, at % 64);
-        (d[(column / 32 * 64 + row) * 32 + column % 32] - expected[at]).abs() < 1e-4
-    })
-}
-
-#[test]
-fn operands_begin_within_a_row() {
-    assert!(always(|seed| halves_are_right(&emulated(seed))));
-}
-
-fn order_is_right(gpu: &Gpu) -> bool {
-    const COUNT: usize = 36;
-    const BLOCKS: usize = 12;
-    let parts: Vec<f32> = random(COUNT * BLOCKS, 1).iter().map(|x| x * x * x).collect();
-    let mut expected = parts[..COUNT].to_vec();
-    for part in parts[COUNT..].chunks(COUNT) {
-        expected.iter_mut().zip(part).for_each(|(sum, x)| *sum += x);
-    }
-    let parts = gpu.uploaded(&parts).unwrap();
-    let mut sums = gpu.alloc::<f32>(COUNT).unwrap();
-    let mut words = gpu.uploaded(&[0i32, 0]).unwrap();
-    let args = args![&parts, &mut sums, &mut words, COUNT as i32];
-    let kernel = kernel("in_order", 32);
-    let launched = together(|| gpu.launch(&kernel, [BLOCKS as u32, 1, 1], 4 * COUNT as u32, args));
-    launched.is_ok() && gpu.downloaded(&sums).unwrap() == expected
-}
-
-#[test]
-fn blocks_add_in_order() {
-    assert!(always(|seed| order_is_right(&emulated(seed))));
-    for (from, to) in [
-        ("            acquire_when(words + 1, number);\n", ""),
-        ("            fence_async_global();\n", ""),
-        ("bulk_add(sums, staged", "bulk_store(sums, staged"),
-        ("        tma_store_commit();\n        tma_store_wait<0>();\n        for", "        for"),
-        ("        tma_store_wait<0>();\n        for (int i = 0; i", "        for (int i = 0; i"),
-        ("        bulk_wait<0>();\n", ""),
-        ("    fence_async(staged, 4 * count);\n    __syncwarp();\n    if", "    if"),
-        ("store_release(words + 1, number + 1);", "store_release(words + 1, number + 2);"),
-        ("        store_release(words + 1, number + 1);\n", ""),
-        ("lane == 0 ? atomicAdd(words, 1) : 0", "int(blockIdx.x)"),
-    ] {
-        assert!(!always(|seed| order_is_right(&faulty(seed, from, to))), "{from:?} → {to:?}");
-    }
-}
-
 /// What the emulation assumes of Hopper, an assumption a test: the right uses above, also on a GPU.
 mod hardware {
     use super::*;
@@ -341,18 +295,84 @@ mod hardware {
     #[test]
     fn wgmma_reads_matrices_as_its_descriptors_say() {
         for (seed, n) in [64, 128, 256].into_iter().enumerate() {
-            assert!(operands_are_right(&gpu(seed as u64), n), "{n} columns");
+            assert_eq!(wrong_operands(&gpu(seed as u64), n), None);
+        }
+    }
+
+    /// Boxes that are larger than their matrix, and that lie wholly outside of it: a rank is less than 64 columns, the second block of
+    /// a cluster may have no row.
+    #[test]
+    fn a_box_outside_its_matrix_is_zeros_and_counts_all_its_bytes() {
+        let sides @ [rows, columns] = [5, 16];
+        let x = random_bf16(rows * columns, 1);
+        for (at, seed) in [[0, 0], [0, 2], [8, 0], [64, 0], [0, 128], [128, 256]].iter().zip(0..) {
+            let (&[column, row], gpu) = (at, gpu(seed));
+            let from = gpu.uploaded(&x).unwrap();
+            let before = vec![bf16::from_f32(7.0); rows * columns];
+            let mut y = gpu.uploaded(&before).unwrap();
+            let (mut out, mut came) =
+                (gpu.alloc::<bf16>(32 * 64).unwrap(), gpu.alloc::<u32>(1).unwrap());
+            let maps = [gpu.tensor_map(&from, sides, 32), gpu.tensor_map_mut(&mut y, sides, 32)];
+            let [x_map, y_map] = maps.map(|map| map.expect("a box larger than its matrix"));
+            let args = args![x_map, y_map, &mut out, &mut came, column as i32, row as i32];
+            gpu.launch(&kernel("box", 32), [1, 1, 1], 32 * 128 + 8, args).unwrap();
+            assert_eq!(gpu.downloaded(&came).unwrap(), [1], "bytes of the box at {at:?}");
+            let of = |r: usize, c: usize| match r < rows && c < columns {
+                true => x[r * columns + c],
+                false => bf16::ZERO,
+            };
+            let found = gpu.downloaded(&out).unwrap();
+            for (i, found) in found.into_iter().enumerate() {
+                let (r, c) = (row + i / 64, column + i % 64);
+                assert_eq!(found, of(r, c), "the box at {at:?}, row {r}, column {c}");
+            }
+            // What is stored of it is what lies inside, and nothing else.
+            for (i, found) in gpu.downloaded(&y).unwrap().into_iter().enumerate() {
+                let (r, c) = (i / columns, i % columns);
+                let inside = (row..row + 32).contains(&r) && (column..column + 64).contains(&c);
+                let expected = if inside { x[i] } else { before[i] };
+                assert_eq!(found, expected, "stored at {at:?}, row {r}, column {c}");
+            }
         }
     }
 
     #[test]
-    fn wgmma_reads_columns_from_the_middle_of_rows() {
-        assert!(always(|seed| halves_are_right(&gpu(seed))));
+    fn a_cluster_shares_boxes_and_barriers() {
+        for seed in 0..SEEDS {
+            let gpu = gpu(seed);
+            let x = random_bf16(32 * 64, 2);
+            let from = gpu.uploaded(&x).unwrap();
+            let (mut out, mut seen) =
+                (gpu.alloc::<bf16>(2 * 32 * 64).unwrap(), gpu.alloc::<u32>(6).unwrap());
+            let map = gpu.tensor_map(&from, [32, 64], 32).unwrap();
+            let args = args![map, &mut out, &mut seen];
+            gpu.launch(&kernel("neighbours", 32), [2, 1, 1], 32 * 128 + 16, args).unwrap();
+            let seen = gpu.downloaded(&seen).unwrap();
+            let expected = [0, 1, 1, 1, 1, 1];
+            assert_eq!(seen, expected, "of each block: rank, whether its box and arrival came");
+            let found = gpu.downloaded(&out).unwrap();
+            assert!(found[..32 * 64] == x && found[32 * 64..] == x, "the box in both blocks");
+        }
     }
 
     #[test]
-    fn bulk_copies_add_in_the_order_that_words_give() {
-        assert!(always(|seed| order_is_right(&gpu(seed))));
+    fn stmatrix_is_the_way_back_of_ldmatrix() {
+        let gpu = gpu(1);
+        // Lane l has row l / 4, columns 2 (l % 4) and the next, of each matrix.
+        let at = |m: usize, row: usize, column: usize| (m * 64 + row * 8 + column) as u32;
+        let pair = |m, l: usize| at(m, l / 4, l % 4 * 2) | at(m, l / 4, l % 4 * 2 + 1) << 16;
+        let registers: Vec<u32> = (0..128).map(|i| pair(i / 32, i % 32)).collect();
+        let given = gpu.uploaded(&registers).unwrap();
+        let [mut plain, mut turned] = [0; 2].map(|_| gpu.alloc::<u32>(128).unwrap());
+        let args = args![&given, &mut plain, &mut turned];
+        gpu.launch(&kernel("stored", 32), [1, 1, 1], 512, args).unwrap();
+        let words = |of: &dyn Fn(usize, usize, usize) -> u32| -> Vec<u32> {
+            let word = |i: usize| (i / 32, i % 32 / 4, i % 4 * 2);
+            (0..128).map(word).map(|(m, r, c)| of(m, r, c) | of(m, r, c + 1) << 16).collect()
+        };
+        assert_eq!(gpu.downloaded(&plain).unwrap(), words(&at), "stmatrix");
+        let across = |m, row, column| at(m, column, row);
+        assert_eq!(gpu.downloaded(&turned).unwrap(), words(&across), "stmatrix, transposed");
     }
 
     #[test]
@@ -433,7 +453,7 @@ fn launches_and_tensor_maps_that_do_not_fit_are_refused() {
 fn every_wrapper_compiles_for_hopper() {
     let usage = super::super::registers::usage;
     let found = usage(Nvrtc::find().unwrap(), &kernel("pipeline", 384), "sm_90a").unwrap();
-    assert_eq!(found.len(), 10);
+    assert_eq!(found.len(), 13);
     assert!(found.values().all(|usage| usage.stack == 0 && usage.spilled == 0), "{found:?}");
     assert_eq!(found["pipeline"].registers, 168, "a third of a block's, which setmaxnreg changes");
 }

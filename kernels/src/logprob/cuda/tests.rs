@@ -396,10 +396,15 @@ fn faults_in_hoppers_strips_are_caught() {
         ("scale[half] = scales[at];", "scale[half] = scales[0];"),
         ("-expm1f(logp[at])", "logp[at]"),
         (", tokens - 1);", ", tokens);"),
+        ("if (at < hidden) target", "target"),
     ];
     let check = |gpu: &Gpu| {
         OnDevice::new(gpu, 130, 331, 24, 16, 256).check(gpu);
-        OnDevice::new(gpu, 20, 80, 264, 0, 32).check(gpu);
+        // A target in the last row of W, behind which nothing is.
+        let mut case = OnDevice::new(gpu, 20, 80, 264, 0, 32);
+        case.case.targets[3] = 79;
+        case.targets = gpu.uploaded(&case.case.targets).unwrap();
+        case.check(gpu);
     };
     let faults = faults.map(|(from, to)| ("hopper_logprob.cu", from, to));
     assert_faults_are_caught_on_hopper(check, &faults);

@@ -5,7 +5,10 @@ use super::super::{Way, adapter, nn_by, nt_by};
 use super::*;
 use crate::cuda::Fault;
 use crate::rope::Rope;
-use crate::testing::{assert_accurate_bf16, hopper_gpu as gpu, random_bf16, round};
+use crate::testing::{
+    HeldBack, assert_accurate_bf16, assert_faults_are_caught_holding_back, hopper_gpu as gpu,
+    random_bf16, round,
+};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 const SEEDS: u64 = 4;
@@ -417,4 +420,9 @@ fn faults_in_activations_gradients_are_caught() {
         ("du[1][2 * half], du[0][2 * half + 1]", "du[0][2 * half + 1], du[1][2 * half]"),
     ];
     assert_caught(backwards_are_right, "hopper_swiglu.cu", &faults);
+    // Down's input, over one that the first thread has not seen leave.
+    let fault =
+        [("hopper_swiglu.cu", "if (with_act) part.sync(); // nor on what is activated", "")];
+    let check = |gpu: &Gpu| assert!(backwards_are_right(gpu));
+    assert_faults_are_caught_holding_back(HeldBack::Warp(4), check, &fault);
 }
