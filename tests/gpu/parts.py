@@ -28,6 +28,8 @@ SANITIZED = ["cuda::hardware::", "hopper::hardware::", "order::hardware::", "mat
              "rmsnorm::cuda::tests::backward", "rope::cuda::", "swiglu::cuda::", "embedding::cuda::", "elementwise::cuda::", "adamw::cuda::"]
 # Seconds that a group of tests, a test by itself and a case of gpu-kernels may take: a kernel may never end.
 GROUP, ALONE, CASE = 40.0, 12.0, 25.0
+# Seconds until a process that has been ended must be gone.
+STUCK = 20.0
 # Peers that need no compilation, and the head's, which counts.
 AT_ONCE = ["mm", "mm_added", "copy", "sdpa", "gradient_of_b", "decode", "log_probs"]
 RESULT = re.compile(r"^test (\S+)(?: - should panic)? \.\.\. (ok|FAILED|ignored)", re.M)
@@ -73,7 +75,11 @@ class Context:
             status = process.returncode
         except subprocess.TimeoutExpired:
             end(process)
-            (out, err), status = process.communicate(), -9
+            status = -9
+            try:
+                out, err = process.communicate(timeout=STUCK)
+            except subprocess.TimeoutExpired:
+                out, err = "", "the driver does not let go of its process"
         if status != 0:
             self.options.log(f"exit status {status}\n{err[-4000:]}")
         return out, err, status
@@ -153,11 +159,13 @@ def run_tests(context, names, full=False, most=GROUP):
             yield from ({"test": name, "state": "not finished", "why": "its time was over"} for name in wanted)
             continue
         start = time.monotonic()
-        found = tested(context, wanted, full, most)
-        # A kernel that fails or never ends takes others of its process with it.
-        wrong = [name for name in wanted if found[name]["state"] in ("failed", "not finished")]
-        for name in wrong if len(wanted) > 1 else []:
-            if context.left() > 0:
+        # Others are to have some of the time whatever these do.
+        found = tested(context, wanted, full, min(most, max(context.left() / 3, ALONE)))
+        # A kernel that fails or never ends takes others of its process with it. Numbers that are wrong are wrong alone, too.
+        again = [name for name in wanted if found[name]["state"] == "not finished" or "CUDA" in found[name].get("why", "")]
+        until = time.monotonic() + GROUP / 2
+        for name in again if len(wanted) > 1 else []:
+            if context.left() > 0 and time.monotonic() < until:
                 found[name] = tested(context, [name], full, ALONE)[name]
         yield from found.values()
         yield {"group": group, "tests": len(wanted), "seconds": round(time.monotonic() - start, 2)}

@@ -97,7 +97,7 @@ inline void bulk_start(const char* name, float* to, const void* from, unsigned b
     grow(mine.bulks, mine.bulk_count, mine.bulk_capacity);
     Bulk& it = mine.bulks[mine.bulk_count++] = {to, offset, bytes / 4, mine.store_group, adds, false, nullptr};
     // Others may be faster.
-    if (cluster.order != Order::IN_TURN && draw(cluster) % 4 == 0) usleep(draw(cluster) % 300);
+    if (cluster.order != Order::IN_TURN && draw(cluster) % 4 == 0) usleep(draw(cluster) % 5000);
     if (engine().early) deliver(it);
 }
 

@@ -305,6 +305,36 @@ HOPPER_KERNEL(32, 2) neighbours(TENSOR_MAP x, bf16* out, uint32_t* seen) {
     cluster_sync();
 }
 
+// Of two warpgroups each thread gets more registers when those of the third have given some back: out [384] = the thread's number.
+HOPPER_KERNEL(384, 1) handed_over(uint32_t* out) {
+    if (warpgroup_index() == 0) fewer_registers<24>();
+    else more_registers<240>();
+    out[threadIdx.x] = threadIdx.x;
+}
+
+// With `bytes` of shared memory and thirteen maps, of a cluster of two: out [2, 32, 64] = a box of the last map, at the end of shared
+// memory; seen [2, 2] = where shared memory begins, modulo 1024, and whether the box came.
+HOPPER_KERNEL(32, 2) large(TENSOR_MAP a, TENSOR_MAP b, TENSOR_MAP c, TENSOR_MAP d, TENSOR_MAP e, TENSOR_MAP f, TENSOR_MAP g,
+                           TENSOR_MAP h, TENSOR_MAP i, TENSOR_MAP j, TENSOR_MAP k, TENSOR_MAP l, TENSOR_MAP m, bf16* out,
+                           uint32_t* seen, int bytes) {
+    unsigned char* shared = dynamic_shared();
+    unsigned char* box = shared + (bytes - matrix_bytes(32)) / 1024 * 1024;
+    Barrier* barrier = (Barrier*)shared;
+    const int lane = lane_index();
+    if (lane == 0) {
+        barrier_init(barrier, 1);
+        fence_barrier_init();
+        barrier_arrive_expecting(barrier, matrix_bytes(32));
+        tma_load(box, cluster_rank() == 2 ? a : m, barrier, 0, 0);
+    }
+    __syncwarp();
+    bool there = comes(barrier, 0);
+    if (lane == 0) seen[2 * blockIdx.x] = shared_address(shared) % 1024, seen[2 * blockIdx.x + 1] = there;
+    if (!there) return;
+    for (int at = lane; at < 32 * 8; at += 32)
+        store16(out + 32 * 64 * blockIdx.x + 8 * at, load16(box + swizzled<8>(at / 8, at % 8)));
+}
+
 // The matrices [4, 8, 8] that lanes' registers [4, 32] are stored as, and each transposed.
 HOPPER_KERNEL(32, 1) stored(const uint32_t* registers, uint4* plain, uint4* transposed) {
     unsigned char* shared = dynamic_shared();

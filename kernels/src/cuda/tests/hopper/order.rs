@@ -55,7 +55,9 @@ fn blocks_add_in_order() {
         ("        store_release(words + 1, number + 1);\n", ""),
         ("lane == 0 ? atomicAdd(words, 1) : 0", "int(blockIdx.x)"),
     ] {
-        assert!(!always(|seed| order_is_right(&faulty(seed, from, to))), "{from:?} → {to:?}");
+        // Which block overtakes which is not the seed's alone.
+        let caught = (0..8 * SEEDS).any(|seed| !order_is_right(&faulty(seed, from, to)));
+        assert!(caught, "{from:?} → {to:?}");
     }
 }
 
