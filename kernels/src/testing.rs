@@ -5,6 +5,7 @@ use crate::cuda::{DeviceBuffer, Fault, Gpu, Result};
 use half::bf16;
 use rand::{Rng, RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+use rayon::{ThreadPool, ThreadPoolBuilder};
 use std::ops::{Add, AddAssign, Div, Mul, Neg, Sub};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::LazyLock;
@@ -170,6 +171,13 @@ pub(crate) fn fails(check: impl FnOnce()) -> bool {
 
 /// Seeds for orders in which a kernel's threads run: in turn, and three that are drawn.
 pub(crate) const SEEDS: [u64; 4] = [0, 1, 2, 3];
+
+/// With several blocks emulated at once, also on a machine with one core, so that they wait for each other.
+pub(crate) fn together<R: Send>(run: impl FnOnce() -> R + Send) -> R {
+    static POOL: LazyLock<ThreadPool> =
+        LazyLock::new(|| ThreadPoolBuilder::new().num_threads(4).build().expect("four threads"));
+    POOL.install(run)
+}
 
 /// Threads of every block that run only when no other can.
 #[derive(Clone, Copy)]

@@ -20,7 +20,7 @@ HERE = Path(__file__).resolve().parent
 # Of compute-sanitizer; racecheck first, because nothing else here sees a race on the hardware.
 TOOLS = ["racecheck", "memcheck", "synccheck", "initcheck"]
 # Tests that are small enough to be executed a hundred times slower, a few of every kernel.
-SANITIZED = ["cuda::hardware::", "hopper::hardware::", "matmul::cuda::tests::nt_agrees", "matmul::cuda::tests::nn_agrees",
+SANITIZED = ["cuda::hardware::", "hopper::hardware::", "order::hardware::", "matmul::cuda::tests::nt_agrees", "matmul::cuda::tests::nn_agrees",
              "matmul::cuda::tests::few_", "matmul::cuda::hopper::tests::the_portable_products_agree",
              "matmul::cuda::fused::tests::a_rotated", "matmul::cuda::fused::tests::an_activat", "adapter::tests::gradients_agree",
              "attention::cuda::tests::agrees_with_f64_over_many_tiles", "attention::cuda::tests::every_order",
@@ -130,7 +130,7 @@ def all_tests(context):
 
 def assumption(name):
     """Whether a test is of what the emulation assumes of the hardware."""
-    return name.startswith(("cuda::hardware::", "cuda::tests::hopper::hardware::"))
+    return name.startswith(("cuda::hardware::", "cuda::tests::hopper::hardware::", "cuda::tests::hopper::order::hardware::"))
 
 
 def why_not(name, context):

@@ -17,9 +17,10 @@ CEILING, COPY, PROCESSORS = 798e12, 3.0e12, 132
 # warpgroup, to wait for one that is added to or read, to multiply one by an adapter's rank, and until the first tile's loads are there.
 LOOP, WRITE, READ, PROJECT, START = 840e12, 0.35e-6, 0.25e-6, 0.15e-6, 6e-6
 # Likewise of attention: two warpgroups that take turns, and as much work beside the products as forward has (FlashAttention-3 reaches
-# 650 where no task is short), or products of 64 columns of which both operands come from shared memory; seconds of a task in a
-# block with several, and of a block with one.
-FORWARD, BACKWARD, TASK, BLOCK = 620e12, 600e12, 1.5e-6, 2.5e-6
+# 650 where no task is short), or products of 64 columns of which both operands come from shared memory, or those whose sums of dq are
+# added to memory, too (FlashAttention-3 reaches 560 adding in any order); seconds of a task in a block with several, and of a block
+# with one; from a sum that is added to the next block's turn.
+FORWARD, BACKWARD, ADDING, TASK, BLOCK, TURN = 620e12, 600e12, 560e12, 1.5e-6, 2.5e-6, 1.5e-6
 # Likewise of a gradient's task: bytes a second that one multiprocessor fetches, and seconds until its sums are added.
 FETCH, ADD = 90e9, 2e-6
 # Shares of a copy's speed, for kernels that stream and for an adapter's gradients.
@@ -68,17 +69,42 @@ class Product:
         self.least = operations(columns * 256 // tile.get("width", 256), depth, tokens)
 
 
-def attention(products, own, met, speed, keys_own=False, tokens=TOKENS, hidden=HIDDEN, keys=KEYS):
-    """So many products for each pair of a tile of `own` rows and one of `met`; of queries a row is a head of one token."""
+def of_queries(products, speed, tokens=TOKENS, hidden=HIDDEN, keys=KEYS):
+    """Tasks are tiles of 128 queries, of which a row is a head of one token, and meet tiles of 128 keys."""
     sharing = hidden // keys
-    tasks, steps = 0, 0
-    mine, others = (own, met // sharing) if keys_own else (own // sharing, met)
-    for first in range(0, TEXT, mine):
-        seen = TEXT - first if keys_own else first + mine
-        tasks, steps = tasks + 1, steps + ceil(seen / others)
+    firsts = range(0, TEXT, 128 // sharing)
+    steps = sum(ceil((first + 128 // sharing) / 128) for first in firsts)
     alike = tokens // TEXT * keys // HEAD_DIM
-    step = products * 2 * own * met * HEAD_DIM * PROCESSORS / speed
-    return START + alike * (steps * step + tasks * (BLOCK if keys_own else TASK)) / PROCESSORS
+    step = products * 2 * 128 * 128 * HEAD_DIM * PROCESSORS / speed
+    return START + alike * (steps * step + len(firsts) * TASK) / PROCESSORS
+
+
+def of_keys(products, speed, adding=False, tokens=TOKENS, hidden=HIDDEN, keys=KEYS):
+    """Blocks are tiles of 128 keys and meet tiles of 64 queries, whose sums of dq each may add to. Those that work at the same queries
+    then follow each other a step and a turn apart; memory sees q, dout and the sums once for all of them."""
+    sharing = hidden // keys
+    firsts = range(0, TEXT, 128)
+    steps = sum(ceil((TEXT - first) / (64 // sharing)) for first in firsts)
+    alike = tokens // TEXT * keys // HEAD_DIM
+    step, stagger = products * 2 * 128 * 64 * HEAD_DIM * PROCESSORS / speed, 0
+    if adding:
+        together = max(PROCESSORS / alike, 1)
+        step = max(step, (2 * 2 + 2 * 4) * 64 * HEAD_DIM / together * PROCESSORS / COPY)
+        stagger = together * (step + TURN)
+    return START + stagger + alike * (steps * step + len(firsts) * BLOCK) / PROCESSORS
+
+
+def attention_forward(*shape):
+    return of_queries(2, FORWARD, *shape)
+
+
+def attention_backward(*shape):
+    return of_keys(5, ADDING, True, *shape)
+
+
+def attention_finish(tokens=TOKENS, hidden=HIDDEN):
+    """Sums of four bytes become numbers of two."""
+    return 6 * tokens * hidden / COPY / STREAM
 
 
 def visible(products):
@@ -108,15 +134,17 @@ HOPPER = [
 ]
 # Name, calls a layer, seconds of a call, and seconds at the ceiling.
 ATTENTION = [
-    ("`hopper_attention_forward`", 1, attention(2, 128, 128, FORWARD), visible(2)),
-    ("`hopper_attention_backward_keys`", 1, attention(4, 128, 64, BACKWARD, keys_own=True), visible(4)),
-    ("`hopper_attention_backward_queries`", 1, attention(3, 128, 128, BACKWARD), visible(3)),
+    ("`hopper_attention_forward`", 1, attention_forward(), visible(2)),
+    ("`hopper_attention_backward`", 1, attention_backward(), visible(5)),
+    ("`hopper_attention_backward_finish`", 1, attention_finish(), attention_finish() * STREAM),
+    # What these are compared with.
+    ("`hopper_attention_backward_keys`", 0, of_keys(4, BACKWARD), visible(4)),
+    ("`hopper_attention_backward_queries`", 0, of_queries(3, BACKWARD), visible(3)),
 ]
-# Of a layer: delta of attention, norms, the rotation's way back.
+# Of a layer: delta of attention, norms.
 PORTABLE = [
     ("attention's delta", moved(2 * HIDDEN)),
     ("norms, forward and back", 2 * moved(2 * HIDDEN) + 2 * moved(4 * HIDDEN)),
-    ("rotation, back", moved(2 * (HIDDEN + KEYS))),
 ]
 # Of a layer, what adapters read: the inputs of q, k and v together, of o, and of gate and up together; u of down comes in parts of 128
 # columns, four bytes each, from the product that makes its input, and du of gate and up in parts of 256 from the one that makes their
@@ -142,7 +170,7 @@ def main():
         of_step += total
     head = HOPPER[-2].seconds + HOPPER[-1].seconds
     print(f"head, forward and back: {4 * AT_A_TIME * VOCABULARY * HIDDEN / head / 1e12:.0f} TFLOP/s")
-    ahead, back = ATTENTION[0][2], sum(seconds for _, _, seconds, _ in ATTENTION[1:]) + PORTABLE[0][1]
+    ahead, back = ATTENTION[0][2], sum(calls * seconds for _, calls, seconds, _ in ATTENTION[1:]) + PORTABLE[0][1]
     print(f"attention forward: {visible(2) * CEILING / ahead / 1e12:.0f} TFLOP/s")
     print(f"attention backward, as of five products: {visible(5) * CEILING / back / 1e12:.0f} TFLOP/s")
     for name, seconds in PORTABLE + ADAPTERS:

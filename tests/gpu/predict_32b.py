@@ -2,7 +2,8 @@
 projection, texts of 4096 tokens, as predict.py has it for Mistral-7B. Weights and optimizer leave about 13 GiB, so that most layers
 are computed again on the way back, and what they are computed from waits in the machine's memory where that is too much, too.
 docs/kernels.md has the table that this prints; the choices are those of `uft check`, and a test holds them to it."""
-from predict import AT_A_TIME, BACKWARD, COPY, FORWARD, GRADIENT, RANK, STREAM, TEXT, attention, product
+from predict import (AT_A_TIME, COPY, GRADIENT, RANK, STREAM, TEXT, attention_backward, attention_finish, attention_forward,
+                     product)
 
 HIDDEN, KEYS, FEED, LAYERS, VOCABULARY, LENGTH = 5120, 1024, 27648, 64, 152064, TEXT
 # As model.py has shapes.
@@ -25,21 +26,18 @@ def step(tokens, gates, whole, offloaded):
     def moved(width, share=STREAM):
         return 2 * tokens * width / COPY / share
 
-    def attend(*how, **which):
-        return attention(*how, **which, tokens=tokens, hidden=HIDDEN, keys=KEYS)
-
     # All of a layer but its last product, which nothing needs again.
     again = (linear(HIDDEN, HIDDEN) + 2 * linear(KEYS, HIDDEN) + linear(HIDDEN, HIDDEN, read=4)
              + linear(FEED, HIDDEN, width=128, written=6, adapters=2, projected=2)
-             + attend(2, 128, 128, FORWARD)
+             + attention_forward(tokens, HIDDEN, KEYS)
              + 2 * moved(2 * HIDDEN) + moved(3 * HIDDEN, GRADIENT) + moved(FEED / 128 * RANK * 2))
     forward = again + linear(HIDDEN, FEED, read=4)
     back = (linear(FEED, HIDDEN, written=12, read=8, projected=8, gradients=(HIDDEN,))
             + linear(HIDDEN, 2 * FEED, adapters=2, gradients=(FEED, FEED, HIDDEN, FEED))
             + linear(HIDDEN, HIDDEN, gradients=(HIDDEN, HIDDEN))
             + linear(HIDDEN, HIDDEN + 2 * KEYS, adapters=3, gradients=(HIDDEN, KEYS, KEYS, HIDDEN))
-            + attend(4, 128, 64, BACKWARD, keys_own=True) + attend(3, 128, 128, BACKWARD)
-            + 2 * moved(4 * HIDDEN) + moved(2 * (HIDDEN + KEYS))
+            + attention_backward(tokens, HIDDEN, KEYS) + attention_finish(tokens, HIDDEN)
+            + 2 * moved(4 * HIDDEN)
             + moved(3 * HIDDEN + 2 * KEYS, GRADIENT) + 2 * moved(FEED / 256 * RANK * 2) + moved(2 * 5 * RANK))
     gate_and_up = 2 * linear(FEED, HIDDEN) + moved(2 * HIDDEN)
     head = tokens / AT_A_TIME * (product(VOCABULARY, HIDDEN, read=4, adapters=0, tokens=AT_A_TIME)

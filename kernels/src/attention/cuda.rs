@@ -13,6 +13,7 @@ pub use schedule::{Schedule, most_numbers};
 use super::Heads;
 use crate::args;
 use crate::cuda::{DeviceSlice, Gpu, Kernel, Result, Source};
+use crate::rope::cuda as rope;
 use half::bf16;
 use tiling::{DECODE_ROWS, PART_KEYS, THREADS, Tiling};
 
@@ -90,8 +91,16 @@ pub fn forward(
     gpu.launch(&tiling.kernel("attention_forward"), grid, tiling.forward_bytes(), args)
 }
 
+/// How q and k were turned before the attention: by these angles at each row's position in its text, which `positions`: `[T]` also say.
+#[derive(Clone, Copy)]
+pub struct Turned<'a> {
+    pub table: &'a rope::Table,
+    pub positions: &'a DeviceSlice<u32>,
+}
+
 /// The gradients of [`forward`], from its `out` and `lse`; shapes as there, `dout` and `dq` like `q`, `dk`
-/// and `dv` like `k`. `delta`: `[T, heads]`, room for rowsum(dout ∘ out). Overwrites `delta`, `dq`, `dk` and `dv`.
+/// and `dv` like `k`, the two former before q and k were `turned`. `delta`: `[T, heads]`, room for rowsum(dout ∘ out); `room`:
+/// [`Schedule::backward_room`]'s numbers, or none, for two kernels where Hopper has one. Overwrites `delta`, `room`, `dq`, `dk` and `dv`.
 ///
 /// # Errors
 /// The device's.
@@ -105,7 +114,9 @@ pub fn backward(
     lse: &DeviceSlice<f32>,
     schedule: &Schedule,
     tables: &DeviceSlice<i32>,
+    turned: Option<Turned>,
     delta: &mut DeviceSlice<f32>,
+    room: &mut DeviceSlice<f32>,
     dq: &mut DeviceSlice<bf16>,
     dk: &mut DeviceSlice<bf16>,
     dv: &mut DeviceSlice<bf16>,
@@ -115,6 +126,8 @@ pub fn backward(
     assert_keys(schedule, &[("k", k), ("v", v), ("dk", dk), ("dv", dv)]);
     assert_per_head(schedule, &[("lse", lse), ("delta", delta)]);
     assert_tables(schedule, tables);
+    let needed = schedule.backward_room();
+    assert!([0, needed].contains(&room.len()), "attention: room must be [{needed}]");
     if schedule.rows == 0 {
         return Ok(());
     }
@@ -125,9 +138,40 @@ pub fn backward(
     gpu.launch(&tiling.kernel("attention_backward_delta"), grid, 0, args)?;
 
     let delta: &DeviceSlice<f32> = delta;
-    if let Some(hopper) = schedule.hopper {
-        return hopper.backward(gpu, dout, q, k, v, lse, schedule, tables, delta, dq, dk, dv);
+    match schedule.hopper {
+        Some(hopper) if room.len() > 0 => {
+            return hopper.backward(
+                gpu, dout, q, k, v, lse, schedule, tables, delta, turned, room, dq, dk, dv,
+            );
+        }
+        Some(hopper) => {
+            hopper.backward_twice(gpu, dout, q, k, v, lse, schedule, tables, delta, dq, dk, dv)?;
+        }
+        None => {
+            backward_portable(gpu, dout, q, k, v, lse, schedule, tables, delta, dq, dk, dv)?;
+        }
     }
+    let Some(Turned { table, positions }) = turned else { return Ok(()) };
+    rope::backward(gpu, table, dq, heads.heads, positions)?;
+    rope::backward(gpu, table, dk, heads.kv_heads, positions)
+}
+
+/// [`backward`] once `delta` is there, and nothing is turned.
+fn backward_portable(
+    gpu: &Gpu,
+    dout: &DeviceSlice<bf16>,
+    q: &DeviceSlice<bf16>,
+    k: &DeviceSlice<bf16>,
+    v: &DeviceSlice<bf16>,
+    lse: &DeviceSlice<f32>,
+    schedule: &Schedule,
+    tables: &DeviceSlice<i32>,
+    delta: &DeviceSlice<f32>,
+    dq: &mut DeviceSlice<bf16>,
+    dk: &mut DeviceSlice<bf16>,
+    dv: &mut DeviceSlice<bf16>,
+) -> Result<()> {
+    let Schedule { heads, tiling, .. } = schedule;
     let (kv_heads, window) = (heads.kv_heads as i32, schedule.window as i32);
     let table = &schedule.backward_keys;
     let (tiles, runs) = table.of(tables);

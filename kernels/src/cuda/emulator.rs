@@ -117,6 +117,8 @@ struct Launch {
     next_cluster: u64,
     workers: *mut *mut c_void,
     failed: u32,
+    working: u32,
+    told: u64,
     fault_address: u64,
     message: [u8; 1024],
 }
@@ -339,6 +341,8 @@ impl Emulator {
             next_cluster: 0,
             workers: WORKERS.as_ptr(),
             failed: 0,
+            working: 0,
+            told: 0,
             fault_address: 0,
             message: [0; 1024],
         };

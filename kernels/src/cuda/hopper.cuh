@@ -5,6 +5,7 @@
 //
 //   barrier_*    mbarrier.*: an object of 8 bytes that counts arrivals and the bytes of copies, phase by phase
 //   tma_*        cp.async.bulk.tensor.*: boxes of a matrix, by one thread, at the copy engine's leisure
+//   bulk_*       cp.async.bulk.*, cp.reduce.async.bulk.*: the same of neighbouring numbers, from shared memory
 //   wgmma*       wgmma.*: products of 128 threads, operands in shared memory, sums in registers
 //
 // A matrix in shared memory is made of rows of 128 bytes (64 bf16) in the swizzle that engine and tensor cores share: the 16
@@ -191,6 +192,28 @@ DEVICE void named_barrier_arrive(int id, int threads) {
 #endif
 }
 
+// ---- words in global memory, by which blocks wait for each other ----
+
+// Waits until a word has this value; what was written before it was released is then seen. Who is to release it must have begun.
+DEVICE void acquire_when(const int* word, int value) {
+#ifdef __CUDACC_RTC__
+    int now;
+    do {
+        asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(now) : "l"(word) : "memory");
+    } while (now != value);
+#else
+    emulation::acquire_when(word, value);
+#endif
+}
+
+DEVICE void store_release(int* word, int value) {
+#ifdef __CUDACC_RTC__
+    asm volatile("st.release.gpu.global.s32 [%0], %1;" :: "l"(word), "r"(value) : "memory");
+#else
+    emulation::store_release(word, value);
+#endif
+}
+
 // ---- the copy engine; each call by one thread ----
 
 // Fetches what a tensor map says, ahead of its first use.
@@ -264,6 +287,47 @@ DEVICE void tma_store_wait() {
     asm volatile("cp.async.bulk.wait_group.read %0;" :: "n"(PENDING) : "memory");
 #else
     emulation::tma_store_wait(PENDING);
+#endif
+}
+
+// Starts copying `bytes` from shared memory to global memory, all three multiples of 16; committed and waited for as boxes are.
+DEVICE void bulk_store(float* to, const void* shared, uint32_t bytes) {
+#ifdef __CUDACC_RTC__
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;"
+                 :: "l"(to), "r"(shared_address(shared)), "r"(bytes)
+                 : "memory");
+#else
+    emulation::bulk_start("bulk_store", to, shared, bytes, false);
+#endif
+}
+
+// Likewise adds, each number rounded to nearest.
+DEVICE void bulk_add(float* to, const void* shared, uint32_t bytes) {
+#ifdef __CUDACC_RTC__
+    asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;"
+                 :: "l"(to), "r"(shared_address(shared)), "r"(bytes)
+                 : "memory");
+#else
+    emulation::bulk_start("bulk_add", to, shared, bytes, true);
+#endif
+}
+
+// Waits until at most PENDING of this thread's groups still have to be written, and it sees what they wrote.
+template <int PENDING>
+DEVICE void bulk_wait() {
+#ifdef __CUDACC_RTC__
+    asm volatile("cp.async.bulk.wait_group %0;" :: "n"(PENDING) : "memory");
+#else
+    emulation::bulk_wait(PENDING);
+#endif
+}
+
+// Before the copy engine reads or writes global memory that others wrote, as this thread knows by `acquire_when`.
+DEVICE void fence_async_global() {
+#ifdef __CUDACC_RTC__
+    asm volatile("fence.proxy.async.global;" ::: "memory");
+#else
+    emulation::fence_async_global();
 #endif
 }
 

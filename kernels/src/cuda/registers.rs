@@ -210,13 +210,20 @@ mod tests {
             let count = |word: &str| sass.matches(word).count();
             let kernels = kernel.module().kernels().unwrap().len();
             // Attention writes rows that no box has, and no two of its blocks read the same.
-            let words: &[&str] = match kernel.name.starts_with("hopper_attention") {
+            let attention = kernel.name.starts_with("hopper_attention");
+            let adds = kernel.source.name == "hopper_backward.cu";
+            let words: &[&str] = match attention {
                 true => &["HGMMA", "UTMALDG.3D", "USETMAXREG", "STSM"],
                 false => &["HGMMA", "UTMALDG", "UTMASTG", "USETMAXREG", "STSM", "MULTICAST"],
             };
             for word in words {
                 assert!(count(word) >= kernels, "{label}: no {word}");
             }
+            assert_eq!(
+                (count("UBLKRED.G.S.ADD.F32") > 0, count("UBLKCP.G.S") > 0),
+                (adds, adds),
+                "{label}"
+            );
             // Of a warp's own products there are those of an adapter's rank, beside what is activated.
             let of_a_warp = count("HMMA.") > 0;
             assert!(!of_a_warp || kernel.source.name == "hopper_swiglu.cu", "{label}: HMMA");
@@ -242,7 +249,7 @@ mod tests {
                 most = most.max(now);
             }
             // As many as a thread has of a tile's scores.
-            let all = if kernel.name.ends_with("keys") { 32 } else { 64 };
+            let all = if kernel.defines().any(|it| it == ("QUERIES", 64)) { 32 } else { 64 };
             assert!(most >= all, "{label}: {most} of {all} exponentials");
         }
     }

@@ -2,7 +2,7 @@
 
 use crate::{Bench, Cost};
 use uft_kernels::attention::cuda::{Schedule, backward, decode, decode_room, forward};
-use uft_kernels::cuda::{Arena, Result};
+use uft_kernels::cuda::{Arena, DeviceSlice, Result};
 use uft_kernels::layout::Layout;
 use uft_kernels::logprob::cuda::{self as logprob, Head, padded};
 
@@ -43,6 +43,7 @@ fn texts(
     let (mut dq, mut dk, mut dv) = (bench.empty(queries)?, bench.empty(keys)?, bench.empty(keys)?);
     let (mut lse, mut delta) = (bench.empty(rows * heads.heads)?, bench.empty(rows * heads.heads)?);
     let schedule = Schedule::new(gpu, layout, &heads, window)?;
+    let mut room = bench.empty(schedule.backward_room())?;
     let tables = gpu.uploaded(schedule.numbers())?;
     let peer = |direction: &str| {
         let (count, shape) = (heads.heads, (heads.kv_heads, heads.head_dim));
@@ -61,12 +62,18 @@ fn texts(
     // The way back needs the way forward's results, also where that one was left out.
     forward(gpu, &q, &k, &v, &schedule, &tables, &mut out, &mut lse)?;
     let cost = Cost { flops: 5 * product, bytes: 8 * (queries + keys) + 8 * rows * heads.heads };
-    bench.case(&back, &peer("backward"), cost, || {
-        backward(
-            gpu, &dout, &q, &k, &v, &out, &lse, &schedule, &tables, &mut delta, &mut dq, &mut dk,
-            &mut dv,
-        )
-    });
+    let mut case = |name: &str, peer: &str, room: &mut DeviceSlice<f32>| {
+        bench.case(name, peer, cost, || {
+            backward(
+                gpu, &dout, &q, &k, &v, &out, &lse, &schedule, &tables, None, &mut delta, room,
+                &mut dq, &mut dk, &mut dv,
+            )
+        });
+    };
+    case(&back, &peer("backward"), &mut room);
+    if room.len() > 0 {
+        case(&format!("{back}, in two kernels"), "null", &mut room[..0]);
+    }
     Ok(())
 }
 

@@ -264,6 +264,9 @@ impl Layer {
         let mut dv = with.take(v.len())?;
         let (schedule, tables) = batch.layout.schedule(self.window(with));
         let mut delta = with.take_f32(tape.lse.len())?;
+        let mut room = with.take_f32(schedule.backward_room())?;
+        let turned =
+            attention::cuda::Turned { table: with.rope, positions: &batch.layout.positions };
         attention::cuda::backward(
             gpu,
             &dattended,
@@ -274,15 +277,14 @@ impl Layer {
             &tape.lse,
             schedule,
             tables,
+            Some(turned),
             &mut delta,
+            &mut room,
             &mut dq,
             &mut dk,
             &mut dv,
         )?;
-        drop((delta, dattended));
-        let (heads, positions) = (&config.heads, &batch.layout.positions);
-        rope::cuda::backward(gpu, with.rope, &mut dq, heads.heads, positions)?;
-        rope::cuda::backward(gpu, with.rope, &mut dk, heads.kv_heads, positions)?;
+        drop((delta, room, dattended));
         if let (Some(weights), Some(norms)) = (&self.head_norms, head_norms) {
             for ((dx, weight), norm) in [&mut dq, &mut dk].into_iter().zip(weights).zip(norms) {
                 let mut before = with.zeros(dx.len())?;

@@ -103,7 +103,10 @@ fn expect_hoppers_kernels(config: &ModelConfig, loras: &[Lora], packed: &Packed)
         counted.kernels()
     });
     let launched: Vec<&str> = launched.map(|kernel| kernel.name).collect();
-    for kernel in uft_kernels::cuda::HOPPER_KERNELS.iter().copied().flatten() {
+    // There to be measured beside what makes the same.
+    let beside = ["hopper_attention_backward_keys", "hopper_attention_backward_queries"];
+    let kernels = uft_kernels::cuda::HOPPER_KERNELS.iter().copied().flatten();
+    for kernel in kernels.filter(|kernel| !beside.contains(&kernel.name)) {
         assert!(launched.contains(&kernel.name), "{} is not in {launched:?}", kernel.name);
     }
 }

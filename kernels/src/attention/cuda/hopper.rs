@@ -5,9 +5,10 @@
 mod tests;
 
 use super::super::Heads;
-use super::{ROWS, SHAPES, Schedule};
+use super::{ROWS, SHAPES, Schedule, Turned};
 use crate::args;
 use crate::cuda::{DeviceSlice, Gpu, HOPPER, Kernel, Result, Source, TILE, TensorMap};
+use crate::rope::cuda as rope;
 use half::bf16;
 
 const HEADERS: &[(&str, &str)] =
@@ -16,6 +17,11 @@ static FORWARD: Source = Source {
     name: "hopper_forward.cu",
     text: include_str!("../hopper_forward.cu"),
     headers: HEADERS,
+};
+static BACKWARD: Source = Source {
+    name: "hopper_backward.cu",
+    text: include_str!("../hopper_backward.cu"),
+    headers: &[HEADERS[0], HEADERS[1], HEADERS[2], HEADERS[3], rope::HEADER],
 };
 static BACKWARD_KEYS: Source = Source {
     name: "hopper_backward_keys.cu",
@@ -30,15 +36,21 @@ static BACKWARD_QUERIES: Source = Source {
 
 /// Threads of every block: a warpgroup that copies and two that multiply.
 const THREADS: u32 = 384;
+/// Of those that make dq of its sums.
+const FINISHERS: u32 = 128;
 /// Rows of a block's own tile, 64 for each warpgroup that multiplies.
 pub(super) const OWN: usize = 128;
 /// Keys of a tile that queries meet, and stacked queries of one that keys meet. Of the latter there is room for fewer in
 /// registers: both dk and dv are there.
 const KEYS: usize = 128;
 const QUERIES: usize = 64;
-/// Numbers that say what a tile of queries is of, and one that is met.
+/// Tiles of dq in one pass that are on their way to memory, and tiles of queries of which is known what they are.
+const STAGED: usize = 2;
+const KNOWN: usize = 8;
+/// Numbers that say what a tile of queries is of, one that is met, and one that is met in one pass.
 const OF_QUERIES: usize = 5;
 const OF_TILE: usize = 3;
+const OF_KNOWN: usize = 4;
 
 /// What the kernels are compiled for, and the device they run on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,25 +71,32 @@ const COUNT: usize = {
 };
 
 /// Every kernel for the shapes of heads of known models.
-pub static KERNELS: [Kernel; 3 * COUNT] = {
+pub static KERNELS: [Kernel; 5 * COUNT] = {
     const fn of(head_dim: usize, sharing: usize) -> Tiling {
         Tiling { head_dim, sharing, multiprocessors: 0 }
     }
-    let mut all = [of(64, 1).forward_kernel(); 3 * COUNT];
+    let mut all = [of(64, 1).forward_kernel(); 5 * COUNT];
     let (mut count, mut i) = (0, 0);
     while i < SHAPES.len() {
         let (head_dim, sharing) = SHAPES[i];
         if Tiling::takes(head_dim) {
             let tiling = of(head_dim, sharing);
             all[count] = tiling.forward_kernel();
-            all[count + 1] = tiling.backward_keys_kernel();
-            all[count + 2] = tiling.backward_queries_kernel();
-            count += 3;
+            all[count + 1] = tiling.backward_kernel();
+            all[count + 2] = tiling.finish_kernel();
+            all[count + 3] = tiling.backward_keys_kernel();
+            all[count + 4] = tiling.backward_queries_kernel();
+            count += 5;
         }
         i += 1;
     }
     all
 };
+
+/// Tokens of a tile of queries that keys meet, for so many query heads to a key head.
+pub(super) fn tokens_met(sharing: usize) -> usize {
+    QUERIES / sharing
+}
 
 impl Tiling {
     /// None where the portable kernels are used.
@@ -99,6 +118,11 @@ impl Tiling {
         OWN / self.sharing
     }
 
+    /// Tokens of a tile of queries that keys meet.
+    pub(super) fn tokens_met(self) -> usize {
+        tokens_met(self.sharing)
+    }
+
     /// Tiles of keys that queries meet in runs of so many.
     pub(super) fn tiles_of(self, runs: impl Iterator<Item = usize>) -> usize {
         runs.map(|tokens| tokens.div_ceil(KEYS)).sum()
@@ -111,6 +135,10 @@ impl Tiling {
 
     /// Tiles that are on their way or being read, as many as there is room for.
     const fn forward_stages(self) -> usize {
+        if self.head_dim == 64 { 4 } else { 2 }
+    }
+
+    const fn backward_stages(self) -> usize {
         if self.head_dim == 64 { 4 } else { 2 }
     }
 
@@ -135,6 +163,18 @@ impl Tiling {
         kernel.define("KEYS", KEYS as i64)
     }
 
+    const fn backward_kernel(self) -> Kernel {
+        let (name, stages) = ("hopper_attention_backward", self.backward_stages());
+        self.kernel(&BACKWARD, name, stages).define("QUERIES", QUERIES as i64)
+    }
+
+    /// Of the same source.
+    const fn finish_kernel(self) -> Kernel {
+        let mut kernel = self.backward_kernel();
+        (kernel.name, kernel.threads) = ("hopper_attention_backward_finish", FINISHERS);
+        kernel
+    }
+
     const fn backward_keys_kernel(self) -> Kernel {
         let (name, stages) = ("hopper_attention_backward_keys", self.backward_keys_stages());
         self.kernel(&BACKWARD_KEYS, name, stages).define("QUERIES", QUERIES as i64)
@@ -148,6 +188,15 @@ impl Tiling {
     const fn forward_bytes(self) -> u32 {
         let stages = self.forward_stages();
         self.bytes(2 * OWN + 2 * stages * KEYS, 2 + 4 * stages, OF_QUERIES + stages * OF_TILE)
+    }
+
+    const fn backward_bytes(self) -> u32 {
+        let stages = self.backward_stages();
+        // Slopes, and dq in f32.
+        let fixed = 2 * OWN * QUERIES * size_of::<bf16>();
+        let rows = 2 * OWN + 2 * stages * QUERIES + 2 * STAGED * QUERIES;
+        let numbers = stages * 2 * QUERIES + KNOWN * OF_KNOWN + 1;
+        fixed as u32 + self.bytes(rows, 1 + 2 * stages + 2 * STAGED, numbers)
     }
 
     const fn backward_keys_bytes(self) -> u32 {
@@ -193,6 +242,22 @@ impl Tiling {
         gpu.tensor_map_of_heads(x, [tokens, kv_heads, head_dim], [rows as u32, 1])
     }
 
+    /// Of `[dout, q, k, v]`, in boxes of tiles of so many queries and keys.
+    fn backward_maps<'a>(
+        self,
+        gpu: &Gpu,
+        [dout, q, k, v]: [&'a DeviceSlice<bf16>; 4],
+        schedule: &Schedule,
+        [queries, keys]: [usize; 2],
+    ) -> Result<[TensorMap<'a>; 4]> {
+        Ok([
+            self.queries(gpu, dout, schedule, queries)?,
+            self.queries(gpu, q, schedule, queries)?,
+            self.keys(gpu, k, schedule, keys)?,
+            self.keys(gpu, v, schedule, keys)?,
+        ])
+    }
+
     /// A block for each multiprocessor, which has one task after the other, or for each task.
     fn grid(self, schedule: &Schedule) -> [u32; 3] {
         let tasks = schedule.forward.blocks * schedule.heads.kv_heads as u32;
@@ -222,8 +287,62 @@ impl Tiling {
         gpu.launch(&self.forward_kernel(), self.grid(schedule), self.forward_bytes(), args)
     }
 
-    /// As [`super::backward`], whose checks are made and which has made `delta`; there is at least one row.
+    /// As [`super::backward`], whose checks are made and which has made `delta`; there is at least one row, and room for one pass.
     pub(super) fn backward(
+        self,
+        gpu: &Gpu,
+        dout: &DeviceSlice<bf16>,
+        q: &DeviceSlice<bf16>,
+        k: &DeviceSlice<bf16>,
+        v: &DeviceSlice<bf16>,
+        lse: &DeviceSlice<f32>,
+        schedule: &Schedule,
+        tables: &DeviceSlice<i32>,
+        delta: &DeviceSlice<f32>,
+        turned: Option<Turned>,
+        room: &mut DeviceSlice<f32>,
+        dq: &mut DeviceSlice<bf16>,
+        dk: &mut DeviceSlice<bf16>,
+        dv: &mut DeviceSlice<bf16>,
+    ) -> Result<()> {
+        let Schedule { heads, backward_keys: table, window, .. } = schedule;
+        let (sums, words) = room.split_at_mut(schedule.rows * heads.query_width());
+        gpu.zero(words)?;
+        let [on_dout, on_q, on_k, on_v] =
+            self.backward_maps(gpu, [dout, q, k, v], schedule, [QUERIES, OWN])?;
+        let (tiles, runs) = table.of(tables);
+        let (kv_heads, scale) = (heads.kv_heads as i32, heads.scale());
+        let angles = turned.map(|turned| turned.table.angles());
+        let positions = turned.map_or(0, |turned| turned.table.positions()) as u32;
+        let args = args![
+            on_dout,
+            on_q,
+            on_k,
+            on_v,
+            lse,
+            delta,
+            &mut *sums,
+            words,
+            dk,
+            dv,
+            tiles,
+            runs,
+            kv_heads,
+            *window as i32,
+            scale,
+            angles,
+            positions,
+        ];
+        let grid = [table.blocks * heads.kv_heads as u32, 1, 1];
+        gpu.launch(&self.backward_kernel(), grid, self.backward_bytes(), args)?;
+
+        let (tiles, count) = schedule.met_queries(tables);
+        let args = args![&*sums, dq, tiles, kv_heads, scale, angles, positions];
+        gpu.launch(&self.finish_kernel(), [count as u32, heads.kv_heads as u32, 1], 0, args)
+    }
+
+    /// The same in two kernels, without room, and nothing is turned.
+    pub(super) fn backward_twice(
         self,
         gpu: &Gpu,
         dout: &DeviceSlice<bf16>,
@@ -238,17 +357,11 @@ impl Tiling {
         dk: &mut DeviceSlice<bf16>,
         dv: &mut DeviceSlice<bf16>,
     ) -> Result<()> {
-        let heads = &schedule.heads;
+        let (heads, table) = (&schedule.heads, &schedule.backward_keys);
         let (kv_heads, window) = (heads.kv_heads as i32, schedule.window as i32);
-        let maps = |queries: usize, keys: usize| -> Result<[TensorMap; 4]> {
-            Ok([
-                self.queries(gpu, dout, schedule, queries)?,
-                self.queries(gpu, q, schedule, queries)?,
-                self.keys(gpu, k, schedule, keys)?,
-                self.keys(gpu, v, schedule, keys)?,
-            ])
-        };
-        let ([on_dout, on_q, on_k, on_v], table) = (maps(QUERIES, OWN)?, &schedule.backward_keys);
+        let inputs = [dout, q, k, v];
+        let [on_dout, on_q, on_k, on_v] =
+            self.backward_maps(gpu, inputs, schedule, [QUERIES, OWN])?;
         let (tiles, runs) = table.of(tables);
         let args = args![
             on_dout,
@@ -268,7 +381,8 @@ impl Tiling {
         let grid = [table.blocks, heads.kv_heads as u32, 1];
         gpu.launch(&self.backward_keys_kernel(), grid, self.backward_keys_bytes(), args)?;
 
-        let ([on_dout, on_q, on_k, on_v], table) = (maps(OWN, KEYS)?, &schedule.backward_queries);
+        let table = &schedule.backward_queries;
+        let [on_dout, on_q, on_k, on_v] = self.backward_maps(gpu, inputs, schedule, [OWN, KEYS])?;
         let (tiles, runs) = table.of(tables);
         let (next, count) = (schedule.next(tables), table.blocks as i32);
         let args = args![

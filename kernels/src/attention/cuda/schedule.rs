@@ -30,6 +30,8 @@ pub struct Schedule {
     pub(super) backward_queries: Table,
     /// What follows each task of queries in its block, where [`Self::hopper`]'s kernels ask for it.
     next: Range<usize>,
+    /// The tiles of queries that blocks of keys meet there.
+    met_queries: Range<usize>,
     numbers: Vec<i32>,
 }
 
@@ -54,6 +56,17 @@ struct Run {
     tokens: usize,
 }
 
+fn number(n: usize) -> i32 {
+    i32::try_from(n).expect("attention: a batch of 2^31 rows")
+}
+
+impl Run {
+    /// As tables have it.
+    fn numbers(self) -> [i32; RUN] {
+        [self.row, self.position, self.tokens].map(number)
+    }
+}
+
 /// What a block owns and what it meets.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Task {
@@ -68,11 +81,13 @@ pub fn most_numbers(layout: &Layout, heads: &Heads) -> usize {
     // Queries meet a prompt and their own text, keys their own text, a prompt's also every branch.
     let of_text = |len: usize| {
         let (ahead, back) = (tiling.forward_tokens(), tiling.backward_tokens());
+        let met = hopper::tokens_met(heads.sharing());
         let forward = len.div_ceil(ahead);
         let backward = if back == ahead { 0 } else { len.div_ceil(back) };
         (forward + backward) * (TASK + 2 * RUN)
             + forward * heads.kv_heads
             + len.div_ceil(tiling.backward_rows()) * (TASK + RUN)
+            + len.div_ceil(met) * RUN
     };
     let of_group = |group: &Group| {
         let lengths = group.branches.iter().map(|branch| branch.len).chain([group.prompt_len]);
@@ -80,6 +95,12 @@ pub fn most_numbers(layout: &Layout, heads: &Heads) -> usize {
         lengths.map(of_text).sum::<usize>() + met * RUN
     };
     layout.groups.iter().map(of_group).sum()
+}
+
+impl Task {
+    fn work(&self) -> usize {
+        self.met.iter().map(|run| run.tokens).sum()
+    }
 }
 
 impl Schedule {
@@ -107,9 +128,9 @@ impl Schedule {
         let tiling = Tiling::of(heads)?;
         let window = window.unwrap_or(UNBOUNDED).min(UNBOUNDED);
         let mut numbers = Vec::new();
-        let (ahead, keys, back) = match hopper {
-            Some(hopper) => (hopper.tokens(), hopper::OWN, hopper.tokens()),
-            None => (tiling.forward_tokens(), tiling.backward_rows(), tiling.backward_tokens()),
+        let (ahead, keys, met, back) = match hopper {
+            Some(hopper) => (hopper.tokens(), hopper::OWN, hopper.tokens_met(), hopper.tokens()),
+            None => (tiling.forward_tokens(), tiling.backward_rows(), 1, tiling.backward_tokens()),
         };
         let tasks = sorted(query_tasks(layout, ahead, window));
         let forward = Table::push(&tasks, &mut numbers);
@@ -117,13 +138,20 @@ impl Schedule {
             true => forward.clone(),
             false => Table::push(&sorted(query_tasks(layout, back, window)), &mut numbers),
         };
-        let keys = sorted(key_tasks(layout, keys, window));
+        let keys = key_tasks(layout, keys, met, window);
         let backward_keys = Table::push(&keys, &mut numbers);
         let start = numbers.len();
         if let Some(hopper) = hopper {
             let tiles =
                 tasks.iter().map(|task| hopper.tiles_of(task.met.iter().map(|run| run.tokens)));
             numbers.extend(successors(&tiles.collect::<Vec<_>>(), heads.kv_heads, hopper.blocks()));
+        }
+        let end = numbers.len();
+        if hopper.is_some() {
+            let texts = layout.groups.iter().flat_map(Text::of_group);
+            let tiles =
+                texts.flat_map(|text| text.blocks(met).map(move |block| own_run(&text, &block)));
+            numbers.extend(tiles.flat_map(Run::numbers));
         }
         Ok(Self {
             heads: *heads,
@@ -134,14 +162,33 @@ impl Schedule {
             forward,
             backward_keys,
             backward_queries,
-            next: start..numbers.len(),
+            next: start..end,
+            met_queries: end..numbers.len(),
             numbers,
         })
+    }
+
+    /// The tiles of queries that blocks of keys meet on Hopper, and how many they are.
+    pub(super) fn met_queries<'a>(
+        &self,
+        tables: &'a DeviceSlice<i32>,
+    ) -> (&'a DeviceSlice<i32>, usize) {
+        (&tables[self.met_queries.clone()], self.met_queries.len() / RUN)
     }
 
     /// `next` of a schedule's numbers.
     pub(super) fn next<'a>(&self, tables: &'a DeviceSlice<i32>) -> &'a DeviceSlice<i32> {
         &tables[self.next.clone()]
+    }
+
+    /// Numbers that the way back needs besides its results, where it is one pass: f32 sums of dq, and for each token and key head a word,
+    /// with one for all.
+    pub fn backward_room(&self) -> usize {
+        let Heads { kv_heads, .. } = self.heads;
+        if self.hopper.is_none() || self.rows == 0 {
+            return 0;
+        }
+        self.rows * (self.heads.query_width() + kv_heads) + 1
     }
 
     /// What the device needs: to be uploaded, and passed to the launches as `tables`.
@@ -161,7 +208,6 @@ impl Table {
 
     /// Writes the tasks down.
     fn push(tasks: &[Task], numbers: &mut Vec<i32>) -> Self {
-        let number = |n: usize| i32::try_from(n).expect("attention: a batch of 2^31 rows");
         let start = numbers.len();
         let mut runs = 0;
         for Task { own, met } in tasks {
@@ -170,9 +216,7 @@ impl Table {
             runs += met.len();
         }
         let middle = numbers.len();
-        for run in tasks.iter().flat_map(|task| &task.met) {
-            numbers.extend([run.row, run.position, run.tokens].map(number));
-        }
+        numbers.extend(tasks.iter().flat_map(|task| &task.met).flat_map(|run| run.numbers()));
         let blocks = number(tasks.len()) as u32;
         Self { blocks, tiles: start..middle, runs: middle..numbers.len() }
     }
@@ -180,7 +224,7 @@ impl Table {
 
 /// Those with the most work first: the last blocks that run should be short.
 fn sorted(mut tasks: Vec<Task>) -> Vec<Task> {
-    tasks.sort_by_key(|task| Reverse(task.met.iter().map(|run| run.tokens).sum::<usize>()));
+    tasks.sort_by_key(|task| Reverse(task.work()));
     tasks
 }
 
@@ -220,29 +264,44 @@ fn query_tasks(layout: &Layout, tokens: usize, window: usize) -> Vec<Task> {
         .collect()
 }
 
-/// Blocks of keys, each with the queries that see some of them.
-fn key_tasks(layout: &Layout, tokens: usize, window: usize) -> Vec<Task> {
-    let of_group = |group: &Group| -> Vec<Task> {
+/// Blocks of keys, each with the queries that see some of them, in whole tiles of `met` tokens from the beginning of their text. Those
+/// with the most work come first, but none before one whose keys the same queries see earlier in their text: that is who adds to
+/// these queries' gradients before it.
+fn key_tasks(layout: &Layout, tokens: usize, met: usize, window: usize) -> Vec<Task> {
+    let mut tasks: Vec<(usize, Task)> = Vec::new();
+    for group in &layout.groups {
         let texts: Vec<Text> = Text::of_group(group).collect();
-        let owners = texts.iter().enumerate();
-        let blocks = owners.flat_map(|(at, text)| text.blocks(tokens).map(move |b| (at, b)));
-        blocks
-            .map(|(at, block)| {
+        // The most work of those that come later.
+        let mut of_group = 0;
+        for (at, text) in texts.iter().enumerate().rev() {
+            // The prompt, which is the first text, is seen by the branches too.
+            let (branches, mut most) = if at == 0 { (&texts[1..], of_group) } else { (&[][..], 0) };
+            let blocks: Vec<Block> = text.blocks(tokens).collect();
+            for block in blocks.iter().rev() {
                 // The last key is seen the farthest.
                 let end = block.position + block.len - 1 + window;
-                let own = run(&texts[at], block.position..end.min(texts[at].end()));
-                // The prompt, which is the first text, is seen by the branches too.
-                let branches = if at == 0 { &texts[1..] } else { &[] };
+                let own = whole_tiles(text, block.position..end, met);
                 let branches =
-                    branches.iter().filter_map(|b| run(b, b.prompt_len..end.min(b.end())));
-                Task {
-                    own: own_run(&texts[at], &block),
-                    met: own.into_iter().chain(branches).collect(),
-                }
-            })
-            .collect()
-    };
-    layout.groups.iter().flat_map(of_group).collect()
+                    branches.iter().filter_map(|b| whole_tiles(b, b.prompt_len..end, met));
+                let own_and_branches: Vec<Run> = own.into_iter().chain(branches).collect();
+                let task = Task { own: own_run(text, block), met: own_and_branches };
+                most = most.max(task.work());
+                tasks.push((most, task));
+            }
+            of_group = of_group.max(most);
+        }
+    }
+    tasks.reverse();
+    tasks.sort_by_key(|(most, _)| Reverse(*most));
+    tasks.into_iter().map(|(_, task)| task).collect()
+}
+
+/// The text's own tokens at these positions, if there are any, and those in the same tiles of `tokens`.
+fn whole_tiles(text: &Text, positions: Range<usize>, tokens: usize) -> Option<Run> {
+    let Range { start, end } = positions.start..positions.end.min(text.end());
+    let first = text.prompt_len + (start - text.prompt_len) / tokens * tokens;
+    let behind = text.prompt_len + end.saturating_sub(text.prompt_len).next_multiple_of(tokens);
+    if start < end { run(text, first..behind.min(text.end())) } else { None }
 }
 
 fn own_run(text: &Text, block: &Block) -> Run {
@@ -259,6 +318,7 @@ fn run(text: &Text, positions: Range<usize>) -> Option<Run> {
 mod tests {
     use super::super::super::tests::visible_rows;
     use super::*;
+    use std::collections::HashMap;
 
     /// The pairs (query, key) that are visible within the blocks and their runs.
     fn pairs(tasks: &[Task], window: usize, own_is_key: bool) -> Vec<(usize, usize)> {
@@ -288,11 +348,41 @@ mod tests {
                 .flat_map(|q| visible_rows(&layout, q, window).into_iter().map(move |k| (q, k)))
                 .collect();
             let window = window.unwrap_or(UNBOUNDED);
-            for tokens in [1, 16, 64] {
+            for (tokens, met) in [(1, 1), (16, 9), (64, 64)] {
                 let (queries, keys) =
-                    (query_tasks(&layout, tokens, window), key_tasks(&layout, tokens, window));
+                    (query_tasks(&layout, tokens, window), key_tasks(&layout, tokens, met, window));
                 assert_eq!(pairs(&queries, window, false), expected);
                 assert_eq!(pairs(&keys, window, true), expected);
+            }
+        }
+    }
+
+    /// Blocks of keys take their turns in the order of the list, and meet whole tiles: what is before a tile of queries is added
+    /// before, without a gap.
+    #[test]
+    fn keys_come_in_the_order_of_their_positions() {
+        let layout =
+            Layout::new(&[(37, vec![5, 0, 61, 1]), (0, vec![170, 3]), (200, vec![40, 90])]);
+        for window in [UNBOUNDED, 1, 7, 40, 100] {
+            for (tokens, met) in [(16, 9), (64, 64), (32, 1)] {
+                // Of each tile of queries, by its first row: up to which position keys have come.
+                let mut words: HashMap<usize, usize> = HashMap::new();
+                for Task { own, met: runs } in key_tasks(&layout, tokens, met, window) {
+                    for run in runs {
+                        for first in (0..run.tokens).step_by(met) {
+                            let seen = (run.position + first + 1).saturating_sub(window);
+                            match words.insert(run.row + first, own.position + own.tokens) {
+                                None => assert!(own.position <= seen),
+                                Some(before) => {
+                                    assert!(own.position == before && before > seen);
+                                }
+                            }
+                        }
+                    }
+                }
+                let texts = layout.groups.iter().flat_map(Text::of_group);
+                let tiles: usize = texts.map(|text| text.blocks(met).count()).sum();
+                assert_eq!(words.len(), tiles);
             }
         }
     }

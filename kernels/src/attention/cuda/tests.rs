@@ -65,8 +65,19 @@ impl Case {
     }
 
     pub fn run_by(&self, gpu: &Gpu, schedule: &Schedule) -> Result<Found> {
+        self.run_with(gpu, schedule, None, schedule.backward_room())
+    }
+
+    /// With room for so many numbers, and with q and k that were turned.
+    pub fn run_with(
+        &self,
+        gpu: &Gpu,
+        schedule: &Schedule,
+        turned: Option<Turned>,
+        room: usize,
+    ) -> Result<Found> {
         let [q, k, v, dout] = [&self.q, &self.k, &self.v, &self.dout].map(|x| gpu.uploaded(x));
-        run_by(gpu, schedule, [&q?, &k?, &v?, &dout?])
+        run_by(gpu, schedule, [&q?, &k?, &v?, &dout?], turned, room)
     }
 
     pub fn schedule(&self, hopper: Option<hopper::Tiling>) -> Result<Schedule> {
@@ -102,15 +113,19 @@ fn run_by(
     gpu: &Gpu,
     schedule: &Schedule,
     [q, k, v, dout]: [&DeviceSlice<bf16>; 4],
+    turned: Option<Turned>,
+    room: usize,
 ) -> Result<Found> {
     let tables = gpu.uploaded(schedule.numbers())?;
     let (mut out, mut dq) = (gpu.alloc(q.len())?, gpu.alloc(q.len())?);
     let (mut dk, mut dv) = (gpu.alloc(k.len())?, gpu.alloc(k.len())?);
     let statistics = schedule.rows * schedule.heads.heads;
     let (mut lse, mut delta) = (gpu.alloc(statistics)?, gpu.alloc(statistics)?);
+    let mut room = gpu.alloc(room)?;
     forward(gpu, q, k, v, schedule, &tables, &mut out, &mut lse)?;
     backward(
-        gpu, dout, q, k, v, &out, &lse, schedule, &tables, &mut delta, &mut dq, &mut dk, &mut dv,
+        gpu, dout, q, k, v, &out, &lse, schedule, &tables, turned, &mut delta, &mut room, &mut dq,
+        &mut dk, &mut dv,
     )?;
     Ok(Found {
         out: gpu.downloaded(&out)?,

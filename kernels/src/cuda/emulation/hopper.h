@@ -6,6 +6,10 @@
 //     lands for itself.
 //   * A store's box is read at the wait that promises it, or at once: the seed draws which. If a thread has written to it until then,
 //     that is an error.
+//   * What bulk_store and bulk_add move is read at the wait that promises that and delivered at the one that promises it, or both
+//     at once. A word is not released before, and what others released is fenced before the copy engine touches it.
+//   * Who waits for a word lets others go on: of its block, then of blocks that other threads of the host work at. Where all of them
+//     wait, nobody is left to release it: a deadlock. Under some seeds they are held up, so that one overtakes another.
 //   * wgmma reads its matrices through their descriptors, strides and swizzle decoded, at the wait that promises the result
 //     or when its group is committed, as is drawn. The accumulators are NaN until the wait.
 //   * What `stmatrix` writes is NaN until the warp meets at `__syncwarp`, or one of its threads says to others, by whatever
@@ -28,6 +32,7 @@ inline void check_finished(Cluster& cluster) {
         Fiber& it = fiber(cluster, i);
         if (!it.engine) continue;
         if (it.engine->store_count) record(*it.block, &it, "ended before tma_store_wait");
+        if (it.engine->bulk_count) record(*it.block, &it, "ended before bulk_wait");
         if (it.engine->product_count) record(*it.block, &it, "ended before wgmma_wait");
     }
 }

@@ -128,8 +128,11 @@ inline void tma_store(const TensorMap& map, const void* from, int column, int ro
 
 inline void tma_store_commit() { engine(self()).store_group++; }
 
+void bulk_read(unsigned pending);
+
 inline void tma_store_wait(unsigned pending) {
     ThreadEngine& mine = engine(self());
+    bulk_read(pending);
     unsigned left = 0;
     for (unsigned i = 0; i < mine.store_count; i++) {
         Leaving it = mine.stores[i];

@@ -1,6 +1,6 @@
 // The products of a warpgroup (wgmma) and stmatrix.
 #pragma once
-#include "hopper_copies.h"
+#include "hopper_words.h"
 
 namespace emulation {
 

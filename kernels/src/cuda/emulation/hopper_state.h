@@ -48,6 +48,15 @@ struct Leaving {
     bool left;
 };
 
+// Numbers under way from shared memory to global memory, stored or added.
+struct Bulk {
+    float* to;
+    unsigned offset, count, group;
+    bool adds, done;
+    // A copy, once the wait is over that promises only that they have been read.
+    float* read;
+};
+
 // One wgmma of a thread.
 struct Product {
     uint64_t a, b;
@@ -82,11 +91,22 @@ struct ThreadEngine {
     bool fenced;
     Leaving* stores;
     unsigned store_count, store_capacity, store_group;
+    Bulk* bulks;
+    unsigned bulk_count, bulk_capacity;
+    // What others released, and the copy engine does not yet see.
+    bool acquired;
     uint64_t cluster_phase;
 };
 
 struct NamedBarrier {
     unsigned arrived, threads;
+};
+
+// A thread that waits for a word to have a value.
+struct Waiter {
+    unsigned number;
+    const int* word;
+    int value;
 };
 
 struct Sleeper {
@@ -108,6 +128,8 @@ struct ClusterEngine {
     unsigned landing_count, landing_capacity;
     Sleeper sleepers[MOST_THREADS];
     unsigned sleeper_count;
+    Waiter waiters[MOST_THREADS];
+    unsigned waiter_count;
     // Barriers that are initialised and not fenced, and by whom.
     struct {
         uint64_t* barrier;
@@ -127,7 +149,7 @@ template <class T> void grow(T*& list, unsigned count, unsigned& capacity) {
     list = (T*)realloc(list, capacity * sizeof(T));
 }
 
-bool land_some(Cluster& cluster, bool must);
+bool go_on(Cluster& cluster, bool must);
 void check_finished(Cluster& cluster);
 
 // A cluster's, which is made ready at the first use by any of its threads.
@@ -147,14 +169,15 @@ inline ClusterEngine& engine(Cluster& cluster) {
         for (unsigned& registers : block.warp_registers) registers = each;
         block.free_registers = REGISTERS - (threads + 31) / 32 * 32 * each;
     }
-    it.landing_count = it.sleeper_count = it.initialised_count = it.cluster_arrived = 0;
+    it.landing_count = it.sleeper_count = it.waiter_count = it.initialised_count = it.cluster_arrived = 0;
     it.early = cluster.blocks[0].launch->seed && draw(cluster) % 2;
     for (unsigned i = 0; i < cluster.size * threads; i++)
         if (ThreadEngine* of = fiber(cluster, i).engine) {
             of->stored_count = of->product_count = of->product_group = of->accumulator_count = of->store_count = of->store_group = 0;
-            of->fenced = false;
+            of->bulk_count = 0;
+            of->fenced = of->acquired = false;
         }
-    cluster.progress = land_some;
+    cluster.progress = go_on;
     cluster.finish = check_finished;
     return it;
 }

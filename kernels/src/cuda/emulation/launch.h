@@ -53,6 +53,9 @@ struct Launch {
     // mappings, of which a process may have some ten thousands.
     Worker** workers;
     uint32_t failed;
+    // Who works at it, and how often a block has told others to go on (above), with how many have nothing to do until then (below).
+    uint32_t working;
+    uint64_t told;
     // Where an access to global memory failed, or 0.
     uint64_t fault_address;
     char message[1024];

@@ -155,6 +155,7 @@ inline void run(Launch& launch) {
         block.grid = {launch.grid[0], launch.grid[1], launch.grid[2]};
     }
     // A cluster is made of neighbours along x.
+    __atomic_fetch_add(&launch.working, 1, __ATOMIC_SEQ_CST);
     uint64_t across = launch.grid[0] / cluster.size, clusters = across * launch.grid[1] * launch.grid[2], i;
     while ((i = __atomic_fetch_add(&launch.next_cluster, 1, __ATOMIC_RELAXED)) < clusters) {
         if (__atomic_load_n(&launch.failed, __ATOMIC_ACQUIRE)) break;
@@ -168,6 +169,7 @@ inline void run(Launch& launch) {
         run_cluster(cluster);
         for (unsigned rank = 0; rank < cluster.size; rank++) check_around_shared(w, cluster.blocks[rank]);
     }
+    __atomic_fetch_sub(&launch.working, 1, __ATOMIC_SEQ_CST);
     sigaltstack(&before, nullptr);
     __atomic_store_n(&w.busy, 0, __ATOMIC_RELEASE);
 }

@@ -146,6 +146,62 @@ HOPPER_KERNEL(128, 1) multiply_256(TENSOR_MAP a, TENSOR_MAP at, TENSOR_MAP bt, T
     multiply<128>(a, at, bt, b, d);
 }
 
+// d [2, 64, 32]: the product of aᵀ [16, 64] and b [16, 64] in two halves of b's columns.
+HOPPER_KERNEL(128, 1) halves(TENSOR_MAP at, TENSOR_MAP b, float* d) {
+    unsigned char* of_at = dynamic_shared();
+    unsigned char* of_b = of_at + matrix_bytes(16);
+    Barrier* barrier = (Barrier*)(of_b + matrix_bytes(16));
+    if (threadIdx.x == 0) {
+        barrier_init(barrier, 1);
+        fence_barrier_init();
+        barrier_arrive_expecting(barrier, matrix_bytes(32));
+        tma_load(of_at, at, barrier, 0, 0);
+        tma_load(of_b, b, barrier, 0, 0);
+    }
+    __syncthreads();
+    barrier_wait(barrier, 0);
+    for (int half = 0; half < 2; half++) {
+        float sums[16];
+        for (int i = 0; i < 16; i++) sums[i] = 0.0f;
+        wgmma_fence();
+        wgmma<true, true>(sums, descriptor_across(of_at, 0), descriptor_across(of_b + 64 * half, 0), true);
+        wgmma_commit();
+        wgmma_wait<0>();
+        hold(sums);
+        for (int i = 0; i < 16; i++) {
+            int row = 16 * warp_index() + lane_index() / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + lane_index() % 4 * 2 + i % 2;
+            d[(half * 64 + row) * 32 + column] = sums[i];
+        }
+    }
+}
+
+// sums [count] of parts [blocks, count], in the order of the parts; a block takes its part as it begins. words [2]: zeros.
+HOPPER_KERNEL(32, 1) in_order(const float* parts, float* sums, int* words, int count) {
+    float* staged = (float*)dynamic_shared();
+    const int lane = lane_index();
+    int number = lane == 0 ? atomicAdd(words, 1) : 0;
+    number = __shfl_sync(ALL_LANES, number, 0);
+    for (int i = lane; i < count; i += 32) staged[i] = parts[number * count + i];
+    __syncwarp();
+    fence_async(staged, 4 * count);
+    __syncwarp();
+    if (lane == 0) {
+        if (number == 0) {
+            bulk_store(sums, staged, 4 * count);
+        } else {
+            acquire_when(words + 1, number);
+            fence_async_global();
+            bulk_add(sums, staged, 4 * count);
+        }
+        tma_store_commit();
+        tma_store_wait<0>();
+        for (int i = 0; i < count; i++) staged[i] = -1.0f;
+        fence_async(staged, 4 * count);
+        bulk_wait<0>();
+        store_release(words + 1, number + 1);
+    }
+}
+
 // y = x [rows, columns] with each box of 32 rows turned upside down; up to two stores are under way.
 HOPPER_KERNEL(32, 1) copies(TENSOR_MAP x, TENSOR_MAP y, int boxes) {
     unsigned char* shared = dynamic_shared();

@@ -5,6 +5,8 @@ mod hardware;
 use super::*;
 use crate::cuda::TILE;
 
+mod order;
+
 static SOURCE: Source =
     Source { name: "hopper.cu", text: include_str!("hopper.cu"), headers: &[HOPPER, TILE] };
 

@@ -49,7 +49,8 @@ impl Large {
         let run = || {
             let on = |x: &Endless, len| x.uploaded(gpu, len).unwrap();
             let (q, k, v, dout) = (on(&q, queries), on(&k, keys), on(&v, keys), on(&dout, queries));
-            run_by(gpu, &schedule, [&q, &k, &v, &dout]).unwrap()
+            let room = schedule.backward_room();
+            run_by(gpu, &schedule, [&q, &k, &v, &dout], None, room).unwrap()
         };
         let found = run();
         assert!(run() == found, "another run has other bits");
