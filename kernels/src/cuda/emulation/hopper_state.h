@@ -167,7 +167,8 @@ inline ClusterEngine& engine(Cluster& cluster) {
         // As many as threads of one resident block may have.
         unsigned each = min(REGISTERS / threads / 8 * 8, 255u);
         for (unsigned& registers : block.warp_registers) registers = each;
-        block.free_registers = REGISTERS - (threads + 31) / 32 * 32 * each;
+        // What the block was not given is nobody's.
+        block.free_registers = 0;
     }
     it.landing_count = it.sleeper_count = it.waiter_count = it.initialised_count = it.cluster_arrived = 0;
     it.early = cluster.blocks[0].launch->seed && draw(cluster) % 2;
