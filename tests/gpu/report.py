@@ -32,7 +32,8 @@ ON_HOPPER = [
     ("`hopper_nn`: q, k and v, dA and dB", "nn with gradients, q, k and v"),
     ("`hopper_logprob_logits`, 1024 tokens", "log-probs with gradient"),
     ("`hopper_logprob_backward`, 1024 tokens", "log-probs with gradient"),
-    ("`hopper_attention_forward`", "attention forward"), ("`hopper_attention_backward_keys`", "attention backward"),
+    ("`hopper_attention_forward`", "attention forward"), ("`hopper_attention_backward`", "attention backward"),
+    ("`hopper_attention_backward_finish`", "attention backward"), ("`hopper_attention_backward_keys`", "attention backward"),
     ("`hopper_attention_backward_queries`", "attention backward"),
 ]
 
