@@ -101,7 +101,7 @@ KERNEL(THREADS) attention_forward(const bf16* q, const bf16* k, const bf16* v, b
     float factors[F][2];
 #pragma unroll
     for (int row = 0; row < 2 * F; row++) {
-        float sum = row_sum(state.sum[row / 2][row % 2]);
+        float sum = quad_sum(state.sum[row / 2][row % 2]);
         factors[row / 2][row % 2] = 1.0f / sum;
         int stacked = first + 8 * row + lane / 4;
         if (lane % 4 == 0 && stacked < own.tokens * SHARING) {

@@ -1,21 +1,10 @@
-// What logprob.cu and hopper_logprob.cu have in common: strips of logits, and who holds a row of them.
+// What logprob.cu and hopper_logprob.cu have in common: strips of logits.
 #pragma once
 #include "device.cuh"
 
 constexpr float LOG2_E = 1.4426950408889634f;
 // Entries whose weights have one largest logit.
 constexpr int STRIP = 64;
-
-// A quad of lanes holds a row of a fragment.
-DEVICE float quad_max(float x) {
-    x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 1));
-    return fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 2));
-}
-
-DEVICE float quad_sum(float x) {
-    x += __shfl_xor_sync(ALL_LANES, x, 1);
-    return x + __shfl_xor_sync(ALL_LANES, x, 2);
-}
 
 // What is taken off every logit of a strip. A strip past the end has nothing but -inf, of which no difference may be taken.
 DEVICE float shift_of(float largest) { return largest == NEG_INFINITY ? 0.0f : largest; }

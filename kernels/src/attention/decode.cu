@@ -73,7 +73,7 @@ KERNEL(THREADS) attention_decode(const bf16* q, const bf16* k_cache, const bf16*
             to[0] = state.out[0][c][2 * half];
             to[1] = state.out[0][c][2 * half + 1];
         }
-        float sum = row_sum(state.sum[0][half]);
+        float sum = quad_sum(state.sum[0][half]);
         if (lane % 4 == 0) {
             tops[row] = state.top[0][half];
             own_sums[row] = sum;

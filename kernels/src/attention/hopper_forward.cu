@@ -114,7 +114,7 @@ struct OnlineSoftmax {
 #pragma unroll
             for (int i = 0; i < KEYS / 2; i++)
                 if (half_of(i) == half) largest = fmaxf(largest, scores[i]);
-            largest = fmaxf(top[half], row_max(largest) * scale);
+            largest = fmaxf(top[half], quad_max(largest) * scale);
             // Nothing visible yet: any shift but -inf keeps 2^(-inf) at 0.
             shift[half] = largest == NEG_INFINITY ? 0.0f : largest;
             shrink[half] = exp2_fast(top[half] - shift[half]);
@@ -211,7 +211,7 @@ DEVICE void attend(const Shared& shared, int part, bf16* out, float* lse, int kv
         float factors[2];
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            float sum = row_sum(state.sum[half]);
+            float sum = quad_sum(state.sum[half]);
             factors[half] = 1.0f / sum;
             int stacked = row + 8 * half;
             if (threadIdx.x % 4 == 0 && stacked < own.tokens * SHARING) {

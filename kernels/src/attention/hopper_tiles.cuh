@@ -23,6 +23,7 @@ constexpr int THREADS = (1 + MULTIPLIERS) * WARPGROUP_THREADS;
 constexpr int PART = 64;
 // Registers of a thread that copies, and of one that multiplies: three warpgroups have 504 to share.
 constexpr int FEW = 24, MANY = 240;
+static_assert(FEW + MULTIPLIERS * MANY <= 504, "or who multiplies waits for ever");
 constexpr int ROW_BYTES = 128;
 // Who has to have read a stage before it is loaded again.
 constexpr int READERS = MULTIPLIERS * WARPGROUP_THREADS / WARP;
@@ -50,15 +51,7 @@ struct Task {
     DEVICE Task(int number, int count) : tile(number % count), head(number / count) {}
 };
 
-// A stage of a ring, and in which of its rounds.
-struct Turn {
-    int stage;
-    uint32_t parity;
-
-    DEVICE void next() {
-        if (++stage == STAGES) stage = 0, parity ^= 1;
-    }
-};
+using Turn = TurnOf<STAGES>;
 
 // ---- copies, by one thread ----
 

@@ -90,14 +90,3 @@ template <int sharing>
 DEVICE size_t first_row(const Span& span, int kv_heads, int head = blockIdx.y) {
     return (size_t(span.row) * kv_heads + head) * sharing;
 }
-
-// A value over the four lanes that have a row.
-DEVICE float row_max(float x) {
-    x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 1));
-    return fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 2));
-}
-
-DEVICE float row_sum(float x) {
-    x += __shfl_xor_sync(ALL_LANES, x, 1);
-    return x + __shfl_xor_sync(ALL_LANES, x, 2);
-}

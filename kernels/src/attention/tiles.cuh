@@ -208,7 +208,7 @@ DEVICE void soften(OnlineSoftmax<F>& state, float (&scores)[F][N][4], float scal
             float largest = NEG_INFINITY;
 #pragma unroll
             for (int n = 0; n < N; n++) largest = fmaxf(largest, fmaxf(scores[f][n][2 * half], scores[f][n][2 * half + 1]));
-            largest = fmaxf(state.top[f][half], row_max(largest) * scale);
+            largest = fmaxf(state.top[f][half], quad_max(largest) * scale);
             // Nothing visible yet: any shift but -inf keeps 2^(-inf) at 0.
             float shift = largest == NEG_INFINITY ? 0.0f : largest;
             float shrink = exp2_fast(state.top[f][half] - shift);

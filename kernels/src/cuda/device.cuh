@@ -254,6 +254,17 @@ DEVICE float warp_max(float x) {
     return x;
 }
 
+// Over a quad of lanes, which holds a row of a fragment.
+DEVICE float quad_max(float x) {
+    x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 1));
+    return fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 2));
+}
+
+DEVICE float quad_sum(float x) {
+    x += __shfl_xor_sync(ALL_LANES, x, 1);
+    return x + __shfl_xor_sync(ALL_LANES, x, 2);
+}
+
 // Over a block of whole warps; `scratch`: one float a warp, in shared memory, free again afterwards.
 DEVICE float block_sum(float x, float* scratch) {
     x = warp_sum(x);

@@ -174,6 +174,17 @@ DEVICE void barrier_wait(Barrier* barrier, uint32_t parity) {
 #endif
 }
 
+// A stage of a ring of so many, each with a barrier, and the parity of its round.
+template <int COUNT>
+struct TurnOf {
+    int stage;
+    uint32_t parity;
+
+    DEVICE void next() {
+        if (++stage == COUNT) stage = 0, parity ^= 1;
+    }
+};
+
 // Of `threads` threads of the block, whole warps; `id` 1 to 15.
 DEVICE void named_barrier_sync(int id, int threads) {
 #ifdef __CUDACC_RTC__

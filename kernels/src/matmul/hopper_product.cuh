@@ -34,6 +34,7 @@ constexpr int STEP = 16;
 constexpr int PANELS = TILE_N / 64;
 // Registers of a thread that copies, and of one that multiplies: three warpgroups have 504 to share.
 constexpr int FEW = 40, MANY = 232;
+static_assert(FEW + MULTIPLIERS * MANY <= 504, "or who multiplies waits for ever");
 
 constexpr int ROW_BYTES = 128;
 constexpr int PIECE_BYTES = 64 * ROW_BYTES;
@@ -71,15 +72,8 @@ DEVICE void prepare(const Shared& shared) {
     cluster_sync();
 }
 
-// A stage, and in which of its rounds: every turn goes on where the last tile left it.
-struct Turn {
-    int stage;
-    uint32_t parity;
-
-    DEVICE void next() {
-        if (++stage == STAGES) stage = 0, parity ^= 1;
-    }
-};
+// Every turn goes on where the last tile left it.
+using Turn = TurnOf<STAGES>;
 
 // A multiplying warpgroup: which one, and the calling thread in it.
 struct Part {

@@ -358,7 +358,7 @@ fn planted_faults_are_caught() {
         ("product.cuh", "copy_async_wait<STAGES - 2>();", "copy_async_wait<STAGES - 1>();"),
         ("logprob.cu", "if (column >= vocab) logit", "if (column > vocab) logit"),
         ("logprob.cu", "sum += low + high;", "sum = low + high;"),
-        ("logprob.cuh", "return x + __shfl_xor_sync(ALL_LANES, x, 2);", "return x;"),
+        ("logprob.cu", "sum = quad_sum(sum);", ""),
         (
             "logprob.cu",
             "strip < strip_count; strip += WARP",

@@ -166,6 +166,10 @@ fn faults_in_layers_together_are_caught() {
 #[test]
 fn faults_in_the_ring_are_caught() {
     assert_caught(
+        "hopper.cuh",
+        &[("if (++stage == COUNT) stage = 0, parity ^= 1;", "if (++stage == COUNT) stage = 0;")],
+    );
+    assert_caught(
         "hopper_product.cuh",
         &[
             // Phases.
@@ -173,7 +177,6 @@ fn faults_in_the_ring_are_caught() {
                 "barrier_wait(shared.empty + turn.stage, turn.parity ^ 1);",
                 "barrier_wait(shared.empty + turn.stage, turn.parity);",
             ),
-            ("if (++stage == STAGES) stage = 0, parity ^= 1;", "if (++stage == STAGES) stage = 0;"),
             // Waits.
             ("barrier_wait(shared.empty + turn.stage, turn.parity ^ 1);", ""),
             (
