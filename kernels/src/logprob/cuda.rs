@@ -259,7 +259,7 @@ impl Head<'_> {
             None => None,
             Some(LowRank { a, rank, .. }) => {
                 let mut low = arena.take(m * adapter::padded(rank))?;
-                project(gpu, hidden, &mut [Projected { a, u: &mut low, rank }], m, width)?;
+                project(gpu, hidden, &mut [Projected { a, u: &mut low, rank, b: None }], m, width)?;
                 Some(low)
             }
         };
@@ -340,8 +340,13 @@ impl Head<'_> {
             adapter.map(|(LowRank { b, rank, .. }, left)| Adapter { left, right: b, rank });
         let (_, _, rank) = Adapter::parts(adapter);
         let half = Some(tile.n / hopper::CLUSTER);
-        let [h, w, s, b] =
-            hopper::maps(gpu, (hidden, self.weight), adapter, (m, width, entries), half)?;
+        let [h, w, s, b] = hopper::maps(
+            gpu,
+            (hidden, self.weight),
+            adapter.map(Into::into),
+            (m, width, entries),
+            half,
+        )?;
         let keeps = i32::from(weights.is_some());
         let weights = match weights {
             Some(weights) => gpu.tensor_map_mut(weights, [m, entries], hopper::PIECE)?,

@@ -25,13 +25,16 @@ pub mod fused;
 pub(crate) mod hopper;
 #[cfg(test)]
 mod tests;
+mod together;
 
 use crate::args;
-use crate::cuda::{Arena, DeviceSlice, Gpu, Kernel, Result, Source, TILE};
+use crate::cuda::{DeviceSlice, Gpu, Kernel, Result, Source, TILE};
 use half::bf16;
 
 pub use adapter::Adapter;
-use adapter::{Gradient, add_to_gradients};
+pub use hopper::Begun;
+use hopper::Columns;
+pub use together::{Layer, begin_together, nn_together};
 
 pub(crate) const PRODUCT_HEADER: (&str, &str) = ("product.cuh", include_str!("product.cuh"));
 static PRODUCT: Source = Source {
@@ -175,7 +178,7 @@ pub fn nt(
     adapter: Option<Adapter>,
 ) -> Result<()> {
     let (way, before) = (Way::of(gpu, m, k, n), Before::of("nt", beta));
-    nt_by(gpu, way, x, w, before, y, m, k, n, bias, adapter)
+    nt_by(gpu, way, x, w, before, y, m, k, n, bias, adapter, Begun::default())
 }
 
 fn nt_by(
@@ -190,6 +193,7 @@ fn nt_by(
     n: usize,
     bias: Option<&DeviceSlice<bf16>>,
     adapter: Option<Adapter>,
+    begun: Begun,
 ) -> Result<()> {
     assert_shapes("nt", [("x", x.len(), m, k), ("w", w.len(), n, k), ("y", y.len(), m, n)]);
     assert_multiples_of_8("nt", [("k", k), ("n", n)]);
@@ -209,7 +213,9 @@ fn nt_by(
     let tile = match way {
         Way::Portable(tile) => tile,
         Way::Hopper(tile) => {
-            return hopper::nt(gpu, tile, x, w, (before, add == 1), y, m, k, n, bias, adapter);
+            let columns = Columns::rest(tile, tile.n as usize, n, begun);
+            let (before, adapter) = ((before, add == 1), adapter.map(Into::into));
+            return hopper::nt(gpu, columns, x, w, before, y, m, k, n, bias, adapter);
         }
     };
     let (u, b, rank) = Adapter::parts(adapter);
@@ -266,7 +272,10 @@ fn nn_by(
         Way::Portable(tile) => tile,
         Way::Hopper(tile) => {
             let layers = &[Layer { dy, w, n, adapter }];
-            return hopper::nn(gpu, tile, hopper::Product { layers, dx, m, k, add });
+            let product = hopper::Product::whole(tile, layers, dx, (m, k), add);
+            let from = hopper::Tasks::From(0);
+            return hopper::launch(gpu, tile, hopper::clusters(gpu), Some(product), &mut [], from)
+                .map(|_| ());
         }
     };
     let (du, a, rank) = Adapter::parts(adapter);
@@ -277,57 +286,6 @@ fn nn_by(
         tile.shared_bytes(),
         args![dy, w, n as i32, du, a, rank, dx, rows, columns, add],
     )
-}
-
-/// What one of several layers has in [`nn_together`].
-#[derive(Clone, Copy)]
-pub struct Layer<'a> {
-    /// `[m, n]`.
-    pub dy: &'a DeviceSlice<bf16>,
-    /// `[n, k]`.
-    pub w: &'a DeviceSlice<bf16>,
-    pub n: usize,
-    pub adapter: Option<Adapter<'a>>,
-}
-
-/// `dx`: `[m, k]` becomes the sum of the [`nn`] of one to three layers that have one input, and `gradients` that have waited for it,
-/// of as many rows, are added to. On compute capability 9.0 that is one product, rounded once; elsewhere one after the other is added.
-///
-/// # Errors
-/// A launch fails, or the arena is too small.
-///
-/// # Panics
-/// Shapes that do not fit.
-pub fn nn_together(
-    gpu: &Gpu,
-    arena: &Arena,
-    layers: &[Layer],
-    dx: &mut DeviceSlice<bf16>,
-    gradients: Vec<Gradient>,
-    m: usize,
-    k: usize,
-) -> Result<()> {
-    let op = "nn_together";
-    assert!((1..=adapter::SHARING).contains(&layers.len()), "{op}: {} layers", layers.len());
-    let ways = layers.iter().map(|layer| Way::of(gpu, m, layer.n, k));
-    let tile = ways.map(|way| if let Way::Hopper(tile) = way { Some(tile) } else { None });
-    // The columns are the same, and so are the tiles.
-    let Some(Some(tile)) = tile.reduce(|first, other| first.and(other)) else {
-        for (i, &Layer { dy, w, n, adapter }) in layers.iter().enumerate() {
-            nn(gpu, dy, w, dx, m, n, k, if i == 0 { 0.0 } else { 1.0 }, adapter)?;
-        }
-        return add_to_gradients(gpu, arena, gradients, m);
-    };
-    for Layer { dy, w, n, adapter } in layers {
-        assert_shapes(op, [("dy", dy.len(), m, *n), ("w", w.len(), *n, k), ("dx", dx.len(), m, k)]);
-        assert_multiples_of_8(op, [("n", *n), ("k", k)]);
-        Adapter::assert_fits(op, *adapter, m, k);
-    }
-    if m == 0 {
-        return Ok(());
-    }
-    let product = hopper::Product { layers, dx, m, k, add: false };
-    hopper::nn_with_gradients(gpu, arena, tile, Some(product), gradients, m)
 }
 
 /// [`nt`] for at most [`FEW_ROWS`] rows, as when text is generated: w is read once, at the memory's speed.

@@ -7,10 +7,11 @@
 // clusters that have a tile less than others add to gradients of adapters (hopper_gradients.cuh).
 //
 // The adapter's factors are one more slice of the depth, or as many as its rank has 64s; the copy engine fills up with zeros what a
-// box has beyond them.
+// box has beyond them. Launches that make an output's first columns make u or du (hopper_short.cuh), for themselves and for what follows.
 //
 // Constants from outside: those of hopper_product.cuh.
 #include "hopper_gradients.cuh"
+#include "hopper_short.cuh"
 
 // The terms of layers with one input: all weights' slices, then all adapters'. What is not there has a depth of 0.
 struct Layers {
@@ -23,25 +24,24 @@ struct Layers {
     }
     DEVICE int slices() const { return first.slices() + second.slices() + third.slices(); }
     DEVICE void prefetch() const { first.prefetch(); }
-    DEVICE int steps(int slice) const {
-        slice -= of_weight;
-        if (slice < first.of_adapter()) return steps_of(first.rank, slice);
-        slice -= first.of_adapter();
-        if (slice < second.of_adapter()) return steps_of(second.rank, slice);
-        return steps_of(third.rank, slice - second.of_adapter());
+    DEVICE int2 place(int slice) const {
+        const bool of_adapters = slice >= of_weight;
+        if (of_adapters) slice -= of_weight;
+        auto length = [&](const Linear<false>& it) { return of_adapters ? it.of_adapter() : it.of_weight; };
+        if (slice < length(first)) return make_int2(0, slice);
+        slice -= length(first);
+        if (slice < length(second)) return make_int2(1, slice);
+        return make_int2(2, slice - length(second));
     }
-    DEVICE void load(unsigned char* stage, Barrier* full, int2 corner, int slice) const {
-        if (slice < first.of_weight) return first.weight.load<false>(stage, full, corner, slice * TILE_K);
-        slice -= first.of_weight;
-        if (slice < second.of_weight) return second.weight.load<false>(stage, full, corner, slice * TILE_K);
-        slice -= second.of_weight;
-        if (slice < third.of_weight) return third.weight.load<false>(stage, full, corner, slice * TILE_K);
-        slice -= third.of_weight;
-        if (slice < first.of_adapter()) return first.adapter.load<false>(stage, full, corner, slice * TILE_K);
-        slice -= first.of_adapter();
-        if (slice < second.of_adapter()) return second.adapter.load<false>(stage, full, corner, slice * TILE_K);
-        slice -= second.of_adapter();
-        third.adapter.load<false>(stage, full, corner, slice * TILE_K);
+    DEVICE const Linear<false>& layer(int2 place) const { return place.x == 0 ? first : place.x == 1 ? second : third; }
+    DEVICE int steps(int slice) const {
+        int2 at = place(slice);
+        return steps_of(layer(at).rank, at.y);
+    }
+    DEVICE void load(unsigned char* stage, Barrier* full, int2 corner, int slice, bool with_left) const {
+        int2 at = place(slice);
+        const Factors& factors = slice < of_weight ? layer(at).weight : layer(at).adapter;
+        factors.load<false>(stage, full, corner, at.y * TILE_K, with_left);
     }
 };
 
@@ -101,18 +101,23 @@ struct Write {
     }
 };
 
-// rows, columns: of y; `rank` 0: no adapter, and its maps are not read; `bias` may be null; not `add`: `before` is not read.
-HOPPER_KERNEL(THREADS, CLUSTER) hopper_nt(TENSOR_MAP x, TENSOR_MAP w, TENSOR_MAP u, TENSOR_MAP b, const bf16* bias,
-                                          TENSOR_MAP before, TENSOR_MAP y, int rows, int columns, int depth, int rank, int add) {
-    product(Linear<true>::of({x, w}, depth, {u, b}, rank), Tiles::of(rows, columns, TILE_N),
-            Write{y, before, bias, columns, add != 0, 0});
+// rows, columns: of y, of which `across` tiles are made from column `first` on; `rank` 0: no adapter, and its maps are not read; `bias`
+// may be null; not `add`: `before` is not read. a_i, u_i and `groups`: see `Short`; where those are made, the map u is not read.
+HOPPER_KERNEL(THREADS, CLUSTER) hopper_nt(TENSOR_MAP x, TENSOR_MAP w, TENSOR_MAP u, TENSOR_MAP b, TENSOR_MAP a0, TENSOR_MAP a1,
+                                          TENSOR_MAP a2, bf16* u0, bf16* u1, bf16* u2, int second_at, int third_at, int groups,
+                                          const bf16* bias, TENSOR_MAP before, TENSOR_MAP y, int rows, int columns, int first,
+                                          int across, int depth, int rank, int add) {
+    product(Linear<true>::of({x, w}, depth, {u, b}, rank), Tiles::some(rows, first, across, TILE_N),
+            Write{y, before, bias, columns, add != 0, 0},
+            short_sides<true>(a0, a1, a2, u0, u1, u2, second_at, third_at, groups, rows));
 }
 
-// `of_idle`: see `Gradients`; what follows is those.
+// Likewise; b_i and du_i are those of `Short`. The tasks from `task` to `last`, and `of_idle`: see `Gradients`; what follows is those.
 HOPPER_KERNEL(THREADS, CLUSTER) hopper_nn(
-    TENSOR_MAP dy0, TENSOR_MAP w0, TENSOR_MAP du0, TENSOR_MAP a0, TENSOR_MAP dy1, TENSOR_MAP w1, TENSOR_MAP du1, TENSOR_MAP a1,
-    TENSOR_MAP dy2, TENSOR_MAP w2, TENSOR_MAP du2, TENSOR_MAP a2, TENSOR_MAP dx, int rows, int columns, int depth0, int rank0, int depth1,
-    int rank1, int depth2, int rank2, int add, int of_idle,
+    TENSOR_MAP dy0, TENSOR_MAP w0, TENSOR_MAP left0, TENSOR_MAP a0, TENSOR_MAP dy1, TENSOR_MAP w1, TENSOR_MAP left1, TENSOR_MAP a1,
+    TENSOR_MAP dy2, TENSOR_MAP w2, TENSOR_MAP left2, TENSOR_MAP a2, TENSOR_MAP b0, TENSOR_MAP b1, TENSOR_MAP b2, bf16* du0, bf16* du1,
+    bf16* du2, int second_at, int third_at, int groups, TENSOR_MAP dx, int rows, int columns, int first, int across, int depth0, int rank0,
+    int depth1, int rank1, int depth2, int rank2, int add, int of_idle, int task, int last,
     TENSOR_MAP v0, TENSOR_MAP u0, float* first0, float* second0, float* third0, const bf16* weight0, Sides sides0,
     TENSOR_MAP v1, TENSOR_MAP u1, float* first1, float* second1, float* third1, const bf16* weight1, Sides sides1,
     TENSOR_MAP v2, TENSOR_MAP u2, float* first2, float* second2, float* third2, const bf16* weight2, Sides sides2,
@@ -123,8 +128,10 @@ HOPPER_KERNEL(THREADS, CLUSTER) hopper_nn(
                                      {&v2, &u2, first2, second2, third2, weight2, sides2},
                                      {&v3, &u3, first3, second3, third3, weight3, sides3},
                                      {&v4, &u4, first4, second4, third4, weight4, sides4}},
-                                    of_idle};
-    product(Layers::of(Linear<false>::of({dy0, w0}, depth0, {du0, a0}, rank0), Linear<false>::of({dy1, w1}, depth1, {du1, a1}, rank1),
-                       Linear<false>::of({dy2, w2}, depth2, {du2, a2}, rank2)),
-            Tiles::of(rows, columns, TILE_N), Write{dx, dx, nullptr, columns, add != 0, 0}, gradients);
+                                    of_idle, task, last};
+    product(Layers::of(Linear<false>::of({dy0, w0}, depth0, {left0, a0}, rank0),
+                       Linear<false>::of({dy1, w1}, depth1, {left1, a1}, rank1),
+                       Linear<false>::of({dy2, w2}, depth2, {left2, a2}, rank2)),
+            Tiles::some(rows, first, across, TILE_N), Write{dx, dx, nullptr, columns, add != 0, 0},
+            short_sides<false>(b0, b1, b2, du0, du1, du2, second_at, third_at, groups, rows), gradients);
 }

@@ -90,6 +90,8 @@ struct Gradients {
     Gradient of[MOST];
     // Tasks of a cluster that has a tile less than others, or where none has, of each.
     int of_idle;
+    // The launch's tasks: `task` and on, before `last`.
+    int task, last;
 
     // They are read from shared memory: held in registers beside a tile's sums they do not fit, and parameters have no numbers.
     DEVICE static Gradient* table(const Shared& shared) { return static_cast<Gradient*>(shared.tasks); }
@@ -98,12 +100,10 @@ struct Gradients {
         for (int i = 0; i < MOST; i++) table(shared)[i] = of[i];
     }
 
-    DEVICE Share share(const Shared& shared, const Tiles& tiles) const {
-        int all = 0;
-        for (int i = 0; i < MOST; i++) all += table(shared)[i].tasks();
+    DEVICE Share share(const Tiles& tiles) const {
         const int clusters = int(gridDim.x) / CLUSTER, cluster = int(blockIdx.x) / CLUSTER;
-        const int busy = tiles.all() % clusters, idle = clusters - busy, border = min(of_idle * idle, all);
-        return cluster < busy ? Share{border + cluster, busy, all} : Share{cluster - busy, idle, border};
+        const int busy = tiles.all() % clusters, idle = clusters - busy, border = min(task + of_idle * idle, last);
+        return cluster < busy ? Share{border + cluster, busy, last} : Share{task + cluster - busy, idle, border};
     }
 
     // The gradient of a task, whose number becomes the one within it.
@@ -120,7 +120,7 @@ struct Gradients {
 
     DEVICE void copy(const Shared& shared, Turn& turn, const Tiles& tiles) const {
         const int rank = int(cluster_rank());
-        for (Share left = share(shared, tiles); left.task < left.end; left.task += left.step) {
+        for (Share left = share(tiles); left.task < left.end; left.task += left.step) {
             int task = left.task;
             const Gradient& it = of_task(shared, task);
             int column = (task / it.parts() * CLUSTER + rank) * (TASK_COLUMNS / CLUSTER), first = task % it.parts() * TASK_RANKS;
@@ -139,7 +139,7 @@ struct Gradients {
     }
 
     DEVICE void make(const Shared& shared, Turn& turn, const Tiles& tiles, Part part) const {
-        for (Share left = share(shared, tiles); left.task < left.end; left.task += left.step) {
+        for (Share left = share(tiles); left.task < left.end; left.task += left.step) {
             int task = left.task;
             const Gradient& it = of_task(shared, task);
             int block = task / it.parts() * CLUSTER + int(cluster_rank());

@@ -5,7 +5,8 @@
 // A block makes tiles [128, TILE_N] of the output, a cluster of two blocks one below the other. One warpgroup copies, two
 // multiply 64 rows each, all three for as many tiles as come: while a tile is written the next is being loaded. Shared memory:
 //
-//     ring     STAGES times a slice of 64 of the depth: left [128, 64], right [TILE_N, 64] or TILE_N / 64 panels [64, 64]
+//     ring     STAGES times a slice of 64 of the depth: left [128, 64], right [TILE_N, 64] or TILE_N / 64 panels [64, 64],
+//              and for short sides of adapters (hopper_short.cuh) a piece more
 //     staged   STAGED pieces [64, 64] for each multiplying warpgroup, on their way to global memory or from it
 //     barriers full and empty of each stage, one for each staged piece
 //     tasks    what a cluster does besides tiles, if anything
@@ -19,7 +20,7 @@
 //
 // After Pranjal Shankhdhar's "Outperforming cuBLAS on H100" (fast.cu) and DeepGEMM.
 //
-// Constants from outside: TILE_N, STAGES, STAGED.
+// Constants from outside: TILE_N, STAGES, STAGED, and SHORT_GROUPS of 16 of the ranks of short sides, 0 where none are made.
 #pragma once
 #include "hopper.cuh"
 #include "tile.cuh"
@@ -39,7 +40,8 @@ static_assert(FEW + MULTIPLIERS * MANY <= 504, "or who multiplies waits for ever
 constexpr int ROW_BYTES = 128;
 constexpr int PIECE_BYTES = 64 * ROW_BYTES;
 constexpr int LEFT_BYTES = TILE_M * ROW_BYTES;
-constexpr int STAGE_BYTES = LEFT_BYTES + TILE_N * ROW_BYTES;
+constexpr int RIGHT_BYTES = TILE_N * ROW_BYTES;
+constexpr int STAGE_BYTES = LEFT_BYTES + RIGHT_BYTES + (SHORT_GROUPS > 0 ? PIECE_BYTES : 0);
 
 // Pairs of tiles below each other that run together before the next columns do, so that factors meet in the level 2 cache.
 constexpr int GROUP = 8;
@@ -84,22 +86,24 @@ struct Part {
 
 // The tiles of an output, as a cluster meets them.
 struct Tiles {
-    int down, across, width, at;
-
     // `width`: of the output that a tile makes.
-    DEVICE static Tiles of(int rows, int columns, int width) {
-        return {divide_up(rows, CLUSTER * TILE_M), divide_up(columns, width), width, int(blockIdx.x) / CLUSTER};
+    int down, across, width, first, at;
+
+    DEVICE static Tiles of(int rows, int columns, int width) { return some(rows, 0, divide_up(columns, width), width); }
+    // Those `across`, from column `first` on.
+    DEVICE static Tiles some(int rows, int first, int across, int width) {
+        return {divide_up(rows, CLUSTER * TILE_M), across, width, first, int(blockIdx.x) / CLUSTER};
     }
     DEVICE int all() const { return down * across; }
     DEVICE bool more() const { return at < all(); }
     DEVICE void next() { at += int(gridDim.x) / CLUSTER; }
     // The first row and column of this block's.
     DEVICE int2 corner() const {
-        int first = at / (GROUP * across) * GROUP;
-        int height = min(down - first, GROUP);
+        int top = at / (GROUP * across) * GROUP;
+        int height = min(down - top, GROUP);
         int inside = at % (GROUP * across);
-        int pair = first + inside % height;
-        return make_int2((pair * CLUSTER + int(cluster_rank())) * TILE_M, inside / height * width);
+        int pair = top + inside % height;
+        return make_int2((pair * CLUSTER + int(cluster_rank())) * TILE_M, first + inside / height * width);
     }
 };
 
@@ -113,10 +117,11 @@ struct Factors {
     const TensorMap& left;
     const TensorMap& right;
 
+    // Not `with_left`: the left one is not asked for.
     template <bool ALONG>
-    DEVICE void load(unsigned char* stage, Barrier* full, int2 corner, int k) const {
+    DEVICE void load(unsigned char* stage, Barrier* full, int2 corner, int k, bool with_left) const {
         const int rank = int(cluster_rank());
-        tma_load(stage, left, full, k, corner.x);
+        if (with_left) tma_load(stage, left, full, k, corner.x);
         if (ALONG) {
             load_half(stage + LEFT_BYTES, full, right, corner.y + rank * (TILE_N / CLUSTER), k);
         } else {
@@ -145,16 +150,23 @@ struct Linear {
     }
     DEVICE int of_adapter() const { return divide_up(rank, TILE_K); }
     DEVICE int slices() const { return of_weight + of_adapter(); }
+    // Of a slice: which layer's it is, and which of the weight's or of the adapter's.
+    DEVICE int2 place(int slice) const { return make_int2(0, slice < of_weight ? slice : slice - of_weight); }
     // Of a slice after the weight's.
     DEVICE int steps(int slice) const { return steps_of(rank, slice - of_weight); }
     DEVICE void prefetch() const {
         tma_prefetch(weight.left);
         tma_prefetch(weight.right);
     }
-    DEVICE void load(unsigned char* stage, Barrier* full, int2 corner, int slice) const {
-        if (slice < of_weight) weight.template load<ALONG>(stage, full, corner, slice * TILE_K);
-        else adapter.template load<ALONG>(stage, full, corner, (slice - of_weight) * TILE_K);
+    DEVICE void load(unsigned char* stage, Barrier* full, int2 corner, int slice, bool with_left) const {
+        const Factors& factors = slice < of_weight ? weight : adapter;
+        factors.template load<ALONG>(stage, full, corner, place(slice).y * TILE_K, with_left);
     }
+};
+
+// What is made beside a tile of the same rows: nothing. hopper_short.cuh has something.
+struct NoShort {
+    static constexpr int GROUPS = 0;
 };
 
 // What a cluster does besides tiles: nothing. hopper_gradients.cuh has something.
@@ -169,8 +181,8 @@ struct NoTasks {
 };
 
 // By one thread: the slices of all tiles and tasks, each when its stage is free.
-template <class Terms, class Tasks>
-DEVICE void copy_slices(const Shared& shared, const Terms& terms, Tiles tiles, const Tasks& tasks) {
+template <class Terms, class Short, class Tasks>
+DEVICE void copy_slices(const Shared& shared, const Terms& terms, const Short& sides, Tiles tiles, const Tasks& tasks) {
     Turn turn = {0, 0};
     const int after = tasks.after(tiles);
     for (int done = 0;; done++, tiles.next()) {
@@ -180,8 +192,17 @@ DEVICE void copy_slices(const Shared& shared, const Terms& terms, Tiles tiles, c
         for (int slice = 0; slice < terms.slices(); slice++, turn.next()) {
             barrier_wait(shared.empty + turn.stage, turn.parity ^ 1);
             Barrier* full = shared.full + turn.stage;
-            barrier_arrive_expecting(full, STAGE_BYTES);
-            terms.load(shared.ring + turn.stage * STAGE_BYTES, full, corner, slice);
+            unsigned char* stage = shared.ring + turn.stage * STAGE_BYTES;
+            if constexpr (Short::GROUPS == 0) {
+                barrier_arrive_expecting(full, STAGE_BYTES);
+                terms.load(stage, full, corner, slice, true);
+            } else {
+                // An adapter's left factor is made here.
+                const bool of_weight = slice < terms.of_weight;
+                barrier_arrive_expecting(full, RIGHT_BYTES + (of_weight ? LEFT_BYTES + Short::BYTES : 0));
+                terms.load(stage, full, corner, slice, of_weight);
+                if (of_weight) sides.load(stage, full, terms.place(slice));
+            }
         }
     }
 }
@@ -191,16 +212,25 @@ DEVICE void release(const Shared& shared, int stage, int thread) {
     if (thread < CLUSTER) barrier_arrive_at(shared.empty + stage, uint32_t(thread));
 }
 
-// The sums of the part's 64 rows of a tile, as `wgmma` holds them; the weight has at least one slice.
-template <class Terms>
-DEVICE void sum_slices(const Shared& shared, Turn& turn, const Terms& terms, Part part, float (&sums)[TILE_N / 2]) {
+// Step k of a right factor of which a stage has a slice.
+template <bool ALONG>
+DEVICE uint64_t right_factor(unsigned char* right, int k) {
+    return ALONG ? advanced(descriptor_along(right), 32 * k) : advanced(descriptor_across(right, PIECE_BYTES), 2048 * k);
+}
+
+// The sums of the part's 64 rows of a tile, as `wgmma` holds them; the weight has at least one slice. `corner`: the block's.
+template <class Terms, class Short>
+DEVICE void sum_slices(const Shared& shared, Turn& turn, const Terms& terms, const Short& sides, Part part, int2 corner,
+                       float (&sums)[TILE_N / 2]) {
     constexpr bool ALONG = Terms::ALONG;
     int before = turn.stage;
+    float beside[Short::GROUPS > 0 ? 8 * Short::GROUPS : 1];
+    auto stage = [&]() { return shared.ring + turn.stage * STAGE_BYTES; };
     auto step = [&](int k, bool add) {
-        unsigned char* stage = shared.ring + turn.stage * STAGE_BYTES;
-        uint64_t left = descriptor_along(stage + part.index * PIECE_BYTES);
-        uint64_t right = ALONG ? descriptor_along(stage + LEFT_BYTES) : descriptor_across(stage + LEFT_BYTES, PIECE_BYTES);
-        wgmma<false, !ALONG>(sums, advanced(left, 32 * k), advanced(right, ALONG ? 32 * k : 2048 * k), add);
+        uint64_t left = advanced(descriptor_along(stage() + part.index * PIECE_BYTES), 32 * k);
+        wgmma<false, !ALONG>(sums, left, right_factor<ALONG>(stage() + LEFT_BYTES, k), add);
+        if constexpr (Short::GROUPS > 0)
+            wgmma<false, !ALONG>(beside, left, right_factor<ALONG>(stage() + LEFT_BYTES + RIGHT_BYTES, k), add);
     };
     auto steps = [&](bool add) {
         barrier_wait(shared.full + turn.stage, turn.parity);
@@ -220,22 +250,42 @@ DEVICE void sum_slices(const Shared& shared, Turn& turn, const Terms& terms, Par
         release(shared, before, part.thread);
         before = turn.stage;
     }
-    // One product a turn: around a loop of as many as there are, the assembler would wait for each.
-    for (int k = 0; slice < terms.slices();) {
-        if (k == 0) barrier_wait(shared.full + turn.stage, turn.parity);
-        wgmma_fence();
-        step(k, true);
-        wgmma_commit();
-        wgmma_wait<1>();
-        if (k == 0) release(shared, before, part.thread);
-        before = turn.stage;
-        if (++k < terms.steps(slice)) continue;
-        k = 0, slice++;
-        turn.next();
+    if constexpr (Short::GROUPS == 0) {
+        // One product a turn: around a loop of as many as there are, the assembler would wait for each.
+        for (int k = 0; slice < terms.slices();) {
+            if (k == 0) barrier_wait(shared.full + turn.stage, turn.parity);
+            wgmma_fence();
+            step(k, true);
+            wgmma_commit();
+            wgmma_wait<1>();
+            if (k == 0) release(shared, before, part.thread);
+            before = turn.stage;
+            if (++k < terms.steps(slice)) continue;
+            k = 0, slice++;
+            turn.next();
+        }
     }
     wgmma_wait<0>();
     hold(sums);
     release(shared, before, part.thread);
+    if constexpr (Short::GROUPS > 0) {
+        hold(beside);
+        uint32_t packed[Short::GROUPS][4], left[Short::GROUPS][4];
+        sides.pack(beside, packed);
+        sides.write(packed, part, corner);
+        for (; slice < terms.slices(); slice++, turn.next()) {
+            sides.of_layer(packed, terms.place(slice).x, left);
+            barrier_wait(shared.full + turn.stage, turn.parity);
+            wgmma_fence();
+#pragma unroll
+            for (int k = 0; k < Short::GROUPS; k++)
+                wgmma<!ALONG>(sums, left[k], right_factor<ALONG>(stage() + LEFT_BYTES, k), true);
+            wgmma_commit();
+            wgmma_wait<0>();
+            hold(sums);
+            release(shared, turn.stage, part.thread);
+        }
+    }
 }
 
 // ---- pieces ----
@@ -300,10 +350,10 @@ DEVICE void fill_piece(unsigned char* staged, Part part, Pair pair) {
 // ---- the whole ----
 
 // The sums of all tiles of `terms`, each handed to `epilogue`: of a tile whose rows begin at `row` and columns at `column`,
-// `before(shared, part, row, column)` is called before the sums are made and `write(shared, part, sums, row, column)` after. Between
-// tiles come the cluster's `tasks`.
-template <class Terms, class Epilogue, class Tasks = NoTasks>
-DEVICE void product(const Terms& terms, Tiles tiles, Epilogue epilogue, const Tasks& tasks = {}) {
+// `before(shared, part, row, column)` is called before the sums are made and `write(shared, part, sums, row, column)` after. With
+// them the short `sides` of adapters are made, between tiles come the cluster's `tasks`.
+template <class Terms, class Epilogue, class Short = NoShort, class Tasks = NoTasks>
+DEVICE void product(const Terms& terms, Tiles tiles, Epilogue epilogue, const Short& sides = {}, const Tasks& tasks = {}) {
     Shared shared = shared_memory();
     if (threadIdx.x == 0) {
         terms.prefetch();
@@ -312,7 +362,7 @@ DEVICE void product(const Terms& terms, Tiles tiles, Epilogue epilogue, const Ta
     prepare(shared);
     if (warpgroup_index() == 0) {
         fewer_registers<FEW>();
-        if (threadIdx.x == 0) copy_slices(shared, terms, tiles, tasks);
+        if (threadIdx.x == 0) copy_slices(shared, terms, sides, tiles, tasks);
     } else {
         more_registers<MANY>();
         Part part = {warpgroup_index() - 1, int(threadIdx.x) % WARPGROUP_THREADS};
@@ -325,7 +375,7 @@ DEVICE void product(const Terms& terms, Tiles tiles, Epilogue epilogue, const Ta
             int row = corner.x + 64 * part.index;
             epilogue.before(shared, part, row, corner.y);
             float sums[TILE_N / 2];
-            sum_slices(shared, turn, terms, part, sums);
+            sum_slices(shared, turn, terms, sides, part, corner, sums);
             epilogue.write(shared, part, sums, row, corner.y);
         }
         if (part.thread == 0) tma_store_wait<0>(); // shared memory ends with the block

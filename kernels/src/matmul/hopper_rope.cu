@@ -5,8 +5,10 @@
 // A head's two halves are in one thread's sums, so nothing moves. The product is rounded to bf16 before it is rotated, as it is
 // where rope.cu reads it from memory: the bits are the same, and y is not written, read and written again.
 //
+// First columns come with short sides of adapters (hopper_short.cuh), as those of hopper_nt.
+//
 // Constants from outside: those of hopper_product.cuh, and HEAD_DIM, 64 or 128.
-#include "hopper_product.cuh"
+#include "hopper_short.cuh"
 #include "rope.cuh"
 
 constexpr int HALF = HEAD_DIM / 2;
@@ -78,9 +80,12 @@ struct Rotate {
     }
 };
 
-HOPPER_KERNEL(THREADS, CLUSTER) hopper_nt_rope(TENSOR_MAP x, TENSOR_MAP w, TENSOR_MAP u, TENSOR_MAP b, const bf16* bias,
-                                               const uint32_t* positions, const float* table, TENSOR_MAP y,
-                                               uint32_t table_rows, int rows, int columns, int depth, int rank) {
-    product(Linear<true>::of({x, w}, depth, {u, b}, rank), Tiles::of(rows, columns, TILE_N),
-            Rotate{y, bias, positions, table, table_rows, rows, columns});
+// As hopper_nt.
+HOPPER_KERNEL(THREADS, CLUSTER) hopper_nt_rope(TENSOR_MAP x, TENSOR_MAP w, TENSOR_MAP u, TENSOR_MAP b, TENSOR_MAP a0, TENSOR_MAP a1,
+                                               TENSOR_MAP a2, bf16* u0, bf16* u1, bf16* u2, int second_at, int third_at, int groups,
+                                               const bf16* bias, const uint32_t* positions, const float* table, TENSOR_MAP y,
+                                               uint32_t table_rows, int rows, int columns, int first, int across, int depth, int rank) {
+    product(Linear<true>::of({x, w}, depth, {u, b}, rank), Tiles::some(rows, first, across, TILE_N),
+            Rotate{y, bias, positions, table, table_rows, rows, columns},
+            short_sides<true>(a0, a1, a2, u0, u1, u2, second_at, third_at, groups, rows));
 }

@@ -18,6 +18,7 @@
 //
 // Constants from outside: those of hopper_product.cuh, with TILE_N 256; RANK_GROUPS of 16 of the rank of du.
 #include "hopper_gradients.cuh"
+#include "hopper_short.cuh"
 #include "swiglu.cuh"
 
 constexpr int WIDTH = TILE_N / 2;
@@ -31,32 +32,29 @@ struct GateAndUp {
     int of_weight, of_gate, gate_rank, up_rank, columns;
 
     DEVICE int slices() const { return of_weight + of_gate + divide_up(up_rank, TILE_K); }
-    DEVICE int steps(int slice) const {
+    DEVICE int2 place(int slice) const {
+        if (slice < of_weight) return make_int2(0, slice);
         slice -= of_weight;
-        return slice < of_gate ? steps_of(gate_rank, slice) : steps_of(up_rank, slice - of_gate);
+        return slice < of_gate ? make_int2(0, slice) : make_int2(1, slice - of_gate);
+    }
+    DEVICE int steps(int slice) const {
+        int2 at = place(slice);
+        return steps_of(at.x == 0 ? gate_rank : up_rank, at.y);
     }
     DEVICE void prefetch() const {
         tma_prefetch(x);
         tma_prefetch(w_gate);
         tma_prefetch(w_up);
     }
-    DEVICE void load(unsigned char* stage, Barrier* full, int2 corner, int slice) const {
-        const bool up = cluster_rank() == 1;
-        unsigned char* right = stage + LEFT_BYTES;
-        int k = slice * TILE_K;
-        if (slice < of_weight) {
-            tma_load(stage, x, full, k, corner.x);
-            load_half(right, full, up ? w_up : w_gate, corner.y, k);
-        } else if (slice < of_weight + of_gate) {
-            k -= of_weight * TILE_K;
-            tma_load(stage, u_gate, full, k, corner.x);
-            // Past the last row there are zeros.
-            load_half(right, full, b_gate, up ? columns : corner.y, k);
-        } else {
-            k -= (of_weight + of_gate) * TILE_K;
-            tma_load(stage, u_up, full, k, corner.x);
-            load_half(right, full, b_up, up ? corner.y : columns, k);
-        }
+    DEVICE void load(unsigned char* stage, Barrier* full, int2 corner, int slice, bool with_left) const {
+        const bool up_half = cluster_rank() == 1, of_x = slice < of_weight;
+        int2 at = place(slice);
+        const bool of_up = at.x == 1;
+        int k = at.y * TILE_K;
+        if (with_left) tma_load(stage, of_x ? x : of_up ? u_up : u_gate, full, k, corner.x);
+        // In the half that an adapter has nothing to do with, past its last row, there are zeros.
+        int row = of_x || up_half == of_up ? corner.y : columns;
+        load_half(stage + LEFT_BYTES, full, of_x ? (up_half ? w_up : w_gate) : of_up ? b_up : b_gate, row, k);
     }
 };
 
@@ -144,13 +142,18 @@ struct Activate {
     }
 };
 
+// `across` tiles from column `first` on. a_i, u_i and `short_groups`: see `Short`, of gate's and of up's adapter; where those are made, the
+// maps u_gate and u_up are not read. a, `groups` and `partial`: of the adapter of what reads `out`.
 HOPPER_KERNEL(THREADS, CLUSTER) hopper_nt_swiglu(TENSOR_MAP x, TENSOR_MAP w_gate, TENSOR_MAP w_up, TENSOR_MAP u_gate,
-                                                 TENSOR_MAP b_gate, TENSOR_MAP u_up, TENSOR_MAP b_up, TENSOR_MAP gate,
-                                                 TENSOR_MAP up, TENSOR_MAP out, const bf16* a, int groups, float* partial,
-                                                 int rows, int columns, int depth, int gate_rank, int up_rank) {
+                                                 TENSOR_MAP b_gate, TENSOR_MAP u_up, TENSOR_MAP b_up, TENSOR_MAP a0, TENSOR_MAP a1,
+                                                 TENSOR_MAP a2, bf16* u0, bf16* u1, bf16* u2, int second_at, int third_at,
+                                                 int short_groups, TENSOR_MAP gate, TENSOR_MAP up, TENSOR_MAP out, const bf16* a,
+                                                 int groups, float* partial, int rows, int columns, int first, int across, int depth,
+                                                 int gate_rank, int up_rank) {
     GateAndUp terms = {x, w_gate, w_up, u_gate, b_gate, u_up, b_up, divide_up(depth, TILE_K), divide_up(gate_rank, TILE_K),
                        gate_rank, up_rank, columns};
-    product(terms, Tiles::of(rows, columns, WIDTH), Activate{gate, up, out, a, groups, partial, rows, columns});
+    product(terms, Tiles::some(rows, first, across, WIDTH), Activate{gate, up, out, a, groups, partial, rows, columns},
+            short_sides<true>(a0, a1, a2, u0, u1, u2, second_at, third_at, short_groups, rows));
 }
 
 // du of an adapter, by `mma` of the fragments that its dy is packed in. In b a pair of numbers belongs to one column of dy and two of the
@@ -285,10 +288,10 @@ struct ActivateBackward {
 HOPPER_KERNEL(THREADS, CLUSTER) hopper_nn_swiglu_backward(TENSOR_MAP dy, TENSOR_MAP w, TENSOR_MAP du, TENSOR_MAP a,
                                                           TENSOR_MAP gate, TENSOR_MAP up, TENSOR_MAP act, const bf16* b_gate,
                                                           float* gate_partial, const bf16* b_up, float* up_partial, int rows,
-                                                          int columns, int depth, int rank, int with_act, int of_idle, TENSOR_MAP v,
-                                                          TENSOR_MAP u, float* first, float* second, float* third,
+                                                          int columns, int depth, int rank, int with_act, int of_idle, int task,
+                                                          int last, TENSOR_MAP v, TENSOR_MAP u, float* first, float* second, float* third,
                                                           const bf16* weight, Sides sides) {
     product(Linear<false>::of({dy, w}, depth, {du, a}, rank), Tiles::of(rows, columns, TILE_N),
             ActivateBackward{gate, up, act, {b_gate, gate_partial}, {b_up, up_partial}, rows, columns, with_act != 0, 0},
-            Gradients<1>{{{&v, &u, first, second, third, weight, sides}}, of_idle});
+            NoShort{}, Gradients<1>{{{&v, &u, first, second, third, weight, sides}}, of_idle, task, last});
 }

@@ -10,6 +10,7 @@
 // A warp has 16 rows of x and all groups. Every element is summed in one order, whatever is beside it.
 //
 // Constants from outside: GROUPS, STAGES.
+#include "three.cuh"
 #include "tile.cuh"
 
 constexpr int THREADS = 128;
@@ -18,24 +19,6 @@ constexpr int DEPTH = 64;
 constexpr int X_BYTES = ROWS * DEPTH * sizeof(bf16);
 constexpr int GROUP_BYTES = 16 * DEPTH * sizeof(bf16);
 constexpr int STAGE_BYTES = X_BYTES + GROUPS * GROUP_BYTES;
-
-// The matrices of up to three adapters and where each begins, counted in groups.
-template <class Number>
-struct Three {
-    Number *first, *second, *third;
-    int second_at, third_at;
-
-    // The matrix that a group belongs to, and the group's number in it.
-    DEVICE Number* of(int group, int& inside) const {
-        bool in_third = group >= third_at, in_second = group >= second_at && !in_third;
-        inside = group - (in_third ? third_at : in_second ? second_at : 0);
-        return in_third ? third : in_second ? second : first;
-    }
-    // Groups of that matrix.
-    DEVICE int length(int group, int groups) const {
-        return group >= third_at ? groups - third_at : group >= second_at ? third_at - second_at : second_at;
-    }
-};
 
 // blockIdx: rows, groups. Adapters that are not there begin at `groups`.
 KERNEL(THREADS) project(const bf16* x, int rows, int depth, const bf16* a0, const bf16* a1, const bf16* a2, bf16* u0, bf16* u1,
@@ -93,7 +76,7 @@ KERNEL(THREADS) project(const bf16* x, int rows, int depth, const bf16* a0, cons
         if (first + group >= groups) break;
         int inside;
         bf16* to = u.of(first + group, inside);
-        size_t pitch = size_t(16) * u.length(first + group, groups);
+        size_t pitch = size_t(16) * u.length(u.index(first + group), groups);
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             int at = row + warp_row + lane / 4 + 8 * half;

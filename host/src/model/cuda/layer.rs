@@ -4,13 +4,14 @@
 use super::Context;
 use super::adapters::{Adapter, Adapters, Gradients};
 use super::batch::{Batch, DeviceLayout};
-use super::linear::{self, Linear, Output, Pulled, Trained, parts, project};
+use super::linear::{self, Linear, Output, Pulled, Then, Trained, parts};
 use super::tape::{AttentionInputs, HeadNorm, LayerTape, Outputs};
 use crate::Result;
 use crate::model::targets::{Projection, Site};
 use crate::model::weights;
 use half::bf16;
 use uft_kernels::cuda::{DeviceBuffer, DeviceSlice};
+use uft_kernels::matmul::cuda::Begun;
 use uft_kernels::matmul::cuda::adapter::{Gradient, Input, Norm};
 use uft_kernels::{attention, embedding, rmsnorm, rope, swiglu};
 
@@ -120,17 +121,18 @@ impl Layer {
         let mut v = with.take(rows * key_width)?;
         let mut head_norms = None;
         let adapters = [Q, K, V].map(|projection| self.adapter(projection, lora));
-        let u = project(&h, adapters, with)?;
+        let then = match self.head_norms {
+            Some(_) => Then::Nothing,
+            None => Then::Rotated(positions),
+        };
+        let (u, begun) = self.q.begin(&h, adapters, then, &mut q, with)?;
         let [of_q, of_k, of_v] = parts(adapters, &u);
+        self.q.forward_then(&h, of_q, then, &mut q, begun, with)?;
+        self.k.forward_then(&h, of_k, then, &mut k, Begun::default(), with)?;
         if let Some([q_norm, k_norm]) = &self.head_norms {
-            self.q.forward(&h, of_q, &mut q, with)?;
-            self.k.forward(&h, of_k, &mut k, with)?;
             head_norms = Some([head_norm(&mut q, q_norm, with)?, head_norm(&mut k, k_norm, with)?]);
             rope::cuda::forward(gpu, with.rope, &mut q, config.heads.heads, positions)?;
             rope::cuda::forward(gpu, with.rope, &mut k, config.heads.kv_heads, positions)?;
-        } else {
-            self.q.forward_rotated(&h, of_q, &mut q, positions, with)?;
-            self.k.forward_rotated(&h, of_k, &mut k, positions, with)?;
         }
         self.v.forward(&h, of_v, &mut v, with)?;
         Ok(AttentionInputs { inv_rms, q, k, v, head_norms, u })
@@ -148,9 +150,9 @@ impl Layer {
         let (config, gpu) = (with.config, with.gpu);
         let rows = x.len() / config.hidden;
         let of_o = [self.adapter(O, lora)];
-        let u_o = project(attended, of_o, with)?;
-        let mut mid = with.take(x.len())?;
-        self.o.forward_added(attended, parts(of_o, &u_o)[0], x, &mut mid, with)?;
+        let (mut mid, then) = (with.take(x.len())?, Then::Added(x));
+        let (u_o, begun) = self.o.begin(attended, of_o, then, &mut mid, with)?;
+        self.o.forward_then(attended, parts(of_o, &u_o)[0], then, &mut mid, begun, with)?;
         let (mut h, mut inv_rms) = (with.take(x.len())?, with.take_f32(rows)?);
         rmsnorm::cuda::forward(gpu, &mid, &self.mlp_norm, config.norm_eps, &mut h, &mut inv_rms)?;
         let mut gate = with.take(rows * config.intermediate)?;
@@ -158,11 +160,10 @@ impl Layer {
         let mut act = with.take(gate.len())?;
         let (layers, adapters) =
             ([&self.gate, &self.up], [Gate, Up].map(|projection| self.adapter(projection, lora)));
-        let u = project(&h, adapters, with)?;
-        let (of_both, of_down) = (parts(adapters, &u), self.adapter(Down, lora));
+        let of_down = self.adapter(Down, lora);
         let (gates, ups, acts) = (&mut gate, &mut up, &mut act);
-        let u_down =
-            Linear::forward_activated(layers, &h, of_both, gates, ups, acts, of_down, with)?;
+        let (u, u_down) =
+            Linear::forward_activated(layers, &h, adapters, gates, ups, acts, of_down, with)?;
         let ([u_o], [u_gate, u_up]) = (u_o, u);
         let (gate_and_up, u) = (Some([gate, up]), [u_o, u_gate, u_up, u_down]);
         Ok((Outputs { mid, inv_rms, gate_and_up, u }, act))
@@ -179,7 +180,8 @@ impl Layer {
         let Outputs { mid, u, .. } = outputs;
         let [.., of_down] = parts([None, None, None, self.adapter(Down, lora)], u);
         let mut y = with.take(mid.len())?;
-        self.down.forward_added(act, of_down, mid, &mut y, with)?;
+        let then = Then::Added(mid);
+        self.down.forward_then(act, of_down, then, &mut y, Begun::default(), with)?;
         Ok(y)
     }
 
@@ -323,7 +325,7 @@ impl Layer {
         // Down's dB goes with its own product, and its dA with that of gate and up.
         let of_down = of_down.map(|it| self.down.pull(d, it, None, with)).transpose()?;
         let (mut pulled, of_b) = of_down.unzip();
-        let mut waiting: Vec<Gradient> = of_b.flatten().into_iter().collect();
+        let mut waiting: Vec<Gradient> = of_b.flatten().map(Gradient::B).into_iter().collect();
         let (of_down, of_a) = pulled.as_mut().map(Pulled::split).unzip();
         // The adapter's input, which nobody kept.
         let mut act = of_a.is_some().then(|| with.take(gate.len())).transpose()?;

@@ -7,8 +7,9 @@
 //!            dA += duᵀ x                  dx = dy W + du A              one product
 //! ```
 //!
-//! Layers with the same x, such as q, k and v, read it once for all of their u, and once more for all of their dA. Gradients go along
-//! with a product: on compute capability 9.0 that is where they are made, dB too; elsewhere dB is made with du, in one visit to dy.
+//! Layers with the same x, such as q, k and v, read it once for all of their u, and once more for all of their dA. On compute capability
+//! 9.0 u and du are made with the first columns of a product of the same rows, which so begins before it goes on ([`Begun`]), and dA and
+//! dB go along with a product; elsewhere dB is made with du, in one visit to dy.
 //!
 //! m rows, `in` and `out` widths, r rank, R the padded one. With B = 0 the adapter adds exact zeros to every sum,
 //! so a fresh adapter and no adapter give the same numbers.
@@ -20,11 +21,13 @@ use crate::model::weights;
 use half::bf16;
 use uft_kernels::cuda::{DeviceBuffer, DeviceSlice};
 use uft_kernels::matmul::cuda::adapter::{
-    Gradient, GradientOfA, GradientOfB, Input, Projected, add_to_gradients, gradients_wait, padded,
-    pull,
+    Gradient, GradientOfA, GradientOfB, Input, Projected, SHARING, add_to_gradients,
+    gradients_wait, padded, pull,
 };
-use uft_kernels::matmul::cuda::fused::{self, Weight};
-use uft_kernels::matmul::cuda::{Adapter as Part, Layer, adapter, few, nn_together, nt};
+use uft_kernels::matmul::cuda::fused::{self, Activating, Projections, Weight};
+use uft_kernels::matmul::cuda::{
+    Adapter as Part, Begun, Layer, adapter, begin_together, few, nn_together, nt,
+};
 use uft_kernels::{rope, swiglu};
 
 /// Which product a forward pass takes.
@@ -59,6 +62,16 @@ impl Product {
     }
 }
 
+/// What follows a product.
+#[derive(Clone, Copy)]
+pub enum Then<'a> {
+    Nothing,
+    /// This `[m, out]` is added.
+    Added(&'a DeviceSlice<bf16>),
+    /// Its heads are rotated by positions `[m]`.
+    Rotated(&'a DeviceSlice<u32>),
+}
+
 /// A frozen linear layer, on a device.
 pub type Linear = weights::Linear<DeviceBuffer<bf16>, DeviceBuffer<bf16>>;
 
@@ -75,71 +88,116 @@ impl Linear {
         with.product.nt(with, x, &self.weight, y, m, k, n, 0.0, self.bias.as_deref(), part)
     }
 
-    /// [`Self::forward`], and `before`: `[m, out]` added.
-    pub fn forward_added(
+    /// u of adapters of layers with the same `x`: `[m, in]`, of which this is the first, and the beginning of [`Self::forward_then`].
+    pub fn begin<const N: usize>(
+        &self,
+        x: &DeviceSlice<bf16>,
+        adapters: [Option<Adapter>; N],
+        then: Then,
+        y: &mut DeviceSlice<bf16>,
+        with: Context,
+    ) -> Result<(Short<N>, Begun)> {
+        let (m, k, n) = (x.len() / self.inputs, self.inputs, self.outputs);
+        let mut u = room_for(m, &adapters, with)?;
+        if u.iter().all(Option::is_none) {
+            return Ok((u, Begun::default()));
+        }
+        if let Product::Token = with.product {
+            project_token(x, adapters, &mut u, with)?;
+            return Ok((u, Begun::default()));
+        }
+        let projected = projections(adapters, &mut u, 1);
+        let weight = self.weight_with(None);
+        let begun = match then {
+            Then::Rotated(positions) => {
+                let (gpu, rope) = (with.gpu, with.rope);
+                fused::begin_rope(gpu, x, weight, projected, y, m, k, n, rope, positions)?
+            }
+            Then::Added(before) => {
+                fused::begin_added(with.gpu, x, weight, projected, Some(before), y, m, k, n)?
+            }
+            Then::Nothing => fused::begin_added(with.gpu, x, weight, projected, None, y, m, k, n)?,
+        };
+        Ok((u, begun))
+    }
+
+    /// [`Self::forward`] and what follows it, from where it has begun.
+    pub fn forward_then(
         &self,
         x: &DeviceSlice<bf16>,
         part: Option<Part>,
-        before: &DeviceSlice<bf16>,
+        then: Then,
         y: &mut DeviceSlice<bf16>,
+        begun: Begun,
         with: Context,
     ) -> Result<()> {
         let (m, k, n) = (x.len() / self.inputs, self.inputs, self.outputs);
-        if let Product::Token = with.product {
-            with.gpu.copy(before, y)?;
-            let (w, bias) = (&self.weight, self.bias.as_deref());
-            return with.product.nt(with, x, w, y, m, k, n, 1.0, bias, part);
+        let (gpu, rope, weight) = (with.gpu, with.rope, self.weight_with(part));
+        match (then, with.product) {
+            (Then::Nothing, Product::Token) => self.forward(x, part, y, with)?,
+            (Then::Added(before), Product::Token) => {
+                gpu.copy(before, y)?;
+                let Weight { w, bias, .. } = weight;
+                with.product.nt(with, x, w, y, m, k, n, 1.0, bias, part)?;
+            }
+            (Then::Rotated(positions), Product::Token) => {
+                self.forward(x, part, y, with)?;
+                let heads = self.outputs / with.config.heads.head_dim;
+                rope::cuda::forward(gpu, rope, y, heads, positions)?;
+            }
+            (Then::Rotated(positions), Product::Batch) => {
+                fused::nt_rope(gpu, x, weight, y, m, k, n, rope, positions, begun)?;
+            }
+            (Then::Added(before), Product::Batch) => {
+                fused::nt_added(gpu, x, weight, Some(before), y, m, k, n, begun)?;
+            }
+            (Then::Nothing, Product::Batch) => {
+                fused::nt_added(gpu, x, weight, None, y, m, k, n, begun)?;
+            }
         }
-        Ok(fused::nt_added(with.gpu, x, self.weight_with(part), before, y, m, k, n)?)
-    }
-
-    /// [`Self::forward`], and y's heads rotated by `positions`: `[m]`.
-    pub fn forward_rotated(
-        &self,
-        x: &DeviceSlice<bf16>,
-        part: Option<Part>,
-        y: &mut DeviceSlice<bf16>,
-        positions: &DeviceSlice<u32>,
-        with: Context,
-    ) -> Result<()> {
-        if let Product::Token = with.product {
-            self.forward(x, part, y, with)?;
-            let heads = self.outputs / with.config.heads.head_dim;
-            return Ok(rope::cuda::forward(with.gpu, with.rope, y, heads, positions)?);
-        }
-        let (m, k, n) = (positions.len(), self.inputs, self.outputs);
-        let weight = self.weight_with(part);
-        Ok(fused::nt_rope(with.gpu, x, weight, y, m, k, n, with.rope, positions)?)
+        Ok(())
     }
 
     /// [`Self::forward`] of two layers with the same input, and the gated activation of what they make: `gate`, `up`, `out`:
-    /// `[m, out]`. Returns what [`project`] makes of `out` for `next`.
+    /// `[m, out]`. Returns u of their adapters, and what [`project`] would make of `out` for `next`.
     pub fn forward_activated(
         layers: [&Self; 2],
         x: &DeviceSlice<bf16>,
-        parts: [Option<Part>; 2],
+        adapters: [Option<Adapter>; 2],
         gate: &mut DeviceSlice<bf16>,
         up: &mut DeviceSlice<bf16>,
         out: &mut DeviceSlice<bf16>,
         next: Option<Adapter>,
         with: Context,
-    ) -> Result<Option<DeviceBuffer<bf16>>> {
+    ) -> Result<(Short<2>, Option<DeviceBuffer<bf16>>)> {
         let [of_gate, of_up] = layers;
+        let (m, k, n) = (x.len() / of_gate.inputs, of_gate.inputs, of_gate.outputs);
+        let mut u = room_for(m, &adapters, with)?;
         if let Product::Token = with.product {
+            project_token(x, adapters, &mut u, with)?;
+            let parts = parts(adapters, &u);
             of_gate.forward(x, parts[0], gate, with)?;
             of_up.forward(x, parts[1], up, with)?;
             swiglu::cuda::forward(with.gpu, gate, up, out)?;
-            let [u] = project(out, [next], with)?;
-            return Ok(u);
+            let [of_next] = project(out, [next], with)?;
+            return Ok((u, of_next));
         }
-        let (m, k, n) = (x.len() / of_gate.inputs, of_gate.inputs, of_gate.outputs);
-        let weights = [of_gate.weight_with(parts[0]), of_up.weight_with(parts[1])];
-        let mut u = next.map(|next| with.take(m * padded(next.rank))).transpose()?;
-        let next = next.zip(u.as_deref_mut());
-        let next = next.map(|(Adapter { a, rank, .. }, u)| Projected { a, u, rank });
         let (gpu, arena) = (with.gpu, with.arena);
-        fused::nt_swiglu(gpu, arena, x, weights, gate, up, out, next, m, k, n)?;
-        Ok(u)
+        let mut of_next = next.map(|next| with.take(m * padded(next.rank))).transpose()?;
+        let activating = if u.iter().all(Option::is_none) {
+            Activating::default()
+        } else {
+            let weights = layers.map(|layer| layer.weight_with(None));
+            let projected = projections(adapters, &mut u, 2);
+            let next = next.map(|next| (next.a, next.rank));
+            fused::begin_swiglu(gpu, arena, x, weights, projected, gate, up, out, next, m, k, n)?
+        };
+        let [part_gate, part_up] = parts(adapters, &u);
+        let weights = [of_gate.weight_with(part_gate), of_up.weight_with(part_up)];
+        let next = next.zip(of_next.as_deref_mut());
+        let next = next.map(|(Adapter { a, rank, .. }, u)| Projected { a, u, rank, b: None });
+        fused::nt_swiglu(gpu, arena, x, weights, gate, up, out, next, m, k, n, activating)?;
+        Ok((u, of_next))
     }
 
     fn weight_with<'a>(&'a self, adapter: Option<Part<'a>>) -> Weight<'a> {
@@ -156,7 +214,7 @@ impl Linear {
         gate: &mut DeviceSlice<bf16>,
         up: &mut DeviceSlice<bf16>,
         act: Option<&mut DeviceSlice<bf16>>,
-        pulled: [Option<fused::Pulled>; 2],
+        pulled: [Option<adapter::Pulled>; 2],
         waiting: Vec<Gradient>,
         with: Context,
     ) -> Result<()> {
@@ -174,12 +232,12 @@ impl Linear {
         Trained { adapter, grad, u }: Trained<'a>,
         made: Option<DeviceBuffer<bf16>>,
         with: Context,
-    ) -> Result<(Pulled<'a>, Option<Gradient<'a>>)> {
+    ) -> Result<(Pulled<'a>, Option<GradientOfB<'a>>)> {
         let (m, n) = (dy.len() / self.outputs, self.outputs);
         let (rank, scale) = (adapter.rank, adapter.scale);
         let of_b = GradientOfB { dy, u, db: grad.b, rank, scale };
         if let Some(du) = made {
-            return Ok((Pulled { adapter, grad: grad.a, du }, Some(Gradient::B(of_b))));
+            return Ok((Pulled { adapter, grad: grad.a, du }, Some(of_b)));
         }
         let mut du = with.take(m * padded(rank))?;
         let of_b = pull(with.gpu, with.arena, of_b, adapter.b, &mut du, m, n)?;
@@ -187,28 +245,67 @@ impl Linear {
     }
 }
 
-/// u: `[m, R]` of the adapters of layers with the same `x`: `[m, in]`; the way back needs them, too.
+/// u: `[m, R]` of adapters of layers with one input, where there are any; the way back needs them, too.
+type Short<const N: usize> = [Option<DeviceBuffer<bf16>>; N];
+
+fn room_for<const N: usize>(
+    m: usize,
+    adapters: &[Option<Adapter>; N],
+    with: Context,
+) -> Result<Short<N>> {
+    let mut all = [const { None }; N];
+    for (u, adapter) in all.iter_mut().zip(adapters) {
+        *u = adapter.map(|adapter| with.take(m * padded(adapter.rank))).transpose()?;
+    }
+    Ok(all)
+}
+
+/// The first so many layers are those whose product begins.
+fn projections<'a, const N: usize>(
+    adapters: [Option<Adapter<'a>>; N],
+    u: &'a mut Short<N>,
+    own: usize,
+) -> Projections<'a> {
+    let mut each = adapters.into_iter().zip(u).enumerate();
+    [(); SHARING].map(|()| {
+        let (i, (adapter, u)) = each.next()?;
+        let Adapter { a, b, rank, .. } = adapter?;
+        Some(Projected { a, u: u.as_deref_mut()?, rank, b: (i < own).then_some(b) })
+    })
+}
+
+/// u of a single token.
+fn project_token<const N: usize>(
+    x: &DeviceSlice<bf16>,
+    adapters: [Option<Adapter>; N],
+    u: &mut Short<N>,
+    with: Context,
+) -> Result<()> {
+    for (u, Adapter { a, rank, .. }) in
+        u.iter_mut().zip(adapters).filter_map(|(u, adapter)| Some((u.as_mut()?, adapter?)))
+    {
+        let k = a.len() / padded(rank);
+        few(with.gpu, x, a, u, x.len() / k, k, padded(rank), 0.0, None, None)?;
+    }
+    Ok(())
+}
+
+/// u of the adapters of layers with the same `x`: `[m, in]`, without a product.
 pub fn project<const N: usize>(
     x: &DeviceSlice<bf16>,
     adapters: [Option<Adapter>; N],
     with: Context,
-) -> Result<[Option<DeviceBuffer<bf16>>; N]> {
+) -> Result<Short<N>> {
     let Some(first) = adapters.iter().flatten().next() else { return Ok([const { None }; N]) };
     let k = first.a.len() / padded(first.rank);
     let m = x.len() / k;
-    let mut all = [const { None }; N];
-    for (u, adapter) in all.iter_mut().zip(&adapters) {
-        *u = adapter.map(|adapter| with.take(m * padded(adapter.rank))).transpose()?;
-    }
-    let each = all.iter_mut().flatten().zip(adapters.into_iter().flatten());
+    let mut all = room_for(m, &adapters, with)?;
     if let Product::Token = with.product {
-        for (u, Adapter { a, rank, .. }) in each {
-            few(with.gpu, x, a, u, m, k, padded(rank), 0.0, None, None)?;
-        }
+        project_token(x, adapters, &mut all, with)?;
         return Ok(all);
     }
-    let each = each.map(|(u, Adapter { a, rank, .. })| Projected { a, u, rank });
-    let mut each: Vec<Projected> = each.collect();
+    let mut each: Vec<Projected> =
+        projections(adapters, &mut all, 0).into_iter().flatten().collect();
     adapter::project(with.gpu, x, &mut each, m, k)?;
     drop(each);
     Ok(all)
@@ -244,16 +341,38 @@ pub fn backward<'a, const N: usize>(
     waiting: Vec<Gradient<'a>>,
     with: Context,
 ) -> Result<()> {
-    let layers = outputs.each_ref().map(|Output { linear, dy, .. }| (*linear, *dy));
-    let (k, n, dy) = (layers[0].0.inputs, layers[0].0.outputs, layers[0].1);
-    let m = dy.len() / n;
-    let (mut waiting, mut pulled): (Vec<Gradient>, _) = (waiting, [const { None }; N]);
-    for (pulled, Output { linear, dy, adapter, du }) in pulled.iter_mut().zip(outputs) {
+    let layers = outputs.each_ref().map(|Output { linear, dy, .. }| Layer {
+        dy,
+        w: &linear.weight,
+        n: linear.outputs,
+        adapter: None,
+    });
+    let (k, m) = (outputs[0].linear.inputs, layers[0].dy.len() / layers[0].n);
+    // Where dB waits for the product, the product begins with du.
+    let begins = dx.is_some() && gradients_wait(with.gpu);
+    let (mut pulled, mut of_b, mut to_make) = ([const { None }; N], Vec::new(), [false; N]);
+    for (i, Output { linear, dy, adapter, mut du }) in outputs.into_iter().enumerate() {
         let Some(adapter) = adapter else { continue };
-        let (of_layer, of_b) = linear.pull(dy, adapter, du, with)?;
-        *pulled = Some(of_layer);
-        waiting.extend(of_b);
+        if begins && du.is_none() {
+            du = Trained::room(Some(&adapter), m, with)?;
+            to_make[i] = true;
+        }
+        let (of_layer, b) = linear.pull(dy, adapter, du, with)?;
+        pulled[i] = Some(of_layer);
+        of_b.extend(b);
     }
+    let mut begun = Begun::default();
+    let mut dx = dx;
+    if let Some(dx) = dx.as_deref_mut().filter(|_| to_make.contains(&true)) {
+        let mut each = pulled.iter_mut().zip(to_make);
+        let pulled = [(); SHARING].map(|()| {
+            let (pulled, to_make) = each.next()?;
+            pulled.as_mut().filter(|_| to_make).map(Pulled::begin)
+        });
+        begun = begin_together(with.gpu, &layers, pulled, &mut of_b, dx, m, k)?;
+    }
+    let mut gradients: Vec<Gradient> = of_b.into_iter().map(Gradient::B).collect();
+    gradients.extend(waiting);
     let mut adapters = Vec::new();
     let parts = pulled.each_mut().map(|pulled| {
         let (part, of_a) = pulled.as_mut()?.split();
@@ -261,14 +380,11 @@ pub fn backward<'a, const N: usize>(
         Some(part)
     });
     if !adapters.is_empty() {
-        waiting.push(Gradient::A { input, k, adapters });
+        gradients.push(Gradient::A { input, k, adapters });
     }
-    let Some(dx) = dx else { return add_waiting(waiting, m, with) };
-    let each = std::array::from_fn::<_, N, _>(|i| {
-        let (linear, dy) = layers[i];
-        Layer { dy, w: &linear.weight, n: linear.outputs, adapter: parts[i] }
-    });
-    Ok(nn_together(with.gpu, with.arena, &each, dx, waiting, m, k)?)
+    let Some(dx) = dx else { return add_waiting(gradients, m, with) };
+    let each = std::array::from_fn::<_, N, _>(|i| Layer { adapter: parts[i], ..layers[i] });
+    Ok(nn_together(with.gpu, with.arena, &each, dx, gradients, m, k, begun)?)
 }
 
 /// Adds to gradients that wait for no product, of `m` rows each.
@@ -284,6 +400,12 @@ pub struct Pulled<'a> {
 }
 
 impl Pulled<'_> {
+    /// What is to be made of it where the product begins.
+    fn begin(&mut self) -> adapter::Pulled<'_> {
+        let Self { adapter: Adapter { a, b, rank, .. }, du, .. } = self;
+        adapter::Pulled { b, du, rank: *rank, a: Some(a) }
+    }
+
     /// Its part in the product, and dA.
     pub fn split(&mut self) -> (Part<'_>, GradientOfA<'_>) {
         let Self { adapter, grad, du } = self;
@@ -308,7 +430,7 @@ impl Trained<'_> {
     }
 
     /// Its part where dy is made.
-    pub fn pulled<'a>(&'a self, du: &'a mut DeviceSlice<bf16>) -> fused::Pulled<'a> {
-        fused::Pulled { b: self.adapter.b, du, rank: self.adapter.rank }
+    pub fn pulled<'a>(&'a self, du: &'a mut DeviceSlice<bf16>) -> adapter::Pulled<'a> {
+        adapter::Pulled { b: self.adapter.b, du, rank: self.adapter.rank, a: None }
     }
 }

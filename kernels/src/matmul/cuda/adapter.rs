@@ -26,14 +26,16 @@ pub(super) mod tests;
 
 use gradient::COLLECTING;
 pub use gradient::{
-    Gradient, GradientOfA, GradientOfB, Input, Norm, add_to_gradient_of_b, add_to_gradients,
-    add_to_gradients_of_a, gradients_wait, pull, workspace_of_a, workspace_of_b,
+    Gradient, GradientOfA, GradientOfB, Input, Norm, Pulled, add_to_gradient_of_b,
+    add_to_gradients, add_to_gradients_of_a, gradients_wait, pull, workspace_of_a, workspace_of_b,
 };
 use project::projecting;
 pub use project::{Projected, project};
 
 static PARTIALS: Source =
     Source { name: "partials.cu", text: include_str!("../partials.cu"), headers: &[TILE] };
+
+pub(super) const THREE: (&str, &str) = ("three.cuh", include_str!("../three.cuh"));
 
 /// Most layers that have one input: queries, keys and values.
 pub const SHARING: usize = 3;

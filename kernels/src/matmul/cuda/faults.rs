@@ -186,15 +186,19 @@ fn faults_in_what_adapters_share_are_caught() {
         (step, "copy_async_wait<STAGES - 2>();\n"),
         (step, "copy_async_wait<STAGES - 1>();\n        __syncthreads();\n"),
         ("load(slice + STAGES - 1);", "load(slice + STAGES);"),
-        ("in_third ? third_at : in_second", "in_second"),
         ("first + group < groups ? 16 * inside + 16 : 0", "16 * inside + 16"),
         ("if (first + group >= groups) break;", ""),
         ("if (at >= rows) continue;", ""),
-        ("third_at - second_at : second_at", "second_at : second_at"),
         ("lane / 16 * 8 + lane % 8, k / 8 + lane / 8 % 2", "lane % 16, k / 8 + lane / 16"),
         ("sums[group][j][2 * half], ", "sums[group][j][half], "),
     ] {
         assert_caught("project.cu", fault, shared_are_right);
+    }
+    for fault in [
+        ("which == 2 ? third_at : which == 1", "which == 1"),
+        ("third_at - second_at : second_at", "second_at : second_at"),
+    ] {
+        assert_caught("three.cuh", fault, shared_are_right);
     }
     for fault in [
         ("column < factors.ranks", "true"),

@@ -2,12 +2,13 @@
 //! the same bits. Each check runs in the emulation, too, at a size that it gets through.
 
 use super::*;
+use crate::cuda::Arena;
 use crate::testing::{
     Endless, Real, assert_accurate, assert_accurate_bf16, assert_written, gpu, hopper_gpu, places,
     round,
 };
 use adapter::{
-    GradientOfA, GradientOfB, Input, Projected, add_to_gradient_of_b, add_to_gradients,
+    Gradient, GradientOfA, GradientOfB, Input, Projected, add_to_gradient_of_b, add_to_gradients,
     add_to_gradients_of_a, padded, project, workspace_of_a, workspace_of_b,
 };
 
@@ -100,7 +101,7 @@ fn check_gradients((m, k): (usize, usize), rank: usize) {
         let of_b = GradientOfB { dy: &on_v, u: &on_u, db: &mut db, rank, scale: 0.5 };
         add_to_gradient_of_b(&gpu, of_b, Some((&on_b, &mut du)), m, k, &mut room).unwrap();
         let mut low = gpu.alloc(m * pitch).unwrap();
-        let sides = &mut [Projected { a: &on_a, u: &mut low, rank }];
+        let sides = &mut [Projected { a: &on_a, u: &mut low, rank, b: None }];
         project(&gpu, &on_v, sides, m, k).unwrap();
         let [da, db] = [da, db].map(|x| gpu.downloaded(&x).unwrap());
         (da, db, [du, low].map(|x| gpu.downloaded(&x).unwrap()))

@@ -1,6 +1,7 @@
 //! The products on a device against f64.
 
 use super::*;
+use crate::cuda::Arena;
 use crate::testing::{Real, assert_accurate_bf16, gpu, hopper_gpu, random_bf16, round};
 
 /// Orders in which threads run.
@@ -148,7 +149,11 @@ impl Case {
                     true => Before::Other(&before),
                     false => Before::of("nt", beta),
                 };
-                nt_by(gpu, way, &left, &right, before, &mut out, m, depth, columns, bias, adapter)?
+                let all = Begun::default();
+                nt_by(
+                    gpu, way, &left, &right, before, &mut out, m, depth, columns, bias, adapter,
+                    all,
+                )?
             }
             "nn" => nn_by(gpu, way, &left, &right, &mut out, m, depth, columns, beta, adapter)?,
             _ => few(gpu, &left, &right, &mut out, m, depth, columns, beta, bias, adapter)?,
@@ -223,7 +228,8 @@ impl Together {
         let mut out = gpu.alloc(m * columns)?;
         let arena = Arena::new(gpu, 0)?;
         let layers: Vec<_> = layers.collect();
-        nn_together(gpu, &arena, &layers, &mut out, Vec::new(), m, columns)?;
+        let (none, all) = (Vec::new(), Begun::default());
+        nn_together(gpu, &arena, &layers, &mut out, none, m, columns, all)?;
         gpu.downloaded(&out)
     }
 

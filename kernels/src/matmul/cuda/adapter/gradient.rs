@@ -225,6 +225,14 @@ pub struct GradientOfB<'a> {
     pub scale: f32,
 }
 
+impl GradientOfB<'_> {
+    /// The same for a while.
+    pub(in super::super) fn reborrowed(&mut self) -> GradientOfB<'_> {
+        let Self { dy, u, db, rank, scale } = self;
+        GradientOfB { dy, u, db, rank: *rank, scale: *scale }
+    }
+}
+
 /// `db += scale dyᵀ u`, and `with_du`, scale b `[n, R]` as [`super::pack_b`] leaves it and du `[m, R]`, also `du = dy (scale b)`.
 /// Accumulates into `db`, overwrites `du`. `workspace`: at least [`workspace_of_b`] numbers. Up to a padded rank of 32 dy is read
 /// once.
@@ -324,6 +332,17 @@ pub fn gradients_wait(gpu: &Gpu) -> bool {
     gpu.properties().compute_capability == (9, 0)
 }
 
+/// An adapter's part where du is made with what dy is read for, or with dy itself.
+pub struct Pulled<'a> {
+    /// scale b `[n, R]`, as [`super::pack_b`] leaves it.
+    pub b: &'a DeviceSlice<bf16>,
+    /// `[m, R]`.
+    pub du: &'a mut DeviceSlice<bf16>,
+    pub rank: usize,
+    /// `[R, k]`, if the product that begins is of this adapter's layer.
+    pub a: Option<&'a DeviceSlice<bf16>>,
+}
+
 /// `du = dy (scale b)`: `[m, R]`, which the way back goes on with; `b`: `[n, R]`. dB is made with it in one visit to dy, or on
 /// compute capability 9.0 returned, to be made later. Accumulates into dB, overwrites `du`.
 ///
@@ -340,11 +359,11 @@ pub fn pull<'a>(
     du: &mut DeviceSlice<bf16>,
     m: usize,
     n: usize,
-) -> Result<Option<Gradient<'a>>> {
+) -> Result<Option<GradientOfB<'a>>> {
     let rank = of_b.rank;
     if gradients_wait(gpu) {
         nn(gpu, of_b.dy, b, du, m, n, padded(rank), 0.0, None)?;
-        return Ok(Some(Gradient::B(of_b)));
+        return Ok(Some(of_b));
     }
     let mut workspace = arena.take(workspace_of_b(m, n, rank))?;
     add_to_gradient_of_b(gpu, of_b, Some((b, du)), m, n, &mut workspace)?;
@@ -365,7 +384,7 @@ pub fn add_to_gradients(
     m: usize,
 ) -> Result<()> {
     if gradients_wait(gpu) {
-        return hopper::nn_with_gradients(gpu, arena, hopper::WIDE, None, gradients, m);
+        return hopper::nn_with_gradients(gpu, arena, hopper::WIDE, None, gradients, m, 0);
     }
     for gradient in gradients {
         match gradient {

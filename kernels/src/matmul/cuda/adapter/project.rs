@@ -1,13 +1,13 @@
 //! u, an adapter's short side.
 
 use super::super::{assert_multiples_of_8, assert_shapes, short};
-use super::{PADDING, SHARING, assert_rank, beside, padded};
+use super::{PADDING, SHARING, THREE, assert_rank, beside, padded};
 use crate::args;
 use crate::cuda::{DeviceSlice, Gpu, Kernel, Result, Source, TILE};
 use half::bf16;
 
 static PROJECTION: Source =
-    Source { name: "project.cu", text: include_str!("../../project.cu"), headers: &[TILE] };
+    Source { name: "project.cu", text: include_str!("../../project.cu"), headers: &[TILE, THREE] };
 
 /// Threads, rows and slices in shared memory, and most groups of 16 of the ranks that a block takes; as project.cu.
 const THREADS: u32 = 128;
@@ -21,13 +21,15 @@ pub(super) const fn projecting(groups: usize) -> Kernel {
         .define("STAGES", STAGES as i64)
 }
 
-/// An adapter's part in [`project`].
+/// An adapter's part in [`project`], or where a product begins.
 pub struct Projected<'a> {
     /// `[R, k]`, as [`super::pack_a`] leaves it.
     pub a: &'a DeviceSlice<bf16>,
     /// `[m, R]`.
     pub u: &'a mut DeviceSlice<bf16>,
     pub rank: usize,
+    /// scale b `[n, R]`, if the product that begins is of this adapter's layer.
+    pub b: Option<&'a DeviceSlice<bf16>>,
 }
 
 /// `u = x aᵀ` for up to three adapters with one `x`: `[m, k]`, which is read once. Overwrites each `u`; a row has the same bits
@@ -48,7 +50,7 @@ pub fn project(
     let op = "project";
     assert_multiples_of_8(op, [("k", k)]);
     assert_shapes(op, [("x", x.len(), m, k)]);
-    for Projected { a, u, rank } in &*adapters {
+    for Projected { a, u, rank, .. } in &*adapters {
         assert_rank(op, *rank);
         assert_shapes(op, [("a", a.len(), padded(*rank), k), ("u", u.len(), m, padded(*rank))]);
     }

@@ -1,7 +1,7 @@
 //! An adapter's gradients on a device against f64.
 
 use super::super::tests::{random_padded, sum_of_products};
-use super::super::{Layer, nn_together};
+use super::super::{Begun, Layer, nn_together};
 use super::gradient::Division;
 use super::*;
 use crate::cuda::Arena;
@@ -63,8 +63,8 @@ impl Case {
         let w = gpu.uploaded(&random_bf16(n * k, 7))?;
         let mut dx = gpu.alloc(m * k)?;
         let layers = [Layer { dy: &dy, w: &w, n, adapter: None }];
-        let gradients = of_b.into_iter().chain([of_a]).collect();
-        nn_together(gpu, &arena, &layers, &mut dx, gradients, m, k)?;
+        let gradients = of_b.map(Gradient::B).into_iter().chain([of_a]).collect();
+        nn_together(gpu, &arena, &layers, &mut dx, gradients, m, k, Begun::default())?;
         let [da, db] = [da, db].map(|gradient| gpu.downloaded(&gradient).unwrap());
         Ok(Gradients { da, db, du: gpu.downloaded(&du)? })
     }
@@ -260,7 +260,8 @@ impl Shared {
         let mut u: Vec<_> =
             ranks.iter().map(|rank| gpu.alloc(m * padded(*rank))).collect::<Result<_>>()?;
         let each = ranks.iter().zip(&a).zip(&mut u);
-        let mut sides: Vec<_> = each.map(|((&rank, a), u)| Projected { a, u, rank }).collect();
+        let mut sides: Vec<_> =
+            each.map(|((&rank, a), u)| Projected { a, u, rank, b: None }).collect();
         project(gpu, &x, &mut sides, m, k)?;
 
         let norm = self.norm.as_ref();
@@ -383,7 +384,7 @@ fn what_is_filled_up_stays_zero() {
     pack_b(&gpu, &upload(n * rank, 2), &mut b, n, rank, SCALE).unwrap();
     let (x, dy) = (upload_bf16(m * k, 3), upload_bf16(m * n, 4));
     let (mut u, mut du) = (gpu.alloc(m * pitch).unwrap(), gpu.alloc(m * pitch).unwrap());
-    project(&gpu, &x, &mut [Projected { a: &a, u: &mut u, rank }], m, k).unwrap();
+    project(&gpu, &x, &mut [Projected { a: &a, u: &mut u, rank, b: None }], m, k).unwrap();
     let mut workspace = gpu.alloc(workspace_of_b(m, n, rank)).unwrap();
     let mut db = upload(n * rank, 5);
     let of_b = GradientOfB { dy: &dy, u: &u, db: &mut db, rank, scale: SCALE };

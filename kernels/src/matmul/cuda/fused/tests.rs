@@ -1,18 +1,27 @@
 //! What is made in one kernel has the bits of what several make, which are tested against f64.
 
-use super::super::adapter::GradientOfB;
+use super::super::adapter::{Gradient, GradientOfB, Pulled, add_to_gradients, padded};
 use super::super::tests::{bits, random_padded, sum_of_products};
 use super::super::{Way, adapter, nn_by, nt_by};
+use super::swiglu::{activate_backward, activate_first, activate_rest};
 use super::*;
-use crate::cuda::{DeviceBuffer, Fault};
+use crate::cuda::{Arena, DeviceBuffer, Fault};
 use crate::rope::Rope;
+use crate::swiglu::cuda as activation;
 use crate::testing::{
     HeldBack, assert_accurate_bf16, assert_faults_are_caught_holding_back, hopper_gpu as gpu,
     random_bf16, round,
 };
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
+mod begun;
+
 const SEEDS: u64 = 4;
+
+/// Of a product that has not begun.
+fn whole() -> Begun {
+    Begun::default()
+}
 
 /// On a device: u and b of a rank, or nothing for rank 0.
 struct Factors(Option<[DeviceBuffer<bf16>; 2]>, usize);
@@ -68,10 +77,11 @@ fn rotation_is_right(
     let adapter = factors.adapter();
     let (mut one, mut two) = (gpu.alloc(m * n).unwrap(), gpu.alloc(m * n).unwrap());
     let weight = Weight { w: &w, bias, adapter };
-    let found = rotate(gpu, tile, &x, weight, &mut one, m, k, n, &table, &positions);
+    let (columns, of_y) = (tile.whole(n), adapter.map(Into::into));
+    let found = rotate(gpu, columns, &x, weight, of_y, &mut one, m, k, n, &table, &positions);
     let found = found.map(|()| vec![gpu.downloaded(&one).unwrap()]);
     let way = Way::Hopper(tile);
-    nt_by(gpu, way, &x, &w, Before::Nothing, &mut two, m, k, n, bias, adapter).unwrap();
+    nt_by(gpu, way, &x, &w, Before::Nothing, &mut two, m, k, n, bias, adapter, whole()).unwrap();
     rope::forward(gpu, &table, &mut two, heads, &positions).unwrap();
     same(found, vec![gpu.downloaded(&two).unwrap()])
 }
@@ -101,7 +111,8 @@ fn activation_is_right(gpu: &Gpu, [m, k, n]: [usize; 3], ranks: [usize; 2]) -> b
     let arena = Arena::new(gpu, 0).unwrap();
     let next = Next::new(gpu, m, n, ranks[0]);
     let mut u = gpu.alloc(next.u_len(m)).unwrap();
-    let found = activate(gpu, &arena, &x, weights, gate, up, out, next.of(&mut u), m, k, n);
+    let (of_next, all) = (next.of(&mut u), Activating::default());
+    let found = activate_rest(gpu, &arena, &x, weights, gate, up, out, of_next, m, k, n, all);
     let found: Result<Vec<_>> =
         found.map(|()| one.iter().map(|y| gpu.downloaded(y).unwrap()).collect());
     if let Ok(found) = &found {
@@ -115,9 +126,9 @@ fn activation_is_right(gpu: &Gpu, [m, k, n]: [usize; 3], ranks: [usize; 2]) -> b
     for (i, y) in [&mut *gate, &mut *up].into_iter().enumerate() {
         let adapter = weights[i].adapter;
         let way = Way::Hopper(WIDE);
-        nt_by(gpu, way, &x, &w[i], Before::Nothing, y, m, k, n, None, adapter).unwrap();
+        nt_by(gpu, way, &x, &w[i], Before::Nothing, y, m, k, n, None, adapter, whole()).unwrap();
     }
-    swiglu::forward(gpu, gate, up, out).unwrap();
+    activation::forward(gpu, gate, up, out).unwrap();
     same(found, two.iter().map(|y| gpu.downloaded(y).unwrap()).collect())
 }
 
@@ -140,7 +151,7 @@ impl Next {
     }
 
     fn of<'a>(&'a self, u: &'a mut DeviceSlice<bf16>) -> Option<Projected<'a>> {
-        (self.rank > 0).then_some(Projected { a: &self.on, u, rank: self.rank })
+        (self.rank > 0).then_some(Projected { a: &self.on, u, rank: self.rank, b: None })
     }
 
     fn assert_accurate(&self, out: &[bf16], u: &[bf16]) {
@@ -177,7 +188,8 @@ fn what_is_projected_does_not_depend_on_its_company() {
         let [gate, up, out] = &mut made;
         let next = Next::new(&gpu, 0, n, rank);
         let mut u = gpu.alloc(next.u_len(m)).unwrap();
-        activate(&gpu, &arena, &x, weights, gate, up, out, next.of(&mut u), m, k, n).unwrap();
+        let (of_next, all) = (next.of(&mut u), Activating::default());
+        activate_rest(&gpu, &arena, &x, weights, gate, up, out, of_next, m, k, n, all).unwrap();
         bits(&gpu.downloaded(&u).unwrap())
     };
     let all = run(0, 300);
@@ -211,7 +223,7 @@ impl Previous {
 
     fn pulled(&mut self) -> Option<Pulled<'_>> {
         let Self { on, du, rank, .. } = self;
-        (*rank > 0).then_some(Pulled { b: on, du, rank: *rank })
+        (*rank > 0).then_some(Pulled { b: on, du, rank: *rank, a: None })
     }
 
     fn assert_accurate(&self, gpu: &Gpu, dy: &[bf16]) {
@@ -260,7 +272,7 @@ fn backward_is_right(gpu: &Gpu, [m, n, i]: [usize; 3], [rank, ranks @ ..]: [usiz
     let mut dout = gpu.alloc(m * i).unwrap();
     nn_by(gpu, Way::Hopper(WIDE), &dy, &w, &mut dout, m, n, i, 0.0, adapter).unwrap();
     let [gate, up, act] = &mut two;
-    swiglu::backward(gpu, &dout, gate, up, with_act.then_some(&mut **act)).unwrap();
+    activation::backward(gpu, &dout, gate, up, with_act.then_some(&mut **act)).unwrap();
     same(found, two.iter().map(|y| gpu.downloaded(y).unwrap()).collect())
 }
 
@@ -328,9 +340,10 @@ fn shapes_and_devices_choose_between_one_kernel_and_several() {
         let next = Next::new(&gpu, m, n, 16);
         let mut u = gpu.alloc(next.u_len(m)).unwrap();
         let of_next = next.of(&mut u);
-        nt_swiglu(&gpu, &arena, &x, weights, gate, up, out, of_next, m, k, n).unwrap();
+        let all = Activating::default();
+        nt_swiglu(&gpu, &arena, &x, weights, gate, up, out, of_next, m, k, n, all).unwrap();
         next.assert_accurate(&gpu.downloaded(out).unwrap(), &gpu.downloaded(&u).unwrap());
-        nt_added(&gpu, &x, weights[0], out, added, m, k, n).unwrap();
+        nt_added(&gpu, &x, weights[0], Some(out), added, m, k, n, whole()).unwrap();
         // w as [k, n]. Of one adapter, du is made with its gradients where that is one kernel, of the other after it.
         let act = Some(&mut **again);
         let mut before = [16, 20].map(|rank| Previous::new(&gpu, m, n, rank, 6));
@@ -355,7 +368,7 @@ fn shapes_and_devices_choose_between_one_kernel_and_several() {
         let rope = Rope::new(vec![1.0; 32], 1.0);
         let table = rope::Table::new(&gpu, &rope, 4).unwrap();
         let positions = gpu.uploaded(&[0u32, 1, 2]).unwrap();
-        nt_rope(&gpu, &x, weights[0], turned, m, k, n, &table, &positions).unwrap();
+        nt_rope(&gpu, &x, weights[0], turned, m, k, n, &table, &positions, whole()).unwrap();
         assert!(made.iter().all(|y| gpu.downloaded(y).unwrap().iter().all(|y| y.is_finite())));
     }
 }
@@ -390,10 +403,10 @@ fn faults_in_rotations_are_caught() {
 #[test]
 fn faults_in_activations_are_caught() {
     let faults = [
-        ("up ? columns : corner.y", "corner.y"),
-        ("up ? corner.y : columns", "corner.y"),
-        ("up ? w_up : w_gate", "w_gate"),
-        ("k -= (of_weight + of_gate) * TILE_K;", "k -= of_weight * TILE_K;"),
+        ("of_x || up_half == of_up ? corner.y : columns", "corner.y"),
+        ("up_half ? w_up : w_gate", "w_gate"),
+        ("of_up ? u_up : u_gate", "u_gate"),
+        ("make_int2(1, slice - of_gate)", "make_int2(1, slice)"),
         ("await_place(part, piece == 0);", "await_place(part, false);"),
         // u.
         ("if (pair < columns) right", "right"),

@@ -7,8 +7,8 @@ mod tests;
 use super::super::adapter::{
     Gradient as Waiting, GradientOfA, GradientOfB, SHARING, assert_rank, join, padded,
 };
-use super::super::{Adapter, Layer, assert_multiples_of_8, assert_shapes, short};
-use super::{CLUSTER, PIECE, Product, Tile, clusters, maps};
+use super::super::{assert_multiples_of_8, assert_shapes, short};
+use super::{CLUSTER, PIECE, Product, Tile, clusters, maps, with_shorts};
 use crate::cuda::{Arena, Args, DeviceBuffer, DeviceSlice, Gpu, Kernel, Result, TensorMap};
 use half::bf16;
 
@@ -42,7 +42,7 @@ pub(in super::super) struct Gradient<'a> {
     pub columns: usize,
 }
 
-/// [`super::nn`] with gradients that have waited for a product, or these alone; each of `m` rows.
+/// A product with gradients that have waited for it, or these alone; each of `m` rows. Of their tasks the first are there.
 pub(in super::super) fn nn_with_gradients(
     gpu: &Gpu,
     arena: &Arena,
@@ -50,10 +50,20 @@ pub(in super::super) fn nn_with_gradients(
     product: Option<Product>,
     waiting: Vec<Waiting>,
     m: usize,
+    from: usize,
 ) -> Result<()> {
     with_waiting(gpu, arena, waiting, m, |gradients| {
-        launch(gpu, tile, clusters(gpu), product, gradients)
+        launch(gpu, tile, clusters(gpu), product, gradients, Tasks::From(from)).map(|_| ())
     })
+}
+
+/// Which tasks of its gradients a launch makes.
+#[derive(Clone, Copy)]
+pub(in super::super) enum Tasks {
+    /// The first, as many as idle clusters have time for, and so many at most.
+    Idle(usize),
+    /// All from this one on.
+    From(usize),
 }
 
 /// Calls `launch` with what has waited, of `m` rows each.
@@ -108,13 +118,15 @@ impl<'a> Gradient<'a> {
                 let weight = input.norm.map(|norm| norm.weight);
                 Self { v: input.x, u, to, transposed: true, scale: 1.0, weight, m, columns: k }
             }
-            Waiting::B(GradientOfB { dy, u, db, rank, scale }) => {
-                let columns = db.len() / rank;
-                let to = [Some((db, rank)), None, None];
-                Self { v: dy, u, to, transposed: false, scale, weight: None, m, columns }
-            }
+            Waiting::B(of_b) => Self::of_b(of_b, m),
         };
         (gradient.m * gradient.columns > 0).then_some(gradient)
+    }
+
+    pub fn of_b(GradientOfB { dy, u, db, rank, scale }: GradientOfB<'a>, m: usize) -> Self {
+        let columns = db.len() / rank;
+        let to = [Some((db, rank)), None, None];
+        Self { v: dy, u, to, transposed: false, scale, weight: None, m, columns }
     }
 }
 
@@ -178,32 +190,41 @@ fn of_idle(clusters: usize, tiles: usize, tasks: usize, times: [usize; 2]) -> us
     (0..=tasks.div_ceil(idle)).min_by_key(|of_idle| last(*of_idle)).unwrap_or(0)
 }
 
-/// On so many `clusters` at most; with a product or without, and `gradients` of whose matrices none is empty.
+/// On so many `clusters` at most; with a product or without, and `gradients` of whose matrices none is empty. Returns how many of their
+/// tasks are there now.
 pub(in super::super) fn launch<'a>(
     gpu: &Gpu,
     tile: Tile,
     clusters: u32,
     product: Option<Product<'a>>,
     gradients: &'a mut [Gradient],
-) -> Result<()> {
+    tasks: Tasks,
+) -> Result<usize> {
     let (gradients, later) = gradients.split_at_mut(gradients.len().min(MOST));
     // In the place of what is not there; nothing is read of it.
     let any = match (&product, gradients.first()) {
         (Some(Product { layers, m, .. }), _) => (layers[0].dy, [*m, layers[0].n]),
         (None, Some(&Gradient { v, m, columns, .. })) => (v, [m, columns]),
-        (None, None) => return Ok(()),
+        (None, None) => return Ok(0),
     };
     let any = gpu.tensor_map(any.0, any.1, PIECE)?;
-    let tiles = product.as_ref().map_or(0, |product| tile.pairs(product.m, product.k));
+    let tile = product.as_ref().map_or(tile, |product| product.columns.tile);
+    let tiles = product.as_ref().map_or(0, |product| product.columns.pairs(product.m));
     let slices = product.as_ref().map_or(0, Product::slices);
     let args = with_product(gpu, Args::default(), product, any)?;
-    let shared = share::<MOST>(gpu, tile, clusters, args, (tiles, slices), gradients, any)?;
+    let shared = share::<MOST>(gpu, tile, clusters, args, (tiles, slices), gradients, tasks, any)?;
+    let last = shared.last;
     shared.launch(gpu, &tile.kernel("hopper_nn"))?;
-    launch(gpu, tile, clusters, None, later)
+    if let Tasks::From(_) = tasks {
+        launch(gpu, tile, clusters, None, later, Tasks::From(0))?;
+    }
+    Ok(last)
 }
 
 /// A launch that makes gradients besides tiles.
 pub(in super::super) struct Shared<'a> {
+    /// Tasks that are there once it is launched.
+    last: usize,
     clusters: u32,
     bytes: u32,
     args: Args<'a>,
@@ -224,17 +245,30 @@ pub(in super::super) fn share<'a, const MOST: usize>(
     args: Args<'a>,
     (tiles, slices): (u32, usize),
     gradients: &'a mut [Gradient],
+    tasks: Tasks,
     any: TensorMap<'a>,
 ) -> Result<Shared<'a>> {
     assert!(gradients.len() <= MOST, "{} gradients, {MOST} at most", gradients.len());
     gradients.iter().for_each(Gradient::check);
-    let tasks = gradients.iter().map(Gradient::tasks).sum();
-    let clusters = clusters.min(tiles + short(tasks));
+    let all: usize = gradients.iter().map(Gradient::tasks).sum();
     let tokens = gradients.iter().map(|it| it.m).max().unwrap_or(0);
     let times = [TILE_TIME * slices, TASK_TIME * tokens.div_ceil(tile.tokens() as usize)];
-    let of_idle = of_idle(clusters as usize, tiles as usize, tasks, times) as i32;
-    let args = with_gradients::<MOST>(gpu, tile, args.with(of_idle), gradients, any)?;
-    Ok(Shared { clusters, bytes: tile.shared_bytes() + MOST as u32 * GRADIENT_BYTES, args })
+    let (task, last, of_idle, clusters) = match tasks {
+        Tasks::From(task) => {
+            let clusters = clusters.min(tiles + short(all - task));
+            let of_idle = of_idle(clusters as usize, tiles as usize, all - task, times);
+            (task, all, of_idle, clusters)
+        }
+        Tasks::Idle(most) => {
+            let idle = if tiles.is_multiple_of(clusters) { 0 } else { clusters - tiles % clusters };
+            let of_idle = times[0] / times[1].max(1);
+            (0, all.min(most).min(idle as usize * of_idle), of_idle, clusters.min(tiles + idle))
+        }
+    };
+    let args = args.with(of_idle as i32).with(task as i32).with(last as i32);
+    let args = with_gradients::<MOST>(gpu, tile, args, gradients, any)?;
+    let bytes = tile.shared_bytes() + MOST as u32 * GRADIENT_BYTES;
+    Ok(Shared { last, clusters, bytes, args })
 }
 
 /// The arguments up to `add`.
@@ -244,22 +278,24 @@ fn with_product<'a>(
     product: Option<Product<'a>>,
     any: TensorMap<'a>,
 ) -> Result<Args<'a>> {
-    let Some(Product { layers, dx, m, k, add }) = product else {
-        let args = (0..4 * SHARING + 1).fold(args, |args, _| args.with(any));
-        return Ok((0..2 * SHARING + 3).fold(args, |args, _| args.with(0)));
+    let Some(Product { layers, adapters, dx, columns, m, k, add }) = product else {
+        let args = (0..4 * SHARING).fold(args, |args, _| args.with(any));
+        let args = with_shorts(gpu, args, Default::default(), any, [0; SHARING], false)?;
+        return Ok((0..2 * SHARING + 5).fold(args.with(any), |args, _| args.with(0)));
     };
-    for i in 0..SHARING {
+    for (i, adapter) in adapters.into_iter().enumerate() {
         let layer = layers
             .get(i)
-            .map(|&Layer { dy, w, n, adapter }| maps(gpu, (dy, w), adapter, (m, n, k), None));
+            .map(|layer| maps(gpu, (layer.dy, layer.w), adapter, (m, layer.n, k), None));
         args = layer.transpose()?.unwrap_or([any; 4]).into_iter().fold(args, Args::with);
     }
-    args = args.with(gpu.tensor_map_mut(dx, [m, k], PIECE)?).with(m as i32).with(k as i32);
-    for i in 0..SHARING {
-        let sides = |layer: &Layer| (layer.n as i32, Adapter::parts(layer.adapter).2);
-        let (depth, rank) = layers.get(i).map_or((0, 0), sides);
-        args = args.with(depth).with(rank);
-    }
+    let depths = std::array::from_fn(|i| layers.get(i).map_or(0, |layer| layer.n));
+    let args = with_shorts(gpu, args, columns.shorts, any, depths, false)?;
+    let args = args.with(gpu.tensor_map_mut(dx, [m, k], PIECE)?).with(m as i32).with(k as i32);
+    let args = args.with(columns.first as i32).with(columns.across as i32);
+    let args = depths.into_iter().zip(adapters).fold(args, |args, (depth, adapter)| {
+        args.with(depth as i32).with(adapter.map_or(0, |adapter| adapter.rank) as i32)
+    });
     Ok(args.with(i32::from(add)))
 }
 

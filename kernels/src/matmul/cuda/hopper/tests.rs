@@ -144,11 +144,12 @@ fn assert_caught(file: &'static str, faults: &[(&'static str, &'static str)]) {
 #[test]
 fn faults_in_layers_together_are_caught() {
     let faults = [
-        ("slice < second.of_weight)", "slice <= second.of_weight)"),
-        ("        slice -= second.of_weight;\n", ""),
-        ("return steps_of(second.rank, slice);", "return 1;"),
-        ("return second.adapter.load<false>", "return first.adapter.load<false>"),
+        ("if (slice < length(second))", "if (slice <= length(second))"),
+        ("        slice -= length(first);\n", ""),
+        ("return steps_of(layer(at).rank, at.y);", "return 1;"),
+        ("layer(at).weight : layer(at).adapter", "layer(at).weight : first.adapter"),
         ("slice -= of_weight;", "slice -= first.of_weight;"),
+        ("place.x == 1 ? second : third", "second"),
     ];
     let case = Together::new(300, 136, &[(136, 16), (72, 100), (8, 40)]);
     let right = |seed, fault| {
@@ -225,17 +226,14 @@ fn faults_in_the_sums_are_caught() {
             ("    wgmma_wait<0>();\n    hold(sums);", "    hold(sums);"),
             ("        wgmma_fence();\n#pragma unroll", "#pragma unroll"),
             // Descriptors.
-            ("advanced(left, 32 * k)", "advanced(left, 64 * k)"),
-            ("ALONG ? 32 * k : 2048 * k", "32 * k"),
-            (
-                "descriptor_across(stage + LEFT_BYTES, PIECE_BYTES)",
-                "descriptor_across(stage + LEFT_BYTES, 1024)",
-            ),
+            ("part.index * PIECE_BYTES), 32 * k)", "part.index * PIECE_BYTES), 64 * k)"),
+            ("PIECE_BYTES), 2048 * k)", "PIECE_BYTES), 32 * k)"),
+            ("descriptor_across(right, PIECE_BYTES)", "descriptor_across(right, 1024)"),
             // Boxes.
             ("corner.y + rank * (TILE_N / CLUSTER)", "corner.y"),
             ("right + int(cluster_rank()) * (TILE_N / CLUSTER) * ROW_BYTES", "right"),
             ("int at = rank * HALF + panel;", "int at = panel;"),
-            ("(slice - of_weight) * TILE_K", "slice * TILE_K"),
+            ("slice < of_weight ? slice : slice - of_weight", "slice"),
             ("++k < terms.steps(slice)", "++k < 1"),
             ("min(depth - slice * TILE_K, TILE_K)", "min(depth, TILE_K) - STEP"),
             // Sums that go on from the last tile, and tiles that are left out.

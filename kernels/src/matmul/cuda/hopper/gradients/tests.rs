@@ -1,5 +1,6 @@
 //! Gradients as tasks of a launch against f64, and faults put into them.
 
+use super::super::super::Layer;
 use super::super::super::adapter::tests::Shared;
 use super::super::super::tests::{bits, random_padded, sum_of_products};
 use super::super::{NARROW, WIDE};
@@ -123,11 +124,10 @@ impl Launch {
         let (dy, w) = (gpu.uploaded(&dy)?, gpu.uploaded(&w)?);
         let mut dx = gpu.alloc(m * k)?;
         let layers = [Layer { dy: &dy, w: &w, n, adapter: None }];
-        let product = self.product.map(|_| {
-            let (layers, dx) = (&layers, &mut *dx);
-            Product { layers, dx, m, k, add: false }
-        });
-        launch(gpu, self.tile, self.clusters, product, &mut gradients)?;
+        let product =
+            self.product.map(|_| Product::whole(self.tile, &layers, &mut dx, (m, k), false));
+        let all = Tasks::From(0);
+        launch(gpu, self.tile, self.clusters, product, &mut gradients, all)?;
         drop(gradients);
         let all = on.iter().map(|(.., to)| to.iter().map(|to| gpu.downloaded(to)).collect());
         Ok((gpu.downloaded(&dx)?, all.collect::<Result<_>>()?))
@@ -294,8 +294,11 @@ fn faults_in_gradients_are_caught() {
         ("(in_third ? sides.third_at : in_second ? sides.second_at : 0)", "0"),
         // Who makes what.
         ("task -= it->tasks()", "task = 0"),
-        ("Share{border + cluster, busy, all}", "Share{border + cluster, busy, border}"),
-        ("Share{cluster - busy, idle, border}", "Share{cluster - busy, idle + 1, border}"),
+        ("Share{border + cluster, busy, last}", "Share{border + cluster, busy, border}"),
+        (
+            "Share{task + cluster - busy, idle, border}",
+            "Share{task + cluster - busy, idle + 1, border}",
+        ),
     ];
     assert_caught("hopper_gradients.cuh", &faults, |gpu| {
         let right = |it: &Launch| is_right(it.run(gpu), |made| it.assert_accurate(made));
