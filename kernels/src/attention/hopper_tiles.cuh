@@ -12,6 +12,7 @@
 // Constants from outside: HEAD_DIM, 64 or 128; SHARING; STAGES.
 #pragma once
 #include "hopper.cuh"
+#include "hopper_products.cuh"
 #include "rows.cuh"
 #include "tile.cuh"
 

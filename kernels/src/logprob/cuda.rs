@@ -4,8 +4,8 @@
 
 use crate::args;
 use crate::cuda::{
-    Arena, DeviceBuffer, DeviceSlice, Gpu, HOPPER, Kernel, Result, Source, TILE, assert_aligned,
-    blocks,
+    Arena, DeviceBuffer, DeviceSlice, Gpu, HOPPER, HOPPER_PRODUCTS, Kernel, Result, Source, TILE,
+    assert_aligned, blocks,
 };
 use crate::matmul::cuda::adapter::{
     self, GradientOfA, GradientOfB, Input, Projected, add_to_gradient_of_b, add_to_gradients_of_a,
@@ -24,7 +24,7 @@ const HEADER: (&str, &str) = ("logprob.cuh", include_str!("../logprob.cuh"));
 static HOPPER_SOURCE: Source = Source {
     name: "hopper_logprob.cu",
     text: include_str!("../hopper_logprob.cu"),
-    headers: &[HOPPER, TILE, hopper::PRODUCT_HEADER, HEADER],
+    headers: &[HOPPER, HOPPER_PRODUCTS, TILE, hopper::PRODUCT_HEADER, HEADER],
 };
 
 /// Tokens and entries of a block's tile, depth and number of the slices in shared memory. Two such blocks

@@ -22,6 +22,7 @@
 // Constants from outside: TILE_N, STAGES, STAGED.
 #pragma once
 #include "hopper.cuh"
+#include "hopper_products.cuh"
 #include "tile.cuh"
 
 constexpr int CLUSTER = 2;

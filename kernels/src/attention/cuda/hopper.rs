@@ -7,12 +7,19 @@ mod tests;
 use super::super::Heads;
 use super::{ROWS, SHAPES, Schedule, Turned};
 use crate::args;
-use crate::cuda::{DeviceSlice, Gpu, HOPPER, Kernel, Result, Source, TILE, TensorMap};
+use crate::cuda::{
+    DeviceSlice, Gpu, HOPPER, HOPPER_PRODUCTS, Kernel, Result, Source, TILE, TensorMap,
+};
 use crate::rope::cuda as rope;
 use half::bf16;
 
-const HEADERS: &[(&str, &str)] =
-    &[HOPPER, TILE, ROWS, ("hopper_tiles.cuh", include_str!("../hopper_tiles.cuh"))];
+const HEADERS: &[(&str, &str)] = &[
+    HOPPER,
+    HOPPER_PRODUCTS,
+    TILE,
+    ROWS,
+    ("hopper_tiles.cuh", include_str!("../hopper_tiles.cuh")),
+];
 static FORWARD: Source = Source {
     name: "hopper_forward.cu",
     text: include_str!("../hopper_forward.cu"),
@@ -21,7 +28,7 @@ static FORWARD: Source = Source {
 static BACKWARD: Source = Source {
     name: "hopper_backward.cu",
     text: include_str!("../hopper_backward.cu"),
-    headers: &[HEADERS[0], HEADERS[1], HEADERS[2], HEADERS[3], rope::HEADER],
+    headers: &[HEADERS[0], HEADERS[1], HEADERS[2], HEADERS[3], HEADERS[4], rope::HEADER],
 };
 static BACKWARD_KEYS: Source = Source {
     name: "hopper_backward_keys.cu",

@@ -24,7 +24,7 @@ use super::hopper::{
 use super::{Adapter, Before, Way, assert_bias, assert_multiples_of_8, assert_shapes};
 use super::{nn, nt, nt_by};
 use crate::args;
-use crate::cuda::{Arena, DeviceSlice, Gpu, HOPPER, Kernel, Result, Source, TILE};
+use crate::cuda::{Arena, DeviceSlice, Gpu, HOPPER, HOPPER_PRODUCTS, Kernel, Result, Source, TILE};
 use crate::rope::cuda as rope;
 use crate::swiglu::cuda as swiglu;
 use half::bf16;
@@ -35,12 +35,12 @@ mod tests;
 static ROPE: Source = Source {
     name: "hopper_rope.cu",
     text: include_str!("../hopper_rope.cu"),
-    headers: &[HOPPER, TILE, PRODUCT_HEADER, rope::HEADER],
+    headers: &[HOPPER, HOPPER_PRODUCTS, TILE, PRODUCT_HEADER, rope::HEADER],
 };
 static SWIGLU: Source = Source {
     name: "hopper_swiglu.cu",
     text: include_str!("../hopper_swiglu.cu"),
-    headers: &[HOPPER, TILE, PRODUCT_HEADER, GRADIENTS_HEADER, swiglu::HEADER],
+    headers: &[HOPPER, HOPPER_PRODUCTS, TILE, PRODUCT_HEADER, GRADIENTS_HEADER, swiglu::HEADER],
 };
 
 /// As [`WIDE`], with room for two pieces of gate, two of up and one of what is activated instead of a stage.

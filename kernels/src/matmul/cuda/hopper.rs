@@ -8,7 +8,9 @@ pub(super) use gradients::{launch, nn_with_gradients, share, with_waiting};
 
 use super::{Adapter, Layer, short};
 use crate::args;
-use crate::cuda::{DeviceSlice, Gpu, HOPPER, Kernel, Result, Source, TILE, TensorMap};
+use crate::cuda::{
+    DeviceSlice, Gpu, HOPPER, HOPPER_PRODUCTS, Kernel, Result, Source, TILE, TensorMap,
+};
 use half::bf16;
 
 pub(crate) const PRODUCT_HEADER: (&str, &str) =
@@ -18,7 +20,7 @@ pub(super) const GRADIENTS_HEADER: (&str, &str) =
 static PRODUCT: Source = Source {
     name: "hopper.cu",
     text: include_str!("../hopper.cu"),
-    headers: &[HOPPER, TILE, PRODUCT_HEADER, GRADIENTS_HEADER],
+    headers: &[HOPPER, HOPPER_PRODUCTS, TILE, PRODUCT_HEADER, GRADIENTS_HEADER],
 };
 
 /// Blocks of a cluster, rows of a block's tile and of the piece that one warpgroup stores; as hopper_product.cuh.
