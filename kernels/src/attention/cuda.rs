@@ -98,6 +98,19 @@ pub struct Turned<'a> {
     pub positions: &'a DeviceSlice<u32>,
 }
 
+/// What the kernels of the way back read once `delta` is there: see [`backward`].
+#[derive(Clone, Copy)]
+struct Read<'a> {
+    dout: &'a DeviceSlice<bf16>,
+    q: &'a DeviceSlice<bf16>,
+    k: &'a DeviceSlice<bf16>,
+    v: &'a DeviceSlice<bf16>,
+    lse: &'a DeviceSlice<f32>,
+    delta: &'a DeviceSlice<f32>,
+    schedule: &'a Schedule,
+    tables: &'a DeviceSlice<i32>,
+}
+
 /// The gradients of [`forward`], from its `out` and `lse`; shapes as there, `dout` and `dq` like `q`, `dk`
 /// and `dv` like `k`, the two former before q and k were `turned`. `delta`: `[T, heads]`, room for rowsum(dout ∘ out); `room`:
 /// [`Schedule::backward_room`]'s numbers, or none, for two kernels where Hopper has one. Overwrites `delta`, `room`, `dq`, `dk` and `dv`.
@@ -137,19 +150,13 @@ pub fn backward(
     let args = args![dout, out, &mut *delta, rows as i64];
     gpu.launch(&tiling.kernel("attention_backward_delta"), grid, 0, args)?;
 
-    let delta: &DeviceSlice<f32> = delta;
+    let read = Read { dout, q, k, v, lse, delta, schedule, tables };
     match schedule.hopper {
         Some(hopper) if room.len() > 0 => {
-            return hopper.backward(
-                gpu, dout, q, k, v, lse, schedule, tables, delta, turned, room, dq, dk, dv,
-            );
+            return hopper.backward(gpu, &read, turned, room, dq, dk, dv);
         }
-        Some(hopper) => {
-            hopper.backward_twice(gpu, dout, q, k, v, lse, schedule, tables, delta, dq, dk, dv)?;
-        }
-        None => {
-            backward_portable(gpu, dout, q, k, v, lse, schedule, tables, delta, dq, dk, dv)?;
-        }
+        Some(hopper) => hopper.backward_twice(gpu, &read, dq, dk, dv)?,
+        None => backward_portable(gpu, &read, dq, dk, dv)?,
     }
     let Some(Turned { table, positions }) = turned else { return Ok(()) };
     rope::backward(gpu, table, dq, heads.heads, positions)?;
@@ -159,18 +166,12 @@ pub fn backward(
 /// [`backward`] once `delta` is there, and nothing is turned.
 fn backward_portable(
     gpu: &Gpu,
-    dout: &DeviceSlice<bf16>,
-    q: &DeviceSlice<bf16>,
-    k: &DeviceSlice<bf16>,
-    v: &DeviceSlice<bf16>,
-    lse: &DeviceSlice<f32>,
-    schedule: &Schedule,
-    tables: &DeviceSlice<i32>,
-    delta: &DeviceSlice<f32>,
+    read: &Read,
     dq: &mut DeviceSlice<bf16>,
     dk: &mut DeviceSlice<bf16>,
     dv: &mut DeviceSlice<bf16>,
 ) -> Result<()> {
+    let &Read { dout, q, k, v, lse, delta, schedule, tables } = read;
     let Schedule { heads, tiling, .. } = schedule;
     let (kv_heads, window) = (heads.kv_heads as i32, schedule.window as i32);
     let table = &schedule.backward_keys;

@@ -8,24 +8,24 @@
 // each warpgroup multiplies it with half of the columns of all keys: what the block adds to dq, which two more warps hand to the
 // copy engine.
 //
-// dq's sums lie in memory, in f32, and each gets the keys in the order of their positions, so that its bits are always the same: a
-// tile of queries has a word that says up to which position keys have been added, and who has the next ones waits for it. Nobody waits
-// for a block that has not begun: blocks take their tiles in the order in which they begin, and who is waited for comes earlier in
-// the list. Who walks from the last queries to the first is one tile behind who has the keys before, not all tiles of a diagonal. The
-// first keys that a tile of queries sees are stored, not added, so nothing has to be zero but the words.
+// dq's sums lie in memory (hopper_sums.cuh), and each gets the keys in the order of their positions, so that its bits are always
+// the same: a tile of queries has a word that says up to which position keys have been added, and who has the next ones waits for
+// it. Nobody waits for a block that has not begun: blocks take their tiles in the order in which they begin, and who is waited for
+// comes earlier in the list. Who walks from the last queries to the first is one tile behind who has the keys before, not all tiles
+// of a diagonal. The first keys that a tile of queries sees are stored, not added, so nothing has to be zero but the words.
 //
 // Products are started as soon as their operands are there and waited for as late as their sums are needed: exponentials run beside
 // dpᵀ, differences beside dv, dsᵀ is written beside dk, and dq beside the next tile's sᵀ.
 //
-// Shared memory: k, v [ROWS]; STAGES times q, dout [QUERIES]; twice dsᵀ [ROWS, QUERIES] and dq in f32 [QUERIES], the eight columns G of
-// row r at place G ^ r % 8; STAGES times lse in base 2 and delta [QUERIES]; for each what it is of; barriers; the block's number.
-// Rows of q and dout that no box fills are zeros.
+// Shared memory: k, v [ROWS]; STAGES times q, dout [QUERIES]; twice dsᵀ [ROWS, QUERIES] and dq in f32 [QUERIES], each row
+// as in memory; STAGES times lse in base 2 and delta [QUERIES]; for each what it is of; barriers; the block's number. Rows of q and
+// dout that no box fills are zeros.
 //
-// A second kernel makes dq of its sums. Both turn what they write back by its position, where there are angles.
+// hopper_backward_finish.cu makes dq of its sums. Both kernels turn what they write back by its position, where there are angles.
 //
 // Constants from outside (attention/cuda/hopper.rs): HEAD_DIM, 64 or 128; SHARING; ROWS, 128; QUERIES, 64; STAGES.
+#include "hopper_sums.cuh"
 #include "hopper_tiles.cuh"
-#include "rope.cuh"
 
 static_assert(ROWS == MULTIPLIERS * PART && QUERIES == PART, "a warpgroup has 64 rows, of dq too");
 // Tokens of a tile of queries at most.
@@ -42,8 +42,6 @@ static_assert(KNOWN >= STAGES + STAGED + 1, "none is forgotten while it is asked
 // Columns of dq that a warpgroup makes.
 constexpr int COLUMNS = HEAD_DIM / MULTIPLIERS;
 constexpr int SUM_BYTES = HEAD_DIM * int(sizeof(float));
-// Threads of a block of the second kernel.
-constexpr int FINISHERS = 128;
 
 // A tile of keys and a key head.
 struct Keys {
@@ -54,19 +52,6 @@ struct Keys {
 struct Tile {
     Span queries;
     int more;
-};
-
-// Cosines and sines [positions, HEAD_DIM / 2, 2] as rope.cu has them, or null.
-struct Angles {
-    const float* table;
-    uint32_t positions;
-
-    // Those of a position, and what its sines are to be multiplied by to turn back: NaN where there are none.
-    DEVICE const float* of(int position, float& sign) const {
-        bool known = uint32_t(position) < positions;
-        sign = known ? -1.0f : INFINITY - INFINITY;
-        return table + size_t(known ? position : 0) * HEAD_DIM;
-    }
 };
 
 struct Shared {
@@ -100,28 +85,14 @@ DEVICE void prepare(const Shared& shared, int* begun) {
     if (threadIdx.x == 0) {
         *shared.number = atomicAdd(begun, 1);
         barrier_init(shared.own_full, 1);
-        for (int stage = 0; stage < STAGES; stage++) {
-            barrier_init(shared.full + stage, 2);
-            barrier_init(shared.empty + stage, READERS);
-        }
+        init_ring(shared.full, shared.empty, 2);
         for (int stage = 0; stage < STAGED; stage++) {
             barrier_init(shared.staged_full + stage, READERS);
             barrier_init(shared.staged_empty + stage, 1);
         }
         fence_barrier_init();
     }
-    // A weight of zero for what is no number would be none either.
-    constexpr int FILLED = TOKENS * SHARING * ROW_BYTES, BEHIND = QUERIES * ROW_BYTES - FILLED;
-    if (BEHIND > 0) {
-        unsigned char* panels = shared.q;
-        for (int panel = 0; panel < 2 * STAGES * PANELS; panel++) {
-            unsigned char* behind = panels + panel * QUERIES * ROW_BYTES + FILLED;
-            for (int at = 16 * int(threadIdx.x); at < BEHIND; at += 16 * THREADS) {
-                store16(behind + at, make_uint4(0, 0, 0, 0));
-                fence_async(behind + at, 16);
-            }
-        }
-    }
+    fill_up<QUERIES, TOKENS * SHARING>(shared.q, 2 * STAGES);
     __syncthreads();
 }
 
@@ -189,11 +160,6 @@ DEVICE void copy_statistics(const Shared& shared, const float* lse, const float*
     }
 }
 
-// Where the sums of a tile of queries and a key head lie.
-DEVICE size_t sums_at(const Span& queries, int kv_heads, int head) {
-    return size_t(uint32_t(queries.row * kv_heads + head * queries.tokens)) * (SHARING * HEAD_DIM);
-}
-
 // By one thread for each place of dq: every STAGED-th tile goes to its sums when all keys before have been added.
 DEVICE void add_tiles(const Shared& shared, int place, float* sums, int* words, const int* tiles, const int* runs,
                       int kv_heads, int window) {
@@ -257,7 +223,7 @@ DEVICE void hand_over(const Shared& shared, int tile, int part, const float (&dq
     barrier_wait(shared.staged_empty + place, tile / STAGED % 2 ^ 1);
 #pragma unroll
     for (int group = 0; group < COLUMNS / 8; group++) {
-        unsigned char* to = at + ((COLUMNS / 8 * part + group) ^ row % 8) * 32;
+        unsigned char* to = at + place_of(row, COLUMNS / 8 * part + group) * 32;
         *reinterpret_cast<float2*>(to) = make_float2(dq[4 * group], dq[4 * group + 1]);
         *reinterpret_cast<float2*>(to + 8 * SUM_BYTES) = make_float2(dq[4 * group + 2], dq[4 * group + 3]);
     }
@@ -390,8 +356,8 @@ DEVICE void collect(const Shared& shared, int part, bf16* dk, bf16* dv, const in
     store_rows<1, ROWS>(shared.v, first, sums_v, ones, dv, own, kv_heads, task.head);
 }
 
-// `sums` [T, heads, HEAD_DIM], as `sums_at` says; `words` [1 + T · kv_heads], integers and zeros in room for f32: how many blocks have begun, then of each token
-// that is the first of a tile and each key head up to which position keys have been added.
+// `sums` [T, heads, HEAD_DIM], as hopper_sums.cuh says; `words_room` [1 + T · kv_heads], zeros, integers in room for f32: how many
+// blocks have begun, then of each token that is the first of a tile and each key head up to which position keys have been added.
 HOPPER_KERNEL(THREADS, 1) hopper_attention_backward(TENSOR_MAP dout, TENSOR_MAP q, TENSOR_MAP k, TENSOR_MAP v, const float* lse,
                                                     const float* delta, float* sums, float* words_room, bf16* dk, bf16* dv,
                                                     const int* tiles, const int* runs, int kv_heads, int window, float scale,
@@ -412,44 +378,5 @@ HOPPER_KERNEL(THREADS, 1) hopper_attention_backward(TENSOR_MAP dout, TENSOR_MAP 
     } else {
         more_registers<MANY>();
         collect(shared, warpgroup_index() - 1, dk, dv, tiles, kv_heads, window, scale, {angles, positions});
-    }
-}
-
-// dq of its sums: a block has a tile of queries and a key head, a thread eight columns of one half of a row and those of the other.
-KERNEL(FINISHERS) hopper_attention_backward_finish(const float* sums, bf16* dq, const int* tiles, int kv_heads, float scale,
-                                                   const float* table, uint32_t positions) {
-    constexpr int GROUPS = HEAD_DIM / 8;
-    const Angles angles = {table, positions};
-    const int* tile = tiles + 3 * blockIdx.x;
-    const Span queries = {tile[0], tile[1], tile[2]};
-    const float* from = sums + sums_at(queries, kv_heads, int(blockIdx.y));
-    bf16* to = dq + first_row<SHARING>(queries, kv_heads) * HEAD_DIM;
-    for (int item = int(threadIdx.x); item < queries.tokens * SHARING * GROUPS / 2; item += FINISHERS) {
-        int row = item / (GROUPS / 2), group = item % (GROUPS / 2);
-        float first[8], second[8];
-        auto load = [&](float(&x)[8], int group) {
-            auto at = reinterpret_cast<const float4*>(from + row * HEAD_DIM + 8 * (group ^ row % 8));
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                float4 four = at[i];
-                x[4 * i] = scale * four.x, x[4 * i + 1] = scale * four.y;
-                x[4 * i + 2] = scale * four.z, x[4 * i + 3] = scale * four.w;
-            }
-        };
-        load(first, group);
-        load(second, group + GROUPS / 2);
-        if (angles.table) {
-            float sign;
-            auto at = reinterpret_cast<const float4*>(angles.of(queries.position + row / SHARING, sign) + 16 * group);
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                float4 two = at[i];
-                turn(first[2 * i], second[2 * i], two.x, sign * two.y);
-                turn(first[2 * i + 1], second[2 * i + 1], two.z, sign * two.w);
-            }
-        }
-        bf16* row_to = to + size_t(row_within<SHARING>(row, kv_heads)) * HEAD_DIM + 8 * group;
-        store16(row_to, pack8(first));
-        store16(row_to + HEAD_DIM / 2, pack8(second));
     }
 }

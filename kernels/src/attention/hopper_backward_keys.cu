@@ -43,24 +43,10 @@ DEVICE Shared shared_memory() {
 DEVICE void prepare(const Shared& shared) {
     if (threadIdx.x == 0) {
         barrier_init(shared.own_full, 1);
-        for (int stage = 0; stage < STAGES; stage++) {
-            barrier_init(shared.full + stage, 1);
-            barrier_init(shared.empty + stage, READERS);
-        }
+        init_ring(shared.full, shared.empty, 1);
         fence_barrier_init();
     }
-    // A weight of zero for what is no number would be none either.
-    constexpr int FILLED = TOKENS * SHARING * ROW_BYTES, BEHIND = QUERIES * ROW_BYTES - FILLED;
-    if (BEHIND > 0) {
-        unsigned char* panels = shared.q;
-        for (int panel = 0; panel < 2 * STAGES * PANELS; panel++) {
-            unsigned char* behind = panels + panel * QUERIES * ROW_BYTES + FILLED;
-            for (int at = 16 * int(threadIdx.x); at < BEHIND; at += 16 * THREADS) {
-                store16(behind + at, make_uint4(0, 0, 0, 0));
-                fence_async(behind + at, 16);
-            }
-        }
-    }
+    fill_up<QUERIES, TOKENS * SHARING>(shared.q, 2 * STAGES);
     __syncthreads();
 }
 

@@ -41,10 +41,7 @@ DEVICE void prepare(const Shared& shared) {
     if (threadIdx.x == 0) {
         barrier_init(shared.own_full, 1);
         barrier_init(shared.own_empty, READERS);
-        for (int stage = 0; stage < STAGES; stage++) {
-            barrier_init(shared.full + stage, 1);
-            barrier_init(shared.empty + stage, READERS);
-        }
+        init_ring(shared.full, shared.empty, 1);
         fence_barrier_init();
     }
     __syncthreads();

@@ -48,12 +48,8 @@ DEVICE void prepare(const Shared& shared) {
     if (threadIdx.x == 0) {
         barrier_init(shared.q_full, 1);
         barrier_init(shared.q_empty, READERS);
-        for (int stage = 0; stage < STAGES; stage++) {
-            barrier_init(shared.k_full + stage, 1);
-            barrier_init(shared.k_empty + stage, READERS);
-            barrier_init(shared.v_full + stage, 1);
-            barrier_init(shared.v_empty + stage, READERS);
-        }
+        init_ring(shared.k_full, shared.k_empty, 1);
+        init_ring(shared.v_full, shared.v_empty, 1);
         fence_barrier_init();
     }
     __syncthreads();

@@ -12,6 +12,7 @@
 // Constants from outside: HEAD_DIM, 64 or 128; SHARING; STAGES.
 #pragma once
 #include "hopper.cuh"
+#include "hopper_products.cuh"
 #include "rows.cuh"
 #include "tile.cuh"
 
@@ -52,6 +53,31 @@ struct Task {
 };
 
 using Turn = TurnOf<STAGES>;
+
+// ---- before anything else ----
+
+// By one thread: the barriers of a ring, of which each stage is full when so many have arrived.
+DEVICE void init_ring(Barrier* full, Barrier* empty, int arrivals) {
+    for (int stage = 0; stage < STAGES; stage++) {
+        barrier_init(full + stage, arrivals);
+        barrier_init(empty + stage, READERS);
+    }
+}
+
+// By all threads of the block: zeros in the rows, from FILLED on, that no box fills, of `count` tiles of HEIGHT behind each other. A
+// weight of zero for what is no number would be none either.
+template <int HEIGHT, int FILLED>
+DEVICE void fill_up(unsigned char* tiles, int count) {
+    constexpr int BEHIND = (HEIGHT - FILLED) * ROW_BYTES;
+    if (BEHIND == 0) return;
+    for (int panel = 0; panel < count * PANELS; panel++) {
+        unsigned char* behind = tiles + (panel * HEIGHT + FILLED) * ROW_BYTES;
+        for (int at = 16 * int(threadIdx.x); at < BEHIND; at += 16 * THREADS) {
+            store16(behind + at, make_uint4(0, 0, 0, 0));
+            fence_async(behind + at, 16);
+        }
+    }
+}
 
 // ---- copies, by one thread ----
 

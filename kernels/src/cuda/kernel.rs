@@ -28,6 +28,10 @@ const HEADER: (&str, &str) = ("device.cuh", include_str!("device.cuh"));
 /// For sources that use what only Hopper has.
 pub const HOPPER: (&str, &str) = ("hopper.cuh", include_str!("hopper.cuh"));
 
+/// For those of them in which warpgroups multiply; includes [`HOPPER`].
+pub const HOPPER_PRODUCTS: (&str, &str) =
+    ("hopper_products.cuh", include_str!("hopper_products.cuh"));
+
 /// For sources that work at tiles, or at eight numbers at a time.
 pub(crate) const TILE: (&str, &str) = ("tile.cuh", include_str!("tile.cuh"));
 

@@ -117,6 +117,13 @@ impl<'a> Args<'a> {
         self
     }
 
+    /// With others behind them.
+    #[must_use]
+    pub fn and(mut self, others: Args<'a>) -> Self {
+        self.list.extend(others.list);
+        self
+    }
+
     /// Refuses arguments that do not fit the kernel's parameters.
     pub(super) fn check(&self, kernel: &Kernel, parameters: &[Parameter]) -> Result<()> {
         let refuse = |what: String| Err(Error::Failed(format!("kernel {}: {what}", kernel.name)));

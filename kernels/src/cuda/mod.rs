@@ -54,8 +54,8 @@ pub use emulator::Compiler;
 pub use error::{Error, Result};
 #[cfg(test)]
 pub(crate) use fault::Fault;
-pub use kernel::HOPPER;
 pub(crate) use kernel::TILE;
+pub use kernel::{HOPPER, HOPPER_PRODUCTS};
 pub use kernel::{Kernel, Source};
 pub use landing::Downloading;
 pub use launch::{Args, Argument};

@@ -4,12 +4,11 @@
 
 use crate::args;
 use crate::cuda::{
-    Arena, DeviceBuffer, DeviceSlice, Gpu, HOPPER, Kernel, Result, Source, TILE, assert_aligned,
-    blocks,
+    Arena, DeviceBuffer, DeviceSlice, Gpu, HOPPER, HOPPER_PRODUCTS, Kernel, Result, Source, TILE,
+    assert_aligned, blocks,
 };
 use crate::matmul::cuda::adapter::{
-    self, GradientOfA, GradientOfB, Input, Projected, add_to_gradient_of_b, add_to_gradients_of_a,
-    project, workspace_of_a, workspace_of_b,
+    self, Gradient, GradientOfA, GradientOfB, Input, Projected, add_to_gradients, project, pull,
 };
 use crate::matmul::cuda::hopper::{self, NARROW, Tile, WIDE};
 use crate::matmul::cuda::{Adapter, PRODUCT_HEADER, few, nn};
@@ -24,7 +23,7 @@ const HEADER: (&str, &str) = ("logprob.cuh", include_str!("../logprob.cuh"));
 static HOPPER_SOURCE: Source = Source {
     name: "hopper_logprob.cu",
     text: include_str!("../hopper_logprob.cu"),
-    headers: &[HOPPER, TILE, hopper::PRODUCT_HEADER, HEADER],
+    headers: &[HOPPER, HOPPER_PRODUCTS, TILE, hopper::PRODUCT_HEADER, HEADER],
 };
 
 /// Tokens and entries of a block's tile, depth and number of the slices in shared memory. Two such blocks
@@ -221,15 +220,13 @@ pub fn adapter_backward(
         let (slopes, low) = head.logit_gradients(gpu, arena, hidden, targets, dlogp, &mut logp)?;
         let low = low.expect("the head has an adapter");
         let mut pulled = arena.take(m * adapter::padded(rank))?;
-        {
-            let mut room = arena.take(workspace_of_b(m, entries, rank))?;
-            let of_b = GradientOfB { dy: &slopes, u: &low, db: &mut *db, rank, scale };
-            let with_du = Some((b, &mut *pulled));
-            add_to_gradient_of_b(gpu, of_b, with_du, m, entries, &mut room)?;
-        }
-        let mut room = arena.take(workspace_of_a(m, width, &[rank]))?;
-        let of = &mut [GradientOfA { du: &pulled, da: &mut *da, rank }];
-        add_to_gradients_of_a(gpu, Input { x: hidden, norm: None }, of, m, width, &mut room)?;
+        let of_b = GradientOfB { dy: &slopes, u: &low, db: &mut *db, rank, scale };
+        let of_b = pull(gpu, arena, of_b, b, &mut pulled, m, entries)?;
+        let input = Input { x: hidden, norm: None };
+        let adapters = vec![GradientOfA { du: &pulled, da: &mut *da, rank }];
+        let of_a = Gradient::A { input, k: width, adapters };
+        let gradients = of_b.map(Gradient::B).into_iter().chain([of_a]).collect();
+        add_to_gradients(gpu, arena, gradients, m)?;
     }
     Ok(())
 }

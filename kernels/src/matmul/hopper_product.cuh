@@ -23,6 +23,7 @@
 // Constants from outside: TILE_N, STAGES, STAGED, and SHORT_GROUPS of 16 of the ranks of short sides, 0 where none are made.
 #pragma once
 #include "hopper.cuh"
+#include "hopper_products.cuh"
 #include "tile.cuh"
 
 constexpr int CLUSTER = 2;

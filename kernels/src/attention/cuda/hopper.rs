@@ -5,14 +5,17 @@
 mod tests;
 
 use super::super::Heads;
-use super::{ROWS, SHAPES, Schedule, Turned};
+use super::{ROWS, Read, SHAPES, Schedule, Turned};
 use crate::args;
-use crate::cuda::{DeviceSlice, Gpu, HOPPER, Kernel, Result, Source, TILE, TensorMap};
+use crate::cuda::{
+    Args, DeviceSlice, Gpu, HOPPER, HOPPER_PRODUCTS, Kernel, Result, Source, TILE, TensorMap,
+};
 use crate::rope::cuda as rope;
 use half::bf16;
 
-const HEADERS: &[(&str, &str)] =
-    &[HOPPER, TILE, ROWS, ("hopper_tiles.cuh", include_str!("../hopper_tiles.cuh"))];
+const TILES: (&str, &str) = ("hopper_tiles.cuh", include_str!("../hopper_tiles.cuh"));
+const SUMS: (&str, &str) = ("hopper_sums.cuh", include_str!("../hopper_sums.cuh"));
+const HEADERS: &[(&str, &str)] = &[HOPPER, HOPPER_PRODUCTS, TILE, ROWS, TILES];
 static FORWARD: Source = Source {
     name: "hopper_forward.cu",
     text: include_str!("../hopper_forward.cu"),
@@ -21,7 +24,12 @@ static FORWARD: Source = Source {
 static BACKWARD: Source = Source {
     name: "hopper_backward.cu",
     text: include_str!("../hopper_backward.cu"),
-    headers: &[HEADERS[0], HEADERS[1], HEADERS[2], HEADERS[3], rope::HEADER],
+    headers: &[HOPPER, HOPPER_PRODUCTS, TILE, ROWS, TILES, SUMS, rope::HEADER],
+};
+static BACKWARD_FINISH: Source = Source {
+    name: "hopper_backward_finish.cu",
+    text: include_str!("../hopper_backward_finish.cu"),
+    headers: &[TILE, ROWS, SUMS, rope::HEADER],
 };
 static BACKWARD_KEYS: Source = Source {
     name: "hopper_backward_keys.cu",
@@ -34,9 +42,9 @@ static BACKWARD_QUERIES: Source = Source {
     headers: HEADERS,
 };
 
-/// Threads of every block: a warpgroup that copies and two that multiply.
+/// Threads of a block: a warpgroup that copies and two that multiply.
 const THREADS: u32 = 384;
-/// Of those that make dq of its sums.
+/// Of one that makes dq of its sums.
 const FINISHERS: u32 = 128;
 /// Rows of a block's own tile, 64 for each warpgroup that multiplies.
 pub(super) const OWN: usize = 128;
@@ -168,11 +176,10 @@ impl Tiling {
         self.kernel(&BACKWARD, name, stages).define("QUERIES", QUERIES as i64)
     }
 
-    /// Of the same source.
     const fn finish_kernel(self) -> Kernel {
-        let mut kernel = self.backward_kernel();
-        (kernel.name, kernel.threads) = ("hopper_attention_backward_finish", FINISHERS);
-        kernel
+        Kernel::new(&BACKWARD_FINISH, "hopper_attention_backward_finish", FINISHERS)
+            .define("HEAD_DIM", self.head_dim as i64)
+            .define("SHARING", self.sharing as i64)
     }
 
     const fn backward_keys_kernel(self) -> Kernel {
@@ -242,20 +249,28 @@ impl Tiling {
         gpu.tensor_map_of_heads(x, [tokens, kv_heads, head_dim], [rows as u32, 1])
     }
 
-    /// Of `[dout, q, k, v]`, in boxes of tiles of so many queries and keys.
-    fn backward_maps<'a>(
+    /// Maps of dout, q, k and v, in boxes of tiles of so many queries and keys, lse and delta: what each kernel of the way back
+    /// begins with.
+    fn inputs<'a>(
         self,
         gpu: &Gpu,
-        [dout, q, k, v]: [&'a DeviceSlice<bf16>; 4],
-        schedule: &Schedule,
+        read: &Read<'a>,
         [queries, keys]: [usize; 2],
-    ) -> Result<[TensorMap<'a>; 4]> {
-        Ok([
-            self.queries(gpu, dout, schedule, queries)?,
-            self.queries(gpu, q, schedule, queries)?,
-            self.keys(gpu, k, schedule, keys)?,
-            self.keys(gpu, v, schedule, keys)?,
-        ])
+    ) -> Result<Args<'a>> {
+        let &Read { dout, q, k, v, lse, delta, schedule, .. } = read;
+        let (dout, q) =
+            (self.queries(gpu, dout, schedule, queries)?, self.queries(gpu, q, schedule, queries)?);
+        let (k, v) = (self.keys(gpu, k, schedule, keys)?, self.keys(gpu, v, schedule, keys)?);
+        Ok(args![dout, q, k, v, lse, delta])
+    }
+
+    /// Arguments of a kernel in which keys meet queries and that writes this.
+    fn of_keys<'a>(self, gpu: &Gpu, read: &Read<'a>, written: Args<'a>) -> Result<Args<'a>> {
+        let &Read { schedule: Schedule { heads, window, backward_keys, .. }, tables, .. } = read;
+        let (tiles, runs) = backward_keys.of(tables);
+        let (kv_heads, window) = (heads.kv_heads as i32, *window as i32);
+        let args = self.inputs(gpu, read, [QUERIES, OWN])?.and(written);
+        Ok(args.and(args![tiles, runs, kv_heads, window, heads.scale()]))
     }
 
     /// A block for each multiprocessor, which has one task after the other, or for each task.
@@ -287,120 +302,55 @@ impl Tiling {
         gpu.launch(&self.forward_kernel(), self.grid(schedule), self.forward_bytes(), args)
     }
 
-    /// As [`super::backward`], whose checks are made and which has made `delta`; there is at least one row, and room for one pass.
+    /// As [`super::backward`], whose checks are made; there is at least one row, and room for one pass.
     pub(super) fn backward(
         self,
         gpu: &Gpu,
-        dout: &DeviceSlice<bf16>,
-        q: &DeviceSlice<bf16>,
-        k: &DeviceSlice<bf16>,
-        v: &DeviceSlice<bf16>,
-        lse: &DeviceSlice<f32>,
-        schedule: &Schedule,
-        tables: &DeviceSlice<i32>,
-        delta: &DeviceSlice<f32>,
+        read: &Read,
         turned: Option<Turned>,
         room: &mut DeviceSlice<f32>,
         dq: &mut DeviceSlice<bf16>,
         dk: &mut DeviceSlice<bf16>,
         dv: &mut DeviceSlice<bf16>,
     ) -> Result<()> {
-        let Schedule { heads, backward_keys: table, window, .. } = schedule;
+        let &Read { schedule, tables, .. } = read;
+        let heads = &schedule.heads;
         let (sums, words) = room.split_at_mut(schedule.rows * heads.query_width());
         gpu.zero(words)?;
-        let [on_dout, on_q, on_k, on_v] =
-            self.backward_maps(gpu, [dout, q, k, v], schedule, [QUERIES, OWN])?;
-        let (tiles, runs) = table.of(tables);
-        let (kv_heads, scale) = (heads.kv_heads as i32, heads.scale());
         let angles = turned.map(|turned| turned.table.angles());
         let positions = turned.map_or(0, |turned| turned.table.positions()) as u32;
-        let args = args![
-            on_dout,
-            on_q,
-            on_k,
-            on_v,
-            lse,
-            delta,
-            &mut *sums,
-            words,
-            dk,
-            dv,
-            tiles,
-            runs,
-            kv_heads,
-            *window as i32,
-            scale,
-            angles,
-            positions,
-        ];
-        let grid = [table.blocks * heads.kv_heads as u32, 1, 1];
+        let written = args![&mut *sums, words, dk, dv];
+        let args = self.of_keys(gpu, read, written)?.with(angles).with(positions);
+        let grid = [schedule.backward_keys.blocks * heads.kv_heads as u32, 1, 1];
         gpu.launch(&self.backward_kernel(), grid, self.backward_bytes(), args)?;
 
         let (tiles, count) = schedule.met_queries(tables);
-        let args = args![&*sums, dq, tiles, kv_heads, scale, angles, positions];
-        gpu.launch(&self.finish_kernel(), [count as u32, heads.kv_heads as u32, 1], 0, args)
+        let kv_heads = heads.kv_heads;
+        let args = args![&*sums, dq, tiles, kv_heads as i32, heads.scale(), angles, positions];
+        gpu.launch(&self.finish_kernel(), [count as u32, kv_heads as u32, 1], 0, args)
     }
 
     /// The same in two kernels, without room, and nothing is turned.
     pub(super) fn backward_twice(
         self,
         gpu: &Gpu,
-        dout: &DeviceSlice<bf16>,
-        q: &DeviceSlice<bf16>,
-        k: &DeviceSlice<bf16>,
-        v: &DeviceSlice<bf16>,
-        lse: &DeviceSlice<f32>,
-        schedule: &Schedule,
-        tables: &DeviceSlice<i32>,
-        delta: &DeviceSlice<f32>,
+        read: &Read,
         dq: &mut DeviceSlice<bf16>,
         dk: &mut DeviceSlice<bf16>,
         dv: &mut DeviceSlice<bf16>,
     ) -> Result<()> {
-        let (heads, table) = (&schedule.heads, &schedule.backward_keys);
-        let (kv_heads, window) = (heads.kv_heads as i32, schedule.window as i32);
-        let inputs = [dout, q, k, v];
-        let [on_dout, on_q, on_k, on_v] =
-            self.backward_maps(gpu, inputs, schedule, [QUERIES, OWN])?;
-        let (tiles, runs) = table.of(tables);
-        let args = args![
-            on_dout,
-            on_q,
-            on_k,
-            on_v,
-            lse,
-            delta,
-            dk,
-            dv,
-            tiles,
-            runs,
-            kv_heads,
-            window,
-            heads.scale(),
-        ];
-        let grid = [table.blocks, heads.kv_heads as u32, 1];
+        let &Read { schedule, tables, .. } = read;
+        let heads = &schedule.heads;
+        let args = self.of_keys(gpu, read, args![dk, dv])?;
+        let grid = [schedule.backward_keys.blocks, heads.kv_heads as u32, 1];
         gpu.launch(&self.backward_keys_kernel(), grid, self.backward_keys_bytes(), args)?;
 
         let table = &schedule.backward_queries;
-        let [on_dout, on_q, on_k, on_v] = self.backward_maps(gpu, inputs, schedule, [OWN, KEYS])?;
         let (tiles, runs) = table.of(tables);
         let (next, count) = (schedule.next(tables), table.blocks as i32);
-        let args = args![
-            on_dout,
-            on_q,
-            on_k,
-            on_v,
-            lse,
-            delta,
-            dq,
-            tiles,
-            runs,
-            next,
-            count,
-            kv_heads,
-            window,
-            heads.scale(),
-        ];
+        let (kv_heads, window) = (heads.kv_heads as i32, schedule.window as i32);
+        let args = args![dq, tiles, runs, next, count, kv_heads, window, heads.scale()];
+        let args = self.inputs(gpu, read, [OWN, KEYS])?.and(args);
         let (kernel, bytes) = (self.backward_queries_kernel(), self.backward_queries_bytes());
         gpu.launch(&kernel, self.grid(schedule), bytes, args)
     }

@@ -1,5 +1,6 @@
 // Kernels that Hopper's part of the emulated device is tested with.
 #include "hopper.cuh"
+#include "hopper_products.cuh"
 #include "tile.cuh"
 
 // The bytes of a matrix with rows of 128 bytes.

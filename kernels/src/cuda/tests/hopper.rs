@@ -7,8 +7,11 @@ use crate::cuda::TILE;
 
 mod order;
 
-static SOURCE: Source =
-    Source { name: "hopper.cu", text: include_str!("hopper.cu"), headers: &[HOPPER, TILE] };
+static SOURCE: Source = Source {
+    name: "hopper.cu",
+    text: include_str!("hopper.cu"),
+    headers: &[HOPPER, HOPPER_PRODUCTS, TILE],
+};
 
 const fn kernel(name: &'static str, threads: u32) -> Kernel {
     Kernel::new(&SOURCE, name, threads)
@@ -124,13 +127,14 @@ fn every_fault_in_how_matrices_are_described_is_caught() {
         ("uint64_t(1) << 62", "uint64_t(2) << 62"),
         ("descriptor + (bytes >> 4)", "descriptor + (bytes >> 5)"),
     ] {
-        let fault = || Fault { file: "hopper.cuh", from, to };
+        let fault = || Fault { file: "hopper_products.cuh", from, to };
         let gpu = |seed| Gpu::emulated_hopper_with_fault(seed, fault()).unwrap();
         assert!(!always(|seed| pipeline_is_right(&gpu(seed))), "{from:?} → {to:?}");
     }
     let (from, to) =
         ("matrix_descriptor(matrix, panel, 1024)", "matrix_descriptor(matrix, 1024, panel)");
-    let gpu = Gpu::emulated_hopper_with_fault(0, Fault { file: "hopper.cuh", from, to }).unwrap();
+    let gpu = Gpu::emulated_hopper_with_fault(0, Fault { file: "hopper_products.cuh", from, to })
+        .unwrap();
     assert!(wrong_operands(&gpu, 128).is_some());
 }
 

@@ -30,7 +30,7 @@ use super::hopper::{
 use super::{Adapter, Before, Way, assert_bias, assert_multiples_of_8, assert_shapes};
 use super::{nt, nt_by};
 use crate::args;
-use crate::cuda::{DeviceSlice, Gpu, HOPPER, Kernel, Result, Source, TILE};
+use crate::cuda::{DeviceSlice, Gpu, HOPPER, HOPPER_PRODUCTS, Kernel, Result, Source, TILE};
 use crate::rope::cuda as rope;
 use half::bf16;
 
@@ -39,7 +39,7 @@ pub use swiglu::{Activating, begin_swiglu, nn_swiglu_backward, nt_swiglu};
 static ROPE: Source = Source {
     name: "hopper_rope.cu",
     text: include_str!("../hopper_rope.cu"),
-    headers: &[HOPPER, TILE, THREE, PRODUCT_HEADER, SHORT_HEADER, rope::HEADER],
+    headers: &[HOPPER, HOPPER_PRODUCTS, TILE, THREE, PRODUCT_HEADER, SHORT_HEADER, rope::HEADER],
 };
 
 const fn rotating(tile: Tile, head_dim: usize) -> Kernel {

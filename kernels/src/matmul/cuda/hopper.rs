@@ -13,7 +13,9 @@ pub(super) use short::{Columns, SHORT_GROUPS, groups_of, with_shorts};
 use super::Layer;
 use super::adapter::{SHARING, THREE};
 use crate::args;
-use crate::cuda::{DeviceSlice, Gpu, HOPPER, Kernel, Result, Source, TILE, TensorMap};
+use crate::cuda::{
+    DeviceSlice, Gpu, HOPPER, HOPPER_PRODUCTS, Kernel, Result, Source, TILE, TensorMap,
+};
 use half::bf16;
 
 pub(crate) const PRODUCT_HEADER: (&str, &str) =
@@ -25,7 +27,15 @@ pub(super) const SHORT_HEADER: (&str, &str) =
 static PRODUCT: Source = Source {
     name: "hopper.cu",
     text: include_str!("../hopper.cu"),
-    headers: &[HOPPER, TILE, THREE, PRODUCT_HEADER, GRADIENTS_HEADER, SHORT_HEADER],
+    headers: &[
+        HOPPER,
+        HOPPER_PRODUCTS,
+        TILE,
+        THREE,
+        PRODUCT_HEADER,
+        GRADIENTS_HEADER,
+        SHORT_HEADER,
+    ],
 };
 
 /// Blocks of a cluster, rows of a block's tile and of the piece that one warpgroup stores; as hopper_product.cuh.

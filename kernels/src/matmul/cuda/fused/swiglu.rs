@@ -12,7 +12,8 @@ use super::super::{Adapter, assert_multiples_of_8, assert_shapes, nn, nt};
 use super::{Projections, Weight, first_of, fit_beside, project_alone};
 use crate::args;
 use crate::cuda::{
-    Arena, Args, DeviceBuffer, DeviceSlice, Gpu, HOPPER, Kernel, Result, Source, TILE,
+    Arena, Args, DeviceBuffer, DeviceSlice, Gpu, HOPPER, HOPPER_PRODUCTS, Kernel, Result, Source,
+    TILE,
 };
 use crate::swiglu::cuda as swiglu;
 use half::bf16;
@@ -20,7 +21,16 @@ use half::bf16;
 static SWIGLU: Source = Source {
     name: "hopper_swiglu.cu",
     text: include_str!("../../hopper_swiglu.cu"),
-    headers: &[HOPPER, TILE, THREE, PRODUCT_HEADER, GRADIENTS_HEADER, SHORT_HEADER, swiglu::HEADER],
+    headers: &[
+        HOPPER,
+        HOPPER_PRODUCTS,
+        TILE,
+        THREE,
+        PRODUCT_HEADER,
+        GRADIENTS_HEADER,
+        SHORT_HEADER,
+        swiglu::HEADER,
+    ],
 };
 
 /// As [`WIDE`], with room for two pieces of gate, two of up and one of what is activated instead of a stage.

@@ -61,7 +61,7 @@ fn faults_that_late_threads_show_are_caught() {
             "        fence_barrier_init();\n    }\n    __syncthreads();",
             "        fence_barrier_init();\n    }",
         ),
-        ("hopper_backward_keys.cu", "        }\n    }\n    __syncthreads();", "        }\n    }"),
+        ("hopper_backward_keys.cu", "2 * STAGES);\n    __syncthreads();", "2 * STAGES);"),
         (
             "hopper_backward_queries.cu",
             "        fence_barrier_init();\n    }\n    __syncthreads();",
@@ -71,7 +71,7 @@ fn faults_that_late_threads_show_are_caught() {
     assert_faults_are_caught_holding_back(HeldBack::Warp(0), &twice, &barriers_are_ready);
     let once = check_two_batches(Case::run_on_hopper);
     let barriers_are_ready =
-        [("hopper_backward.cu", "        }\n    }\n    __syncthreads();", "        }\n    }")];
+        [("hopper_backward.cu", "2 * STAGES);\n    __syncthreads();", "2 * STAGES);")];
     assert_faults_are_caught_holding_back(HeldBack::Warp(0), &once, &barriers_are_ready);
     let statistics_are_there = [(
         "hopper_backward_keys.cu",
@@ -100,8 +100,6 @@ fn faults_in_the_rings_are_caught() {
             ("k_full + stage, tile_bytes(KEYS))", "k_full + stage, tile_bytes(KEYS) / 2)"),
             ("v_full + stage, tile_bytes(KEYS))", "v_full + stage, 2 * tile_bytes(KEYS))"),
             ("tile_bytes(TOKENS * SHARING)", "tile_bytes(ROWS)"),
-            ("k_empty + stage, READERS)", "k_empty + stage, READERS / 2)"),
-            ("v_empty + stage, READERS)", "v_empty + stage, 1)"),
             ("q_empty, READERS)", "q_empty, READERS / 2)"),
             // What makes barriers ready.
             ("        fence_barrier_init();\n", ""),
@@ -127,10 +125,14 @@ fn faults_in_the_rings_are_caught() {
     );
     assert_caught(
         "hopper_tiles.cuh",
-        &[(
-            "tile(number % count), head(number / count)",
-            "tile(number / count), head(number % count)",
-        )],
+        &[
+            (
+                "tile(number % count), head(number / count)",
+                "tile(number / count), head(number % count)",
+            ),
+            ("empty + stage, READERS)", "empty + stage, READERS / 2)"),
+            ("empty + stage, READERS)", "empty + stage, 1)"),
+        ],
     );
     assert_caught(
         "hopper.cuh",
@@ -215,7 +217,7 @@ fn faults_on_the_way_back_are_caught() {
                 "        start_dq",
             ),
             ("barrier_wait(shared.own_full, 0);", ""),
-            ("shared.full + stage, 2)", "shared.full + stage, 1)"),
+            ("shared.empty, 2)", "shared.empty, 1)"),
             ("shared.staged_full + stage, READERS)", "shared.staged_full + stage, READERS / 2)"),
             ("        fence_barrier_init();\n", ""),
             ("release(shared.empty + stage);", ""),
@@ -232,7 +234,6 @@ fn faults_on_the_way_back_are_caught() {
             ("queries.position - window + 1, 0)", "queries.position + 1, 0)"),
             ("bulk_add(to, staged, bytes);", "bulk_store(to, staged, bytes);"),
             ("queries.row * kv_heads + task.head);", "queries.row * kv_heads);"),
-            ("head * queries.tokens)", "head)"),
             ("(left - 1) / TOKENS * TOKENS", "max(left - TOKENS, 0)"),
             ("walk.run != walk.end}", "1}"),
             // What engines see.
@@ -247,12 +248,18 @@ fn faults_on_the_way_back_are_caught() {
             ("mine.tokens < PART || ", ""),
             ("if (row >= own.tokens) visible[0].end = 0;", ""),
             ("if (row + 8 >= own.tokens) visible[1].end = 0;", ""),
-            ("^ row % 8) * 32", ") * 32"),
+            ("COLUMNS / 8 * part + group", "group"),
             ("(to + 8 * SUM_BYTES) =", "(to + 4 * SUM_BYTES) ="),
             ("sums[i] *= scale;", "sums[i] *= 1.0f;"),
-            ("x[4 * i] = scale * four.x", "x[4 * i] = four.x"),
-            ("group + GROUPS / 2);", "group);"),
         ],
+    );
+    assert_caught(
+        "hopper_sums.cuh",
+        &[("head * queries.tokens)", "head)"), ("group ^ row % 8", "group | row % 8")],
+    );
+    assert_caught(
+        "hopper_backward_finish.cu",
+        &[("x[4 * i] = scale * four.x", "x[4 * i] = four.x"), ("group + GROUPS / 2);", "group);")],
     );
 }
 
@@ -282,16 +289,17 @@ fn faults_where_gradients_are_turned_are_caught() {
             assert!(error(&widen(found), &right) < largest / 64.0);
         }
     };
+    let (sums, keys, queries) =
+        ("hopper_sums.cuh", "hopper_backward.cu", "hopper_backward_finish.cu");
     let faults = [
-        ("known ? -1.0f", "known ? 1.0f"),
-        ("(known ? position : 0) * HEAD_DIM", "(known ? position : 0) * 64 / 2"),
-        ("angles.of(position + 8 * half, sign)", "angles.of(position, sign)"),
-        ("of_row + 16 * group", "of_row + 8 * group"),
-        ("int(threadIdx.x) % 4 * 4", "int(threadIdx.x) % 4 * 2"),
-        ("queries.position + row / SHARING, sign", "queries.position + row, sign"),
-        ("sign) + 16 * group", "sign) + 8 * group"),
+        (sums, "known ? -1.0f", "known ? 1.0f"),
+        (sums, "(known ? position : 0) * HEAD_DIM", "(known ? position : 0) * 64 / 2"),
+        (keys, "angles.of(position + 8 * half, sign)", "angles.of(position, sign)"),
+        (keys, "of_row + 16 * group", "of_row + 8 * group"),
+        (keys, "int(threadIdx.x) % 4 * 4", "int(threadIdx.x) % 4 * 2"),
+        (queries, "queries.position + row / SHARING, sign", "queries.position + row, sign"),
+        (queries, "sign) + 16 * group", "sign) + 8 * group"),
     ];
-    let faults = faults.map(|(from, to)| ("hopper_backward.cu", from, to));
     assert_faults_are_caught_on_hopper(check, &faults);
 }
 
@@ -306,15 +314,13 @@ fn faults_on_the_way_back_to_keys_are_caught() {
             ("barrier_wait(shared.full + turn.stage, turn.parity);", ""),
             ("barrier_wait(shared.own_full, 0);", ""),
             ("expecting(full, 2 * tile_bytes", "expecting(full, tile_bytes"),
-            ("shared.empty + stage, READERS)", "shared.empty + stage, READERS / 2)"),
             ("        fence_barrier_init();\n", ""),
             (
                 "if (tile > 0) release(shared.empty + before);",
                 "release(shared.empty + turn.stage);",
             ),
             // Rows that no box fills.
-            ("store16(behind + at, make_uint4(0, 0, 0, 0));", ""),
-            ("fence_async(behind + at, 16);", ""),
+            ("TOKENS * SHARING>(shared.q", "QUERIES>(shared.q"),
             ("there ? lse[at] * LOG2_E : INFINITY", "lse[there ? at : 0] * LOG2_E"),
             // Products.
             ("needed.\n        wgmma_wait<1>();", "needed.\n        wgmma_wait<2>();"),
@@ -339,6 +345,13 @@ fn faults_on_the_way_back_to_keys_are_caught() {
             ("sums_k, scales", "sums_k, ones"),
         ],
     );
+    assert_caught_twice(
+        "hopper_tiles.cuh",
+        &[
+            ("store16(behind + at, make_uint4(0, 0, 0, 0));", ""),
+            ("fence_async(behind + at, 16);", ""),
+        ],
+    );
 }
 
 #[test]
@@ -354,7 +367,6 @@ fn faults_on_the_way_back_to_queries_are_caught() {
             ("barrier_wait(shared.full + turn.stage, turn.parity);", ""),
             ("barrier_wait(shared.own_full, own_parity);", ""),
             ("expecting(full, 2 * tile_bytes(KEYS))", "expecting(full, tile_bytes(KEYS))"),
-            ("shared.empty + stage, READERS)", "shared.empty + stage, READERS / 2)"),
             ("own_empty, READERS)", "own_empty, READERS / 2)"),
             ("        fence_barrier_init();\n", ""),
             (
