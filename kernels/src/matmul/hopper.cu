@@ -33,15 +33,16 @@ struct Layers {
         if (slice < length(second)) return make_int2(1, slice);
         return make_int2(2, slice - length(second));
     }
-    DEVICE const Linear<false>& layer(int2 place) const { return place.x == 0 ? first : place.x == 1 ? second : third; }
     DEVICE int steps(int slice) const {
         int2 at = place(slice);
-        return steps_of(layer(at).rank, at.y);
+        return steps_of(at.x == 0 ? first.rank : at.x == 1 ? second.rank : third.rank, at.y);
     }
     DEVICE void load(unsigned char* stage, Barrier* full, int2 corner, int slice, bool with_left) const {
+        const bool of_w = slice < of_weight;
         int2 at = place(slice);
-        const Factors& factors = slice < of_weight ? layer(at).weight : layer(at).adapter;
-        factors.load<false>(stage, full, corner, at.y * TILE_K, with_left);
+        if (at.x == 0) first.load_of(of_w, stage, full, corner, at.y, with_left);
+        else if (at.x == 1) second.load_of(of_w, stage, full, corner, at.y, with_left);
+        else third.load_of(of_w, stage, full, corner, at.y, with_left);
     }
 };
 

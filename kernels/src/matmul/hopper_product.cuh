@@ -160,8 +160,12 @@ struct Linear {
         tma_prefetch(weight.right);
     }
     DEVICE void load(unsigned char* stage, Barrier* full, int2 corner, int slice, bool with_left) const {
-        const Factors& factors = slice < of_weight ? weight : adapter;
-        factors.template load<ALONG>(stage, full, corner, place(slice).y * TILE_K, with_left);
+        load_of(slice < of_weight, stage, full, corner, place(slice).y, with_left);
+    }
+    // The weight's or the adapter's slice `slice`.
+    DEVICE void load_of(bool of_w, unsigned char* stage, Barrier* full, int2 corner, int slice, bool with_left) const {
+        if (of_w) weight.template load<ALONG>(stage, full, corner, slice * TILE_K, with_left);
+        else adapter.template load<ALONG>(stage, full, corner, slice * TILE_K, with_left);
     }
 };
 

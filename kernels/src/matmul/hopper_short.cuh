@@ -23,9 +23,9 @@ static_assert(SHORT_GROUPS <= 4, "no adapter has more than one slice");
 constexpr int OUTSIDE = 1 << 30;
 
 // `right`: maps of the aᵢ in boxes of 16 rows, of the bᵢ in boxes of 32. `made`: u or du.
-template <bool ALONG>
+template <bool ALONG, int GROUPS_>
 struct Short {
-    static constexpr int GROUPS = SHORT_GROUPS;
+    static constexpr int GROUPS = GROUPS_;
     static constexpr int BYTES = ALONG ? GROUPS * 16 * ROW_BYTES : PIECE_BYTES;
 
     Three<const TensorMap> right;
@@ -74,9 +74,9 @@ struct Short {
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 left[k][i] = 0;
+                // By masks: a choice would take them from memory.
 #pragma unroll
-                for (int group = k; group < GROUPS; group++)
-                    if (group == begin + k) left[k][i] = packed[group][i];
+                for (int group = k; group < GROUPS; group++) left[k][i] |= packed[group][i] & -uint32_t(group == begin + k);
             }
     }
 
@@ -107,6 +107,6 @@ template <bool ALONG>
 DEVICE auto short_sides(const TensorMap& right0, const TensorMap& right1, const TensorMap& right2, bf16* made0, bf16* made1, bf16* made2,
                         int second_at, int third_at, int groups, int rows) {
     if constexpr (SHORT_GROUPS > 0)
-        return Short<ALONG>::of(right0, right1, right2, made0, made1, made2, second_at, third_at, groups, rows);
+        return Short<ALONG, SHORT_GROUPS>::of(right0, right1, right2, made0, made1, made2, second_at, third_at, groups, rows);
     else return NoShort{};
 }

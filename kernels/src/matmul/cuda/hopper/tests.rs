@@ -146,10 +146,10 @@ fn faults_in_layers_together_are_caught() {
     let faults = [
         ("if (slice < length(second))", "if (slice <= length(second))"),
         ("        slice -= length(first);\n", ""),
-        ("return steps_of(layer(at).rank, at.y);", "return 1;"),
-        ("layer(at).weight : layer(at).adapter", "layer(at).weight : first.adapter"),
+        ("at.x == 1 ? second.rank : third.rank", "second.rank"),
+        ("second.load_of(of_w, stage", "second.load_of(true, stage"),
         ("slice -= of_weight;", "slice -= first.of_weight;"),
-        ("place.x == 1 ? second : third", "second"),
+        ("else if (at.x == 1) second", "else if (at.x == 2) second"),
     ];
     let case = Together::new(300, 136, &[(136, 16), (72, 100), (8, 40)]);
     let right = |seed, fault| {

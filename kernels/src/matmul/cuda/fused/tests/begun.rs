@@ -245,7 +245,7 @@ fn faults_in_short_sides_are_caught() {
         ("group += CLUSTER) {", "group += 1) {"),
         // Fragments.
         ("sums[8 * group + 2 * i + 1])", "sums[8 * group + 2 * i])"),
-        ("group == begin + k) left", "group == k) left"),
+        ("-uint32_t(group == begin + k)", "-uint32_t(group == k)"),
         // What is written.
         ("if (corner.y > 0) return;", "if (corner.y == 0) return;"),
         ("if (group >= groups) break;", ""),
