@@ -4,7 +4,8 @@ rank 16 on every projection, 16,384 tokens in texts of 4096, nothing computed ag
 Products on Hopper go tile by tile: as many rounds as the fullest multiprocessor has tiles, each its slices of 64 of the depth and then
 its pieces on their way out, which nothing overlaps but the next tile's loads. Attention goes task by task, each all tiles that it
 meets and what nothing overlaps: the first tile's softmax and the writing, where a block has one task alone also the loads before it.
-What moves bytes takes a share of a copy's speed. Gradients of adapters are tasks of clusters that have a tile less than others."""
+What moves bytes takes a share of a copy's speed. Gradients of adapters are tasks of clusters that have a tile less than others. A product
+that begins with u or du of adapters is two launches, of which the first reads all rows for few columns."""
 from math import ceil, inf
 
 TOKENS, TEXT, HIDDEN, KEYS, FEED, LAYERS = 16384, 4096, 4096, 1024, 14336, 32
@@ -30,22 +31,46 @@ RANK = 16
 ADAPTER = RANK / 64
 
 
-def product(columns, depth, width=256, written=4, read=0, adapters=1, projected=0, tokens=TOKENS, gradients=()):
+def product(columns, depth, width=256, written=4, read=0, adapters=1, projected=0, tokens=TOKENS, gradients=(), short=0):
     """A tile of 256 columns of the weight makes `width` of the output; `written`, `read` and `projected` are its pieces. `gradients`
-    have so many columns, a task for 256 of them; clusters take them as kernels/src/matmul/cuda/hopper/gradients.rs gives them out."""
+    have so many columns, a task for 256 of them; clusters take them as kernels/src/matmul/cuda/hopper/gradients.rs gives them out. It
+    begins with so many groups of `short` sides, of as many columns as kernels/src/matmul/cuda/hopper/short.rs says."""
     clusters = PROCESSORS // 2
-    rounds, busy = divmod(ceil(tokens / 256) * ceil(columns / width), clusters)
-    slices = ceil(depth / 64) + adapters * ADAPTER
-    pieces = written * WRITE + read * READ + projected * PROJECT
-    tile = slices * (2 * 128 * 256 * 64) * PROCESSORS / LOOP + pieces
+    down, across = ceil(tokens / 256), ceil(columns / width)
+    slices, slice = ceil(depth / 64) + adapters * ADAPTER, 2 * 128 * 256 * 64 * PROCESSORS / LOOP
+    tile = slices * slice + written * WRITE + read * READ + projected * PROJECT
     tasks, task = sum(ceil(columns / 256) for columns in gradients), 2 * tokens * 128 / FETCH + ADD
+    begun = 0
+    if short:
+        first = first_columns(clusters, down, across, depth, short)
+        rounds, busy = divmod(down * first, clusters)
+        # Those of so many columns run at once, and all their rows are read once for them.
+        rows = min(tokens, 256 * ceil(clusters / first))
+        tile_and_short = max(tile + slices * slice * short / 16, 2 * rows * depth / COPY / STREAM)
+        begun = START + ceil(down * first / clusters) * tile_and_short
+        tasks -= min(tasks, (clusters - busy) * int(tile_and_short / task)) if busy else 0
+        across -= first
+        if not across and not tasks:
+            return begun
+    rounds, busy = divmod(down * across, clusters)
     idle = clusters - busy
 
     def last(of_idle):
         rest = max(0, tasks - of_idle * idle)
         of_busy = tile + ceil(rest / busy) * task if busy else inf if rest else 0
         return max(of_busy, of_idle * task)
-    return START + rounds * tile + min(map(last, range(ceil(tasks / idle) + 1)))
+    return begun + START + rounds * tile + min(map(last, range(ceil(tasks / idle) + 1)))
+
+
+def first_columns(clusters, down, across, depth, groups):
+    """As kernels/src/matmul/cuda/hopper/short.rs has it, in sixteenths of a slice."""
+    slices = ceil(depth / 64)
+    wide, plain = (16 + groups) * slices + 32, 16 * slices + 32
+
+    def time(first):
+        rest = across - first
+        return ceil(down * first / clusters) * wide + (150 + ceil(down * rest / clusters) * plain if rest else 0)
+    return min(range(1, across + 1), key=time)
 
 
 def operations(columns, depth, tokens=TOKENS):
@@ -63,7 +88,7 @@ class Product:
     def __init__(self, name, calls, columns, depth, tokens=TOKENS, alone=None, **tile):
         self.name, self.calls = name, calls
         self.seconds = product(columns, depth, tokens=tokens, **tile)
-        alone = {"adapters": 0, "projected": 0, "gradients": ()} | (alone or {})
+        alone = {"adapters": 0, "projected": 0, "gradients": (), "short": 0} | (alone or {})
         self.without = product(columns, depth, tokens=tokens, **(tile | alone))
         # A tile that is half gate and half up makes two outputs.
         self.least = operations(columns * 256 // tile.get("width", 256), depth, tokens)
@@ -115,19 +140,21 @@ def visible(products):
 # Name, calls a layer, columns and depth.
 OF_HEAD = TOKENS / AT_A_TIME / LAYERS
 HOPPER = [
-    Product("`hopper_nt_rope`: q", 1, HIDDEN, HIDDEN),
+    Product("`hopper_nt_rope`: q, and u of q, k and v", 1, HIDDEN, HIDDEN, short=4),
     Product("`hopper_nt_rope`: k", 1, KEYS, HIDDEN),
     Product("`hopper_nt`: v", 1, KEYS, HIDDEN),
-    Product("`hopper_nt`: o, and the residual", 1, HIDDEN, HIDDEN, read=4),
-    Product("`hopper_nt_swiglu`: gate and up, and u of down", 1, FEED, HIDDEN, width=128, written=6, adapters=2, projected=2),
+    Product("`hopper_nt`: o, its u, and the residual", 1, HIDDEN, HIDDEN, read=4, short=1),
+    Product("`hopper_nt_swiglu`: gate and up, their u, and u of down", 1, FEED, HIDDEN, width=128, written=6, adapters=2, projected=2,
+            short=2),
     Product("`hopper_nt`: down, and the residual", 1, HIDDEN, FEED, read=4),
     Product("`hopper_nn_swiglu_backward`: down, its input and dB, and du of gate and up", 1, FEED, HIDDEN, written=12, read=8,
             projected=8, gradients=(HIDDEN,), alone={"written": 8}),
     # dB of each, dA of what they read, which is read once, and dA of down.
     Product("`hopper_nn`: gate and up, their dA and dB, and dA of down", 1, HIDDEN, 2 * FEED, adapters=2,
             gradients=(FEED, FEED, HIDDEN, FEED)),
-    Product("`hopper_nn`: o, dA and dB", 1, HIDDEN, HIDDEN, gradients=(HIDDEN, HIDDEN)),
-    Product("`hopper_nn`: q, k and v, dA and dB", 1, HIDDEN, HIDDEN + 2 * KEYS, adapters=3, gradients=(HIDDEN, KEYS, KEYS, HIDDEN)),
+    Product("`hopper_nn`: o, du, dA and dB", 1, HIDDEN, HIDDEN, gradients=(HIDDEN, HIDDEN), short=1),
+    Product("`hopper_nn`: q, k and v, du, dA and dB", 1, HIDDEN, HIDDEN + 2 * KEYS, adapters=3, gradients=(HIDDEN, KEYS, KEYS, HIDDEN),
+            short=4),
     # Exponentials take about as long as a piece that is read, and so does the target's row of W.
     Product("`hopper_logprob_logits`, 1024 tokens", OF_HEAD, VOCABULARY, HIDDEN, read=4, adapters=0, tokens=AT_A_TIME),
     Product("`hopper_logprob_backward`, 1024 tokens", OF_HEAD, HIDDEN, VOCABULARY, read=4, adapters=0, tokens=AT_A_TIME),
@@ -146,12 +173,12 @@ PORTABLE = [
     ("attention's delta", moved(2 * HIDDEN)),
     ("norms, forward and back", 2 * moved(2 * HIDDEN) + 2 * moved(4 * HIDDEN)),
 ]
-# Of a layer, what adapters read: the inputs of q, k and v together, of o, and of gate and up together; u of down comes in parts of 128
-# columns, four bytes each, from the product that makes its input, and du of gate and up in parts of 256 from the one that makes their
-# gradients; du is put beside each other where an input is shared. Gradients are in products.
+# Of a layer, what adapters read besides: u of down comes in parts of 128 columns, four bytes each, from the product that makes its input,
+# and du of gate and up in parts of 256 from the one that makes their gradients; dy of down is read for its du; du is put beside each other
+# where an input is shared. All else is in products.
 ADAPTERS = [
-    ("u", moved(3 * HIDDEN, GRADIENT) + moved(FEED / 128 * RANK * 2)),
-    ("du", moved(3 * HIDDEN + 2 * KEYS, GRADIENT) + 2 * moved(FEED / 256 * RANK * 2) + moved(2 * 5 * RANK)),
+    ("u", moved(FEED / 128 * RANK * 2)),
+    ("du", moved(HIDDEN, GRADIENT) + 2 * moved(FEED / 256 * RANK * 2) + moved(2 * 5 * RANK)),
 ]
 # Once a step: strips of the head's softmax, AdamW.
 ONCE = 2 * TOKENS * VOCABULARY / 64 * 8 / COPY / STREAM + 0.6e-3

@@ -22,14 +22,14 @@ TARGETS = [
 STEPS_TARGET = 18_000
 # The lines of docs/kernels.md's table of Hopper's kernels, and the case that each is measured in.
 ON_HOPPER = [
-    ("`hopper_nt_rope`: q", "nt with rotation, q"), ("`hopper_nt_rope`: k", "nt with rotation, k"), ("`hopper_nt`: v", "nt k, v"),
-    ("`hopper_nt`: o, and the residual", "nt with residual, o"),
-    ("`hopper_nt_swiglu`: gate and up, and u of down", "nt with activation, gate and up"),
+    ("`hopper_nt_rope`: q, and u of q, k and v", "nt with rotation, q"), ("`hopper_nt_rope`: k", "nt with rotation, k"),
+    ("`hopper_nt`: v", "nt k, v"), ("`hopper_nt`: o, its u, and the residual", "nt with residual, o"),
+    ("`hopper_nt_swiglu`: gate and up, their u, and u of down", "nt with activation, gate and up"),
     ("`hopper_nt`: down, and the residual", "nt with residual, down"),
     ("`hopper_nn_swiglu_backward`: down, its input and dB, and du of gate and up", "nn with activation, down"),
     ("`hopper_nn`: gate and up, their dA and dB, and dA of down", "nn with gradients, gate and up"),
-    ("`hopper_nn`: o, dA and dB", "nn with gradients, o"),
-    ("`hopper_nn`: q, k and v, dA and dB", "nn with gradients, q, k and v"),
+    ("`hopper_nn`: o, du, dA and dB", "nn with gradients, o"),
+    ("`hopper_nn`: q, k and v, du, dA and dB", "nn with gradients, q, k and v"),
     ("`hopper_logprob_logits`, 1024 tokens", "log-probs with gradient"),
     ("`hopper_logprob_backward`, 1024 tokens", "log-probs with gradient"),
     ("`hopper_attention_forward`", "attention forward"), ("`hopper_attention_backward`", "attention backward"),
@@ -207,14 +207,16 @@ def kernels(results):
 
 
 def on_hopper(results):
-    """The measured column of docs/kernels.md: milliseconds of one launch, of the first case that has the kernel."""
+    """The measured column of docs/kernels.md: milliseconds of the kernel's launches in the first case that has it; of the head's, which takes
+    so many tokens at a time, of one."""
     cases = [r for r in part(results, "kernels")["records"] if r.get("launches")]
     lines = []
     for name, begins in ON_HOPPER:
         for case in (case for case in cases if case["case"].startswith(begins)):
             found = next(((count, ms) for kernel, count, ms in case["launches"] if f"`{kernel}`" in name), None)
             if found:
-                lines.append([name, number(found[1] and found[1] / found[0]), case["case"]])
+                count, ms = found
+                lines.append([name, number(ms and ms / (count if name.endswith(" tokens") else 1)), case["case"]])
                 break
     return rows(["on Hopper", "ms", "case"], lines) if lines else []
 

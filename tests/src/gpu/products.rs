@@ -1,15 +1,17 @@
 //! Matrix products: the layers' own, and what adapters add.
 
 use crate::{Bench, Cost};
-use uft_kernels::cuda::{Arena, Result};
+use half::bf16;
+use uft_kernels::cuda::{Arena, DeviceBuffer, DeviceSlice, Result};
 use uft_kernels::matmul::cuda::adapter::{
-    Gradient, GradientOfA, GradientOfB, Input, Norm, Projected, add_to_gradient_of_b,
-    add_to_gradients_of_a, padded, project, workspace_of_a, workspace_of_b,
+    Gradient, GradientOfA, GradientOfB, Input, Norm, Projected, Pulled, SHARING,
+    add_to_gradient_of_b, add_to_gradients_of_a, padded, project, workspace_of_a, workspace_of_b,
 };
 use uft_kernels::matmul::cuda::fused::{
-    Pulled, Weight, nn_swiglu_backward, nt_added, nt_rope, nt_swiglu,
+    Activating, Projections, Weight, begin_added, begin_rope, begin_swiglu, nn_swiglu_backward,
+    nt_added, nt_rope, nt_swiglu,
 };
-use uft_kernels::matmul::cuda::{Adapter, Layer, few, nn, nn_together, nt};
+use uft_kernels::matmul::cuda::{Adapter, Begun, Layer, begin_together, few, nn, nn_together, nt};
 use uft_kernels::rope::{Rope, cuda::Table};
 
 pub fn measure(bench: &Bench) -> Result<()> {
@@ -25,7 +27,7 @@ pub fn measure(bench: &Bench) -> Result<()> {
     ] {
         linear(bench, name, k, n)?;
     }
-    // Products with what stands next to them, which on Hopper is one kernel.
+    // Products with what stands next to them, which on Hopper is one kernel, and with u or du where they begin with that.
     let queries = sizes.heads.query_width();
     rotated(bench, "q", queries)?;
     rotated(bench, "k", keys)?;
@@ -87,7 +89,7 @@ fn linear(bench: &Bench, name: &str, k: usize, n: usize) -> Result<()> {
     });
     let cost = Cost { flops: 2 * m * k * r, bytes: 2 * (m * k + r * k + m * r) };
     bench.case(&of_u, &mm("nt", m, k, r), cost, || {
-        project(gpu, &x, &mut [Projected { a: &a, u: &mut u, rank: r }], m, k)
+        project(gpu, &x, &mut [Projected { a: &a, u: &mut u, rank: r, b: None }], m, k)
     });
     let peer = format!(r#"{{"op":"gradient_of_b","m":{m},"n":{n},"r":{r}}}"#);
     let cost = Cost { flops: 4 * m * n * r, bytes: 2 * (m * n + 2 * m * r + n * r) + 8 * n * r };
@@ -116,7 +118,7 @@ fn together(bench: &Bench, k: usize) -> Result<()> {
     let mut u = [bench.random(m * pitch)?, bench.random(m * pitch)?, bench.random(m * pitch)?];
     let cost = Cost { flops: 6 * m * k * r, bytes: 2 * (m * k + 3 * (r * k + m * r)) };
     bench.case(&of_u, &mm("nt", m, k, 3 * r), cost, || {
-        let mut each = u.each_mut().map(|u| Projected { a: &a, u, rank: r });
+        let mut each = u.each_mut().map(|u| Projected { a: &a, u, rank: r, b: None });
         project(gpu, &x, &mut each, m, k)
     });
     let mut da = [bench.random_f32(r * k)?, bench.random_f32(r * k)?, bench.random_f32(r * k)?];
@@ -132,8 +134,9 @@ fn together(bench: &Bench, k: usize) -> Result<()> {
     Ok(())
 }
 
-/// Layers with one input on the way back, which on Hopper are one product: without gradients, and with those that wait for it in a
-/// step, of these layers' adapters and dA of one `below` with that many inputs. Peers make one after the other.
+/// Layers with one input on the way back, which on Hopper are one product: without gradients, and as in a step: du first, unless it was
+/// made with dy, and with the gradients that wait for it, of these layers' adapters and dA of one `below` with that many inputs. Peers
+/// make one after the other.
 fn back_together(
     bench: &Bench,
     name: &str,
@@ -150,6 +153,10 @@ fn back_together(
     let matrices = |n: usize| Ok((bench.random(m * n)?, bench.random(n * k)?));
     let each = widths.iter().map(|&n| matrices(n)).collect::<Result<Vec<_>>>()?;
     let (u, du, a) = (bench.random(m * pitch)?, bench.random(m * pitch)?, bench.random(pitch * k)?);
+    let longest = widths.iter().copied().max().unwrap_or(0);
+    let b = bench.random(longest * pitch)?;
+    let made = widths.iter().map(|_| bench.empty(m * pitch)).collect::<Result<Vec<_>>>();
+    let mut made: Vec<DeviceBuffer<bf16>> = made?;
     // Room for du beside each other, or for parts of gradients elsewhere.
     let (mut dx, arena) = (bench.empty(m * k)?, Arena::new(gpu, 1 << 28)?);
     let (depth, ranks) = (widths.iter().sum::<usize>(), r * widths.len());
@@ -161,7 +168,7 @@ fn back_together(
     let layers = each.iter().zip(widths).map(|((dy, w), &n)| Layer { dy, w, n, adapter });
     let layers: Vec<Layer> = layers.collect();
     bench.case(&alone, &peer, Cost { flops, bytes }, || {
-        nn_together(gpu, &arena, &layers, &mut dx, Vec::new(), m, k)
+        nn_together(gpu, &arena, &layers, &mut dx, Vec::new(), m, k, Begun::default())
     });
 
     let (x, weight, inv_rms) = (bench.random(m * k)?, bench.random(k)?, bench.random_f32(m)?);
@@ -184,7 +191,18 @@ fn back_together(
         let of_b = layers.iter().zip(&mut db);
         let of_b =
             of_b.map(|(layer, db)| GradientOfB { dy: layer.dy, u: &u, db, rank: r, scale: 2.0 });
-        let mut gradients: Vec<Gradient> = of_b.map(Gradient::B).collect();
+        let mut of_b: Vec<GradientOfB> = of_b.collect();
+        let mut begun = Begun::default();
+        // What is below made dy, and du with it.
+        if below.is_none() {
+            let mut each = made.iter_mut().zip(&layers);
+            let pulled = [(); SHARING].map(|()| {
+                let (du, layer) = each.next()?;
+                Some(Pulled { b: &b[..layer.n * pitch], du, rank: r, a: Some(&a) })
+            });
+            begun = begin_together(gpu, &layers, pulled, &mut of_b, &mut dx, m, k)?;
+        }
+        let mut gradients: Vec<Gradient> = of_b.into_iter().map(Gradient::B).collect();
         let adapters = da.iter_mut().map(|da| GradientOfA { du: &du, da, rank: r }).collect();
         // What layers with one input read, a norm made.
         let norm = (widths.len() > 1).then_some(Norm { weight: &weight, inv_rms: &inv_rms });
@@ -193,12 +211,28 @@ fn back_together(
             let adapters = vec![GradientOfA { du: &du, da: &mut da_below, rank: r }];
             gradients.push(Gradient::A { input: Input { x: &act, norm: None }, k, adapters });
         }
-        nn_together(gpu, &arena, &layers, &mut dx, gradients, m, k)
+        nn_together(gpu, &arena, &layers, &mut dx, gradients, m, k, begun)
     });
     Ok(())
 }
 
-/// Queries or keys, which are rotated as they are made. Peers multiply alone, here and below.
+/// u of so many layers that read x, the first of which the product at hand belongs to.
+fn projected<'a, const N: usize>(
+    a: &'a DeviceSlice<bf16>,
+    u: &'a mut [DeviceBuffer<bf16>; N],
+    b: &'a DeviceSlice<bf16>,
+    own: usize,
+    rank: usize,
+) -> Projections<'a> {
+    let mut each = u.iter_mut().enumerate();
+    [(); SHARING].map(|()| {
+        let (i, u) = each.next()?;
+        Some(Projected { a, u, rank, b: (i < own).then_some(b) })
+    })
+}
+
+/// Queries, which begin with u of queries, keys and values, or keys; both are rotated as they are made. Peers multiply alone, here and
+/// below.
 fn rotated(bench: &Bench, name: &str, n: usize) -> Result<()> {
     let case = format!("nt with rotation, {name}");
     if !bench.wants(&case) {
@@ -206,22 +240,31 @@ fn rotated(bench: &Bench, name: &str, n: usize) -> Result<()> {
     }
     let (gpu, sizes, m, k) = (&bench.gpu, &bench.sizes, bench.sizes.tokens, bench.sizes.hidden);
     let (r, pitch) = (sizes.rank, padded(sizes.rank));
-    let (x, u, b) = (bench.random(m * k)?, bench.random(m * pitch)?, bench.random(n * pitch)?);
+    let begins = name == "q";
+    let (x, a, b) = (bench.random(m * k)?, bench.random(pitch * k)?, bench.random(n * pitch)?);
+    let [first, second, third] = [(); 3].map(|()| bench.random(m * pitch));
+    let mut u = [first?, second?, third?];
     let (w, mut y) = (bench.random(n * k)?, bench.empty(m * n)?);
     let half = sizes.heads.head_dim / 2;
     let inv_freq = (0..half).map(|i| 1e4f64.powf(-(i as f64) / half as f64)).collect();
     let table = Table::new(gpu, &Rope::new(inv_freq, 1.0), sizes.text)?;
     let positions = gpu.uploaded(&bench.ids(m, sizes.text))?;
-    let flops = 2 * m * n * (k + r) + 3 * m * n;
-    let bytes = 2 * (m * k + n * k + m * n + (m + n) * r);
+    let of_u = if begins { 3 * r } else { 0 };
+    let flops = 2 * m * (n * (k + r) + k * of_u) + 3 * m * n;
+    let bytes = 2 * (m * k + n * k + m * n + (m + n) * r + (m + k) * of_u);
     bench.case(&case, &mm("nt", m, k, n), Cost { flops, bytes }, || {
-        let adapter = Some(Adapter { left: &u, right: &b, rank: r });
-        nt_rope(gpu, &x, Weight { w: &w, bias: None, adapter }, &mut y, m, k, n, &table, &positions)
+        let (mut begun, plain) = (Begun::default(), Weight { w: &w, bias: None, adapter: None });
+        if begins {
+            let all = projected(&a, &mut u, &b, 1, r);
+            begun = begin_rope(gpu, &x, plain, all, &mut y, m, k, n, &table, &positions)?;
+        }
+        let weight = Weight { adapter: Some(Adapter { left: &u[0], right: &b, rank: r }), ..plain };
+        nt_rope(gpu, &x, weight, &mut y, m, k, n, &table, &positions, begun)
     });
     Ok(())
 }
 
-/// A layer that makes what the residual is added to.
+/// A layer that makes what the residual is added to; o begins with its u.
 fn with_residual(bench: &Bench, name: &str, k: usize) -> Result<()> {
     let case = format!("nt with residual, {name}");
     if !bench.wants(&case) {
@@ -229,13 +272,22 @@ fn with_residual(bench: &Bench, name: &str, k: usize) -> Result<()> {
     }
     let (gpu, m, n, r) = (&bench.gpu, bench.sizes.tokens, bench.sizes.hidden, bench.sizes.rank);
     let pitch = padded(r);
-    let (x, u, b) = (bench.random(m * k)?, bench.random(m * pitch)?, bench.random(n * pitch)?);
+    let begins = name == "o";
+    let (x, a, b) = (bench.random(m * k)?, bench.random(pitch * k)?, bench.random(n * pitch)?);
+    let mut u = [bench.random(m * pitch)?];
     let (w, before, mut y) = (bench.random(n * k)?, bench.random(m * n)?, bench.empty(m * n)?);
-    let flops = 2 * m * n * (k + r) + m * n;
-    let bytes = 2 * (m * k + n * k + 2 * m * n + (m + n) * r);
+    let of_u = if begins { r } else { 0 };
+    let flops = 2 * m * (n * (k + r) + k * of_u) + m * n;
+    let bytes = 2 * (m * k + n * k + 2 * m * n + (m + n) * r + (m + k) * of_u);
     bench.case(&case, &mm("nt", m, k, n), Cost { flops, bytes }, || {
-        let adapter = Some(Adapter { left: &u, right: &b, rank: r });
-        nt_added(gpu, &x, Weight { w: &w, bias: None, adapter }, &before, &mut y, m, k, n)
+        let (mut begun, plain) = (Begun::default(), Weight { w: &w, bias: None, adapter: None });
+        let before = Some(&*before);
+        if begins {
+            let all = projected(&a, &mut u, &b, 1, r);
+            begun = begin_added(gpu, &x, plain, all, before, &mut y, m, k, n)?;
+        }
+        let weight = Weight { adapter: Some(Adapter { left: &u[0], right: &b, rank: r }), ..plain };
+        nt_added(gpu, &x, weight, before, &mut y, m, k, n, begun)
     });
     Ok(())
 }
@@ -250,19 +302,26 @@ fn with_activation(bench: &Bench) -> Result<()> {
     let (hidden, inner, pitch) = (sizes.hidden, sizes.intermediate, padded(sizes.rank));
     let (x, u) = (bench.random(m * hidden)?, bench.random(m * pitch)?);
     let (a, b) = (bench.random(pitch * inner)?, bench.random(inner * pitch)?);
+    let short = bench.random(pitch * hidden)?;
+    let mut of_x = [bench.random(m * pitch)?, bench.random(m * pitch)?];
     let (gate_w, up_w) = (bench.random(inner * hidden)?, bench.random(inner * hidden)?);
     let (mut gate, mut up) = (bench.random(m * inner)?, bench.random(m * inner)?);
     let (mut out, mut of_out) = (bench.empty(m * inner)?, bench.empty(m * pitch)?);
     // Room for what is made on the way from one to the other, where that is more than one kernel, and for u's parts.
     let arena = Arena::new(gpu, (2 * m * inner).max(m * inner / 128 * pitch * 4) + (1 << 20))?;
-    let flops = 4 * m * inner * (hidden + r) + 5 * m * inner + 2 * m * inner * r;
-    let bytes = 2 * (m * hidden + 2 * inner * hidden + 3 * m * inner + (3 * m + 3 * inner) * r);
+    let flops = 4 * m * inner * (hidden + r) + 5 * m * inner + 2 * m * (inner + 2 * hidden) * r;
+    let bytes = 2 * (m * hidden + 2 * inner * hidden + 3 * m * inner)
+        + 2 * (5 * m + 3 * inner + 2 * hidden) * r;
     bench.case(ahead, &mm("nt", m, hidden, 2 * inner), Cost { flops, bytes }, || {
-        let adapter = Some(Adapter { left: &u, right: &b, rank: r });
-        let weights = [&gate_w, &up_w].map(|w| Weight { w, bias: None, adapter });
-        let next = Some(Projected { a: &a, u: &mut of_out, rank: r });
-        let (gate, up, out) = (&mut gate, &mut up, &mut out);
-        nt_swiglu(gpu, &arena, &x, weights, gate, up, out, next, m, hidden, inner)
+        let plain = [&gate_w, &up_w].map(|w| Weight { w, bias: None, adapter: None });
+        let (gate, up, out, k, n) = (&mut gate, &mut up, &mut out, hidden, inner);
+        let (all, next) = (projected(&short, &mut of_x, &b, 2, r), Some((&*a, r)));
+        let begun: Activating =
+            begin_swiglu(gpu, &arena, &x, plain, all, gate, up, out, next, m, k, n)?;
+        let adapter = |i: usize| Some(Adapter { left: &of_x[i], right: &b, rank: r });
+        let weights = [0, 1].map(|i| Weight { adapter: adapter(i), ..plain[i] });
+        let next = Some(Projected { a: &a, u: &mut of_out, rank: r, b: None });
+        nt_swiglu(gpu, &arena, &x, weights, gate, up, out, next, m, k, n, begun)
     });
 
     // The way back through down: w [hidden, inner], its input once more for an adapter, du of gate and up, and dB.
@@ -275,7 +334,7 @@ fn with_activation(bench: &Bench) -> Result<()> {
         let adapter = Some(Adapter { left: &u, right: &a, rank: r });
         let (gate, up, act) = (&mut gate, &mut up, Some(&mut *out));
         let b = &b[..inner * pitch];
-        let pulled = du.each_mut().map(|du| Some(Pulled { b, du, rank: r }));
+        let pulled = du.each_mut().map(|du| Some(Pulled { b, du, rank: r, a: None }));
         let (m, n, i) = (m, hidden, inner);
         let of_b = GradientOfB { dy: &x, u: &u, db: &mut db, rank: r, scale: 2.0 };
         let (w, of_b) = (&gate_w, vec![Gradient::B(of_b)]);

@@ -20,13 +20,24 @@ fn wgmma_reads_matrices_as_its_descriptors_say() {
     }
 }
 
-/// Boxes that are larger than their matrix, and that lie wholly outside of it: a rank is less than 64 columns, the second block of
-/// a cluster may have no row.
+/// Boxes that are larger than their matrix, that begin before it, and that lie wholly outside of it: a rank is less than 64 columns,
+/// other adapters' columns may stand before it, the second block of a cluster may have no row.
 #[test]
 fn a_box_outside_its_matrix_is_zeros_and_counts_all_its_bytes() {
     let sides @ [rows, columns] = [5, 16];
     let x = random_bf16(rows * columns, 1);
-    for (at, seed) in [[0, 0], [0, 2], [8, 0], [64, 0], [0, 128], [128, 256]].iter().zip(0..) {
+    let places: [[i32; 2]; 9] = [
+        [0, 0],
+        [0, 2],
+        [8, 0],
+        [64, 0],
+        [0, 128],
+        [128, 256],
+        [-16, 0],
+        [-56, -3],
+        [-48, 1 << 30],
+    ];
+    for (at, seed) in places.iter().zip(0..) {
         let (&[column, row], gpu) = (at, gpu(seed));
         let from = gpu.uploaded(&x).unwrap();
         let before = vec![bf16::from_f32(7.0); rows * columns];
@@ -35,21 +46,21 @@ fn a_box_outside_its_matrix_is_zeros_and_counts_all_its_bytes() {
             (gpu.alloc::<bf16>(32 * 64).unwrap(), gpu.alloc::<u32>(1).unwrap());
         let maps = [gpu.tensor_map(&from, sides, 32), gpu.tensor_map_mut(&mut y, sides, 32)];
         let [x_map, y_map] = maps.map(|map| map.expect("a box larger than its matrix"));
-        let args = args![x_map, y_map, &mut out, &mut came, column as i32, row as i32];
+        let args = args![x_map, y_map, &mut out, &mut came, column, row];
         gpu.launch(&kernel("box", 32), [1, 1, 1], 32 * 128 + 8, args).unwrap();
         assert_eq!(gpu.downloaded(&came).unwrap(), [1], "bytes of the box at {at:?}");
-        let of = |r: usize, c: usize| match r < rows && c < columns {
-            true => x[r * columns + c],
+        let of = |r: i32, c: i32| match (0..rows as i32).contains(&r) && (0..16).contains(&c) {
+            true => x[r as usize * columns + c as usize],
             false => bf16::ZERO,
         };
         let found = gpu.downloaded(&out).unwrap();
         for (i, found) in found.into_iter().enumerate() {
-            let (r, c) = (row + i / 64, column + i % 64);
+            let (r, c) = (row + i as i32 / 64, column + i as i32 % 64);
             assert_eq!(found, of(r, c), "the box at {at:?}, row {r}, column {c}");
         }
         // What is stored of it is what lies inside, and nothing else.
         for (i, found) in gpu.downloaded(&y).unwrap().into_iter().enumerate() {
-            let (r, c) = (i / columns, i % columns);
+            let (r, c) = ((i / columns) as i32, (i % columns) as i32);
             let inside = (row..row + 32).contains(&r) && (column..column + 64).contains(&c);
             let expected = if inside { x[i] } else { before[i] };
             assert_eq!(found, expected, "stored at {at:?}, row {r}, column {c}");

@@ -24,6 +24,8 @@ const MOST: usize = 5;
 /// the depth at the speed that docs/kernels.md expects.
 const TASK_TIME: usize = 5;
 const TILE_TIME: usize = 9;
+/// Where a product begins: it multiplies more, and all rows are read at once.
+const FIRST_TIME: usize = 11;
 
 /// A gradient `to += scale weight ∘ (vᵀ u)`.
 pub(in super::super) struct Gradient<'a> {
@@ -261,7 +263,7 @@ pub(in super::super) fn share<'a, const MOST: usize>(
         }
         Tasks::Idle(most) => {
             let idle = if tiles.is_multiple_of(clusters) { 0 } else { clusters - tiles % clusters };
-            let of_idle = times[0] / times[1].max(1);
+            let of_idle = FIRST_TIME * slices / times[1].max(1);
             (0, all.min(most).min(idle as usize * of_idle), of_idle, clusters.min(tiles + idle))
         }
     };

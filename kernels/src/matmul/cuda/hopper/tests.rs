@@ -146,7 +146,7 @@ fn faults_in_layers_together_are_caught() {
     let faults = [
         ("if (slice < length(second))", "if (slice <= length(second))"),
         ("        slice -= length(first);\n", ""),
-        ("at.x == 1 ? second.rank : third.rank", "second.rank"),
+        ("first.rank : at.x == 1 ? second.rank", "first.rank : at.x > 0 ? first.rank"),
         ("second.load_of(of_w, stage", "second.load_of(true, stage"),
         ("slice -= of_weight;", "slice -= first.of_weight;"),
         ("else if (at.x == 1) second", "else if (at.x == 2) second"),
@@ -224,7 +224,7 @@ fn faults_in_the_sums_are_caught() {
         &[
             ("been read.\n        wgmma_wait<1>();", "been read.\n        wgmma_wait<2>();"),
             ("    wgmma_wait<0>();\n    hold(sums);", "    hold(sums);"),
-            ("        wgmma_fence();\n#pragma unroll", "#pragma unroll"),
+            ("turn.parity);\n        wgmma_fence();", "turn.parity);"),
             // Descriptors.
             ("part.index * PIECE_BYTES), 32 * k)", "part.index * PIECE_BYTES), 64 * k)"),
             ("PIECE_BYTES), 2048 * k)", "PIECE_BYTES), 32 * k)"),
