@@ -233,6 +233,14 @@ mod tests {
             let of_a_warp = count("HMMA.") > 0;
             assert!(!of_a_warp || kernel.source.name == "hopper_swiglu.cu", "{label}: HMMA");
             assert_eq!(count("LDL") + count("STL"), 0, "{label}");
+            // A slice's products start one behind the other, with those of short sides between them.
+            if let Some((_, groups)) = kernel.defines().find(|(name, _)| *name == "SHORT_GROUPS") {
+                let waits = |line: &&str| line.contains("HGMMA") || line.contains("DEPBAR.LE gsb0");
+                let lines: Vec<&str> = sass.lines().filter(waits).collect();
+                let runs = lines.split(|line| !line.contains("HGMMA")).map(<[&str]>::len);
+                let slice = if groups > 0 { 8 } else { 4 };
+                assert!(runs.max() >= Some(slice), "{label}: products wait for each other");
+            }
             let barriers = count("MEMBAR.ALL.GPU") + count("MEMBAR.SC.GPU");
             assert!(barriers <= 2 * kernels, "{label}: {barriers} fences of the whole GPU");
         }

@@ -1,6 +1,7 @@
 //! The products at the sizes of real models: elements that are drawn against f64, all of them written, and two runs with
 //! the same bits. Each check runs in the emulation, too, at a size that it gets through.
 
+use super::fused::{Weight, begin_added, nt_added};
 use super::*;
 use crate::cuda::Arena;
 use crate::testing::{
@@ -8,8 +9,8 @@ use crate::testing::{
     round,
 };
 use adapter::{
-    Gradient, GradientOfA, GradientOfB, Input, Projected, add_to_gradient_of_b, add_to_gradients,
-    add_to_gradients_of_a, padded, project, workspace_of_a, workspace_of_b,
+    Gradient, GradientOfA, GradientOfB, Input, Projected, Pulled, add_to_gradient_of_b,
+    add_to_gradients, add_to_gradients_of_a, padded, project, workspace_of_a, workspace_of_b,
 };
 
 /// `left right`, an element at a time in some precision; `right` is stored as `nt` or as `nn` has it.
@@ -158,9 +159,54 @@ fn check_gradients((m, k): (usize, usize), rank: usize) {
     }
 }
 
+/// On Hopper, u and du of a rank where products of n columns begin, and that these have the bits of products that do not.
+fn check_begun((m, k, n): (usize, usize, usize), rank: usize) {
+    let (gpu, pitch) = (hopper_gpu(2), padded(rank));
+    let [x, w, short, long] = [1, 2, 3, 4].map(Endless::new);
+    let (on_x, on_w) = (x.uploaded(&gpu, m * k).unwrap(), w.uploaded(&gpu, n * k).unwrap());
+    let right = short.uploaded(&gpu, pitch * k).unwrap();
+    let after = long.uploaded(&gpu, n * pitch).unwrap();
+    let [mut u, mut du] = [(); 2].map(|()| gpu.alloc(m * pitch).unwrap());
+    let [mut one, mut two] = [(); 2].map(|()| gpu.alloc(m * n).unwrap());
+    let plain = Weight { w: &on_w, bias: None, adapter: None };
+    let projected = Projected { a: &right, u: &mut u, rank, b: Some(&after) };
+    let all = [Some(projected), None, None];
+    let begun = begin_added(&gpu, &on_x, plain, all, None, &mut one, m, k, n).unwrap();
+    assert!(begun.columns > 0);
+    let weight = Weight { adapter: Some(Adapter { left: &u, right: &after, rank }), ..plain };
+    nt_added(&gpu, &on_x, weight, None, &mut one, m, k, n, begun).unwrap();
+    nt_added(&gpu, &on_x, weight, None, &mut two, m, k, n, Begun::default()).unwrap();
+    assert!(gpu.downloaded(&one).unwrap() == gpu.downloaded(&two).unwrap(), "other bits of y");
+
+    // The same numbers as dy [m, k], w [k, n], b [k, R] and a [R, n].
+    let arena = Arena::new(&gpu, 0).unwrap();
+    let layer = Layer { dy: &on_x, w: &on_w, n: k, adapter: None };
+    let pulled = Pulled { b: &right, du: &mut du, rank, a: Some(&after) };
+    let all = [Some(pulled), None, None];
+    let begun = begin_together(&gpu, &[layer], all, &mut [], &mut one, m, n).unwrap();
+    let adapter = Some(Adapter { left: &du, right: &after, rank });
+    for (dx, begun) in [(&mut one, begun), (&mut two, Begun::default())] {
+        let layers = [Layer { adapter, ..layer }];
+        nn_together(&gpu, &arena, &layers, dx, Vec::new(), m, n, begun).unwrap();
+    }
+    assert!(gpu.downloaded(&one).unwrap() == gpu.downloaded(&two).unwrap(), "other bits of dx");
+
+    let at = pairs(&places(m, 24, 6), &places(rank, 8, 5));
+    for (name, made, transposed) in [("u", &u, true), ("du", &du, false)] {
+        let all = gpu.downloaded(made).unwrap();
+        assert_written(name, &all);
+        let sum = Sum { left: &x, right: &short, depth: k, columns: pitch, transposed };
+        let plain: Vec<f32> = at.iter().map(|&(t, r)| sum.of(t, r)).collect();
+        let exact: Vec<f64> = at.iter().map(|&(t, r)| sum.of(t, r)).collect();
+        let found: Vec<bf16> = at.iter().map(|&(t, r)| all[t * pitch + r]).collect();
+        assert_accurate_bf16(&format!("{name}, {m} x {k}"), &found, &round(&plain), &exact);
+    }
+}
+
 #[test]
 fn drawn_elements_agree_with_f64() {
     check_products((130, 136, 264), 16);
+    check_begun((70, 72, 1032), 16);
     check_gradients((130, 264), 16);
 }
 
@@ -170,6 +216,14 @@ fn products_of_mistral_7b_agree_with_f64() {
     check_products((16_384, 4096, 14_336), 16);
     check_products((16_384, 14_336, 4096), 64);
     check_products((32_768, 4096, 1024), 16);
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn what_begins_products_of_mistral_7b_agrees_with_f64() {
+    check_begun((16_384, 4096, 4096), 16);
+    check_begun((32_768, 4096, 1024), 64);
+    check_begun((1024, 4096, 4096), 32);
 }
 
 #[test]

@@ -57,6 +57,9 @@ pub(super) const KERNELS: [Kernel; 6] = [
     activating_backward(2),
 ];
 
+/// a `[R, n]` and the rank of an adapter whose layer reads what is activated.
+type Reader<'a> = (&'a DeviceSlice<bf16>, usize);
+
 /// What there is of [`nt_swiglu`] once it has begun.
 #[derive(Default)]
 #[must_use = "the rest goes on from here"]
@@ -66,8 +69,8 @@ pub struct Activating {
     parts: Option<DeviceBuffer<f32>>,
 }
 
-/// The beginning of [`nt_swiglu`]: u of all that is `projected`, gate's first and up's second, overwritten. `next`: a and the rank of an
-/// adapter of what reads `out`.
+/// The beginning of [`nt_swiglu`]: u of all that is `projected`, gate's first and up's second, overwritten. `next`: a `[R, n]` and the
+/// rank of an adapter of what reads `out`.
 ///
 /// # Errors
 /// A launch fails, or the arena is too small.
@@ -83,7 +86,7 @@ pub fn begin_swiglu(
     gate: &mut DeviceSlice<bf16>,
     up: &mut DeviceSlice<bf16>,
     out: &mut DeviceSlice<bf16>,
-    next: Option<(&DeviceSlice<bf16>, usize)>,
+    next: Option<Reader>,
     m: usize,
     k: usize,
     n: usize,
@@ -106,7 +109,7 @@ pub(super) fn activate_first(
     gate: &mut DeviceSlice<bf16>,
     up: &mut DeviceSlice<bf16>,
     out: &mut DeviceSlice<bf16>,
-    next: Option<(&DeviceSlice<bf16>, usize)>,
+    next: Option<Reader>,
     m: usize,
     k: usize,
     n: usize,
@@ -211,7 +214,7 @@ fn activate(
     gate: &mut DeviceSlice<bf16>,
     up: &mut DeviceSlice<bf16>,
     out: &mut DeviceSlice<bf16>,
-    next: Option<((&DeviceSlice<bf16>, usize), &mut DeviceSlice<f32>)>,
+    next: Option<(Reader, &mut DeviceSlice<f32>)>,
     m: usize,
     k: usize,
     n: usize,

@@ -267,7 +267,7 @@ fn faults_in_short_sides_are_caught() {
             "            wgmma_commit();\n",
         ),
         ("            release(shared, turn.stage, part.thread);\n", ""),
-        ("turn.parity);\n            wgmma_fence();", "turn.parity);"),
+        ("            wgmma_fence();\n#pragma unroll", "#pragma unroll"),
         (
             "terms.place(slice).x, left);\n            barrier_wait(shared.full + turn.stage, turn.parity);",
             "terms.place(slice).x, left);",
