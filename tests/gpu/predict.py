@@ -26,15 +26,17 @@ FORWARD, BACKWARD, ADDING, TASK, BLOCK, TURN = 620e12, 600e12, 560e12, 1.5e-6, 2
 FETCH, ADD = 90e9, 2e-6
 # Shares of a copy's speed, for kernels that stream and for an adapter's gradients.
 STREAM, GRADIENT = 0.85, 0.80
-# Of a slice of 64, what an adapter of rank 16 multiplies.
+# Of a slice of 64, what an adapter of rank 16 multiplies; of a tile, what its short sides do: up to 64 columns, of which few take as long
+# as all, since the left factor is read again.
 RANK = 16
 ADAPTER = RANK / 64
+SHORT = 64 / 256
 
 
-def product(columns, depth, width=256, written=4, read=0, adapters=1, projected=0, tokens=TOKENS, gradients=(), short=0):
+def product(columns, depth, width=256, written=4, read=0, adapters=1, projected=0, tokens=TOKENS, gradients=(), short=False):
     """A tile of 256 columns of the weight makes `width` of the output; `written`, `read` and `projected` are its pieces. `gradients`
     have so many columns, a task for 256 of them; clusters take them as kernels/src/matmul/cuda/hopper/gradients.rs gives them out. It
-    begins with so many groups of `short` sides, of as many columns as kernels/src/matmul/cuda/hopper/short.rs says."""
+    begins with `short` sides, of as many columns as kernels/src/matmul/cuda/hopper/short.rs says."""
     clusters = PROCESSORS // 2
     down, across = ceil(tokens / 256), ceil(columns / width)
     slices, slice = ceil(depth / 64) + adapters * ADAPTER, 2 * 128 * 256 * 64 * PROCESSORS / LOOP
@@ -42,16 +44,14 @@ def product(columns, depth, width=256, written=4, read=0, adapters=1, projected=
     tasks, task = sum(ceil(columns / 256) for columns in gradients), 2 * tokens * 128 / FETCH + ADD
     begun = 0
     if short:
-        first = first_columns(clusters, down, across, depth, short)
+        first = first_columns(clusters, down, across, depth)
         rounds, busy = divmod(down * first, clusters)
         # Those of so many columns run at once, and all their rows are read once for them.
         rows = min(tokens, 256 * ceil(clusters / first))
-        tile_and_short = max(tile + slices * slice * short / 16, 2 * rows * depth / COPY / STREAM)
-        begun = START + ceil(down * first / clusters) * tile_and_short
+        tile_and_short = max(tile + slices * slice * SHORT, 2 * rows * depth / COPY / STREAM)
+        begun = START + (rounds + (busy > 0)) * tile_and_short
         tasks -= min(tasks, (clusters - busy) * int(tile_and_short / task)) if busy else 0
         across -= first
-        if not across and not tasks:
-            return begun
     rounds, busy = divmod(down * across, clusters)
     idle = clusters - busy
 
@@ -62,10 +62,10 @@ def product(columns, depth, width=256, written=4, read=0, adapters=1, projected=
     return begun + START + rounds * tile + min(map(last, range(ceil(tasks / idle) + 1)))
 
 
-def first_columns(clusters, down, across, depth, groups):
+def first_columns(clusters, down, across, depth):
     """As kernels/src/matmul/cuda/hopper/short.rs has it, in sixteenths of a slice."""
     slices = ceil(depth / 64)
-    wide, plain = (16 + groups) * slices + 32, 16 * slices + 32
+    wide, plain = 20 * slices + 32, 16 * slices + 32
 
     def time(first):
         rest = across - first
@@ -88,7 +88,7 @@ class Product:
     def __init__(self, name, calls, columns, depth, tokens=TOKENS, alone=None, **tile):
         self.name, self.calls = name, calls
         self.seconds = product(columns, depth, tokens=tokens, **tile)
-        alone = {"adapters": 0, "projected": 0, "gradients": (), "short": 0} | (alone or {})
+        alone = {"adapters": 0, "projected": 0, "gradients": (), "short": False} | (alone or {})
         self.without = product(columns, depth, tokens=tokens, **(tile | alone))
         # A tile that is half gate and half up makes two outputs.
         self.least = operations(columns * 256 // tile.get("width", 256), depth, tokens)
@@ -140,21 +140,21 @@ def visible(products):
 # Name, calls a layer, columns and depth.
 OF_HEAD = TOKENS / AT_A_TIME / LAYERS
 HOPPER = [
-    Product("`hopper_nt_rope`: q, and u of q, k and v", 1, HIDDEN, HIDDEN, short=4),
+    Product("`hopper_nt_rope`: q, and u of q, k and v", 1, HIDDEN, HIDDEN, short=True),
     Product("`hopper_nt_rope`: k", 1, KEYS, HIDDEN),
     Product("`hopper_nt`: v", 1, KEYS, HIDDEN),
-    Product("`hopper_nt`: o, its u, and the residual", 1, HIDDEN, HIDDEN, read=4, short=1),
+    Product("`hopper_nt`: o, its u, and the residual", 1, HIDDEN, HIDDEN, read=4, short=True),
     Product("`hopper_nt_swiglu`: gate and up, their u, and u of down", 1, FEED, HIDDEN, width=128, written=6, adapters=2, projected=2,
-            short=2),
+            short=True),
     Product("`hopper_nt`: down, and the residual", 1, HIDDEN, FEED, read=4),
     Product("`hopper_nn_swiglu_backward`: down, its input and dB, and du of gate and up", 1, FEED, HIDDEN, written=12, read=8,
             projected=8, gradients=(HIDDEN,), alone={"written": 8}),
     # dB of each, dA of what they read, which is read once, and dA of down.
     Product("`hopper_nn`: gate and up, their dA and dB, and dA of down", 1, HIDDEN, 2 * FEED, adapters=2,
             gradients=(FEED, FEED, HIDDEN, FEED)),
-    Product("`hopper_nn`: o, du, dA and dB", 1, HIDDEN, HIDDEN, gradients=(HIDDEN, HIDDEN), short=1),
+    Product("`hopper_nn`: o, du, dA and dB", 1, HIDDEN, HIDDEN, gradients=(HIDDEN, HIDDEN), short=True),
     Product("`hopper_nn`: q, k and v, du, dA and dB", 1, HIDDEN, HIDDEN + 2 * KEYS, adapters=3, gradients=(HIDDEN, KEYS, KEYS, HIDDEN),
-            short=4),
+            short=True),
     # Exponentials take about as long as a piece that is read, and so does the target's row of W.
     Product("`hopper_logprob_logits`, 1024 tokens", OF_HEAD, VOCABULARY, HIDDEN, read=4, adapters=0, tokens=AT_A_TIME),
     Product("`hopper_logprob_backward`, 1024 tokens", OF_HEAD, HIDDEN, VOCABULARY, read=4, adapters=0, tokens=AT_A_TIME),

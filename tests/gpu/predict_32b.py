@@ -27,15 +27,15 @@ def step(tokens, gates, whole, offloaded):
         return 2 * tokens * width / COPY / share
 
     # All of a layer but its last product, which nothing needs again.
-    again = (linear(HIDDEN, HIDDEN, short=4) + 2 * linear(KEYS, HIDDEN) + linear(HIDDEN, HIDDEN, read=4, short=1)
-             + linear(FEED, HIDDEN, width=128, written=6, adapters=2, projected=2, short=2)
+    again = (linear(HIDDEN, HIDDEN, short=True) + 2 * linear(KEYS, HIDDEN) + linear(HIDDEN, HIDDEN, read=4, short=True)
+             + linear(FEED, HIDDEN, width=128, written=6, adapters=2, projected=2, short=True)
              + attention_forward(tokens, HIDDEN, KEYS)
              + 2 * moved(2 * HIDDEN) + moved(FEED / 128 * RANK * 2))
     forward = again + linear(HIDDEN, FEED, read=4)
     back = (linear(FEED, HIDDEN, written=12, read=8, projected=8, gradients=(HIDDEN,))
             + linear(HIDDEN, 2 * FEED, adapters=2, gradients=(FEED, FEED, HIDDEN, FEED))
-            + linear(HIDDEN, HIDDEN, gradients=(HIDDEN, HIDDEN), short=1)
-            + linear(HIDDEN, HIDDEN + 2 * KEYS, adapters=3, gradients=(HIDDEN, KEYS, KEYS, HIDDEN), short=4)
+            + linear(HIDDEN, HIDDEN, gradients=(HIDDEN, HIDDEN), short=True)
+            + linear(HIDDEN, HIDDEN + 2 * KEYS, adapters=3, gradients=(HIDDEN, KEYS, KEYS, HIDDEN), short=True)
             + attention_backward(tokens, HIDDEN, KEYS) + attention_finish(tokens, HIDDEN)
             + 2 * moved(4 * HIDDEN)
             + moved(HIDDEN, GRADIENT) + 2 * moved(FEED / 256 * RANK * 2) + moved(2 * 5 * RANK))

@@ -211,7 +211,10 @@ fn nt_by(
         return Ok(());
     }
     let tile = match way {
-        Way::Portable(tile) => tile,
+        Way::Portable(tile) => {
+            begun.assert_nothing("nt");
+            tile
+        }
         Way::Hopper(tile) => {
             let columns = Columns::rest(tile, tile.n as usize, n, begun);
             let (before, adapter) = ((before, add == 1), adapter.map(Into::into));

@@ -12,7 +12,8 @@
 //     along     SHORT_GROUPS boxes [16, 64] of the aᵢ, below each other
 //     across    a box [64, 64] of the bᵢ whose layer the slice is of; in the places of the others' columns there are zeros
 //
-// The R_i are multiples of 16, together at most 16 SHORT_GROUPS, and at most 64. Every element is summed in one order, whatever is beside it.
+// The R_i are multiples of 16, together at most 16 SHORT_GROUPS, and at most 64. Every element is summed in one order, whatever is beside it,
+// if the tensor cores' order does not depend on how many columns a product has; a test on a GPU says so.
 #pragma once
 #include "hopper_product.cuh"
 #include "three.cuh"
@@ -66,9 +67,9 @@ struct Short {
             for (int i = 0; i < 4; i++) packed[group][i] = pack_bf16(sums[8 * group + 2 * i], sums[8 * group + 2 * i + 1]);
     }
 
-    // Those of one layer's adapter, its first at 0. Beyond its rank the right factor has zeros.
+    // Those of one layer's adapter, its first at 0, and zeros: what others have may be infinite.
     DEVICE void of_layer(const uint32_t (&packed)[GROUPS][4], int layer, uint32_t (&left)[GROUPS][4]) const {
-        const int begin = made.begin(layer);
+        const int begin = made.begin(layer), length = made.length(layer, groups);
 #pragma unroll
         for (int k = 0; k < GROUPS; k++)
 #pragma unroll
@@ -76,7 +77,8 @@ struct Short {
                 left[k][i] = 0;
                 // By masks: a choice would take them from memory.
 #pragma unroll
-                for (int group = k; group < GROUPS; group++) left[k][i] |= packed[group][i] & -uint32_t(group == begin + k);
+                for (int group = k; group < GROUPS; group++)
+                    left[k][i] |= packed[group][i] & -uint32_t(k < length && group == begin + k);
             }
     }
 

@@ -76,7 +76,7 @@ pub enum Then<'a> {
 pub type Linear = weights::Linear<DeviceBuffer<bf16>, DeviceBuffer<bf16>>;
 
 impl Linear {
-    /// `y = x Wᵀ + b + s u Bᵀ` with `x`: `[m, in]`, `y`: `[m, out]`, and u as [`project`] gives it.
+    /// `y = x Wᵀ + b + s u Bᵀ` with `x`: `[m, in]`, `y`: `[m, out]`, and u as [`Self::begin`] gives it.
     pub fn forward(
         &self,
         x: &DeviceSlice<bf16>,
@@ -97,13 +97,12 @@ impl Linear {
         y: &mut DeviceSlice<bf16>,
         with: Context,
     ) -> Result<(Short<N>, Begun)> {
+        if let Product::Token = with.product {
+            return Ok((project_token(x, adapters, with)?, Begun::default()));
+        }
         let (m, k, n) = (x.len() / self.inputs, self.inputs, self.outputs);
         let mut u = room_for(m, &adapters, with)?;
         if u.iter().all(Option::is_none) {
-            return Ok((u, Begun::default()));
-        }
-        if let Product::Token = with.product {
-            project_token(x, adapters, &mut u, with)?;
             return Ok((u, Begun::default()));
         }
         let projected = projections(adapters, &mut u, 1);
@@ -159,7 +158,7 @@ impl Linear {
     }
 
     /// [`Self::forward`] of two layers with the same input, and the gated activation of what they make: `gate`, `up`, `out`:
-    /// `[m, out]`. Returns u of their adapters, and what [`project`] would make of `out` for `next`.
+    /// `[m, out]`. Returns u of their adapters, and of `next`, which reads `out`.
     pub fn forward_activated(
         layers: [&Self; 2],
         x: &DeviceSlice<bf16>,
@@ -172,16 +171,16 @@ impl Linear {
     ) -> Result<(Short<2>, Option<DeviceBuffer<bf16>>)> {
         let [of_gate, of_up] = layers;
         let (m, k, n) = (x.len() / of_gate.inputs, of_gate.inputs, of_gate.outputs);
-        let mut u = room_for(m, &adapters, with)?;
         if let Product::Token = with.product {
-            project_token(x, adapters, &mut u, with)?;
+            let u = project_token(x, adapters, with)?;
             let parts = parts(adapters, &u);
             of_gate.forward(x, parts[0], gate, with)?;
             of_up.forward(x, parts[1], up, with)?;
             swiglu::cuda::forward(with.gpu, gate, up, out)?;
-            let [of_next] = project(out, [next], with)?;
+            let [of_next] = project_token(out, [next], with)?;
             return Ok((u, of_next));
         }
+        let mut u = room_for(m, &adapters, with)?;
         let (gpu, arena) = (with.gpu, with.arena);
         let mut of_next = next.map(|next| with.take(m * padded(next.rank))).transpose()?;
         let activating = if u.iter().all(Option::is_none) {
@@ -274,40 +273,21 @@ fn projections<'a, const N: usize>(
     })
 }
 
-/// u of a single token.
+/// u of the adapters of layers with the same `x`: `[in]`, of a single token.
 fn project_token<const N: usize>(
-    x: &DeviceSlice<bf16>,
-    adapters: [Option<Adapter>; N],
-    u: &mut Short<N>,
-    with: Context,
-) -> Result<()> {
-    for (u, Adapter { a, rank, .. }) in
-        u.iter_mut().zip(adapters).filter_map(|(u, adapter)| Some((u.as_mut()?, adapter?)))
-    {
-        let k = a.len() / padded(rank);
-        few(with.gpu, x, a, u, x.len() / k, k, padded(rank), 0.0, None, None)?;
-    }
-    Ok(())
-}
-
-/// u of the adapters of layers with the same `x`: `[m, in]`, without a product.
-pub fn project<const N: usize>(
     x: &DeviceSlice<bf16>,
     adapters: [Option<Adapter>; N],
     with: Context,
 ) -> Result<Short<N>> {
-    let Some(first) = adapters.iter().flatten().next() else { return Ok([const { None }; N]) };
-    let k = first.a.len() / padded(first.rank);
-    let m = x.len() / k;
-    let mut all = room_for(m, &adapters, with)?;
-    if let Product::Token = with.product {
-        project_token(x, adapters, &mut all, with)?;
-        return Ok(all);
+    let mut all = [const { None }; N];
+    for (to, adapter) in all.iter_mut().zip(adapters) {
+        let Some(Adapter { a, rank, .. }) = adapter else { continue };
+        let k = a.len() / padded(rank);
+        let m = x.len() / k;
+        let mut u = with.take(m * padded(rank))?;
+        few(with.gpu, x, a, &mut u, m, k, padded(rank), 0.0, None, None)?;
+        *to = Some(u);
     }
-    let mut each: Vec<Projected> =
-        projections(adapters, &mut all, 0).into_iter().flatten().collect();
-    adapter::project(with.gpu, x, &mut each, m, k)?;
-    drop(each);
     Ok(all)
 }
 
@@ -349,7 +329,8 @@ pub fn backward<'a, const N: usize>(
     });
     let (k, m) = (outputs[0].linear.inputs, layers[0].dy.len() / layers[0].n);
     // Where dB waits for the product, the product begins with du.
-    let begins = dx.is_some() && gradients_wait(with.gpu);
+    let begins =
+        dx.is_some() && gradients_wait(with.gpu) && outputs.iter().all(|it| it.du.is_none());
     let (mut pulled, mut of_b, mut to_make) = ([const { None }; N], Vec::new(), [false; N]);
     for (i, Output { linear, dy, adapter, mut du }) in outputs.into_iter().enumerate() {
         let Some(adapter) = adapter else { continue };

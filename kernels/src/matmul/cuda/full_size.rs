@@ -178,6 +178,18 @@ fn check_begun((m, k, n): (usize, usize, usize), rank: usize) {
     nt_added(&gpu, &on_x, weight, None, &mut two, m, k, n, Begun::default()).unwrap();
     assert!(gpu.downloaded(&one).unwrap() == gpu.downloaded(&two).unwrap(), "other bits of y");
 
+    // Nor has u other bits beside that of others.
+    let alone = gpu.downloaded(&u).unwrap();
+    if 3 * rank <= 64 {
+        let [mut second, mut third] = [(); 2].map(|()| gpu.alloc(m * pitch).unwrap());
+        let all = [(&mut u, Some(&*after)), (&mut second, None), (&mut third, None)];
+        let all = all.map(|(u, b)| Some(Projected { a: &right, u, rank, b }));
+        let _ = begin_added(&gpu, &on_x, plain, all, None, &mut one, m, k, n).unwrap();
+        for u in [&u, &second, &third] {
+            assert!(gpu.downloaded(u).unwrap() == alone, "other bits of u in company");
+        }
+    }
+
     // The same numbers as dy [m, k], w [k, n], b [k, R] and a [R, n].
     let arena = Arena::new(&gpu, 0).unwrap();
     let layer = Layer { dy: &on_x, w: &on_w, n: k, adapter: None };

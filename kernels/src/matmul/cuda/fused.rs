@@ -100,15 +100,18 @@ fn fit_beside(tile: Option<Tile>, projected: &Projections) -> bool {
     tile == Some(WIDE) && groups_of(ranks).is_some()
 }
 
-/// First columns of an output, of which a tile has `width`, with u of all that is `projected`.
+/// First columns of an output, of which a tile has `width`, with u of all that is `projected`, the first `own` of it the product's.
 fn first_of<'a>(
     gpu: &Gpu,
     projected: Projections<'a>,
+    own: usize,
     width: usize,
     m: usize,
     k: usize,
     n: usize,
 ) -> Columns<'a> {
+    let whole = projected[..own].iter().flatten().all(|it| it.b.is_some());
+    assert!(whole, "the product that begins goes on with its own u");
     let shorts = projected.map(|it| it.map(Into::into));
     let columns = Columns::begin(clusters(gpu), WIDE, width, [m, n, slices(k, 0)], shorts);
     columns.assert_shorts("begin", m, [k; SHARING], n);
@@ -158,7 +161,7 @@ fn add_first(
     k: usize,
     n: usize,
 ) -> Result<Begun> {
-    let columns = first_of(gpu, projected, WIDE.n as usize, m, k, n);
+    let columns = first_of(gpu, projected, 1, WIDE.n as usize, m, k, n);
     let (begun, adapter) = (columns.begun(n), columns.factors(0));
     if m > 0 {
         hopper::nt(gpu, columns, x, w, (before, false), y, m, k, n, bias, adapter)?;
@@ -226,7 +229,7 @@ fn rotate_first(
     table: &rope::Table,
     positions: &DeviceSlice<u32>,
 ) -> Result<Begun> {
-    let columns = first_of(gpu, projected, WIDE.n as usize, m, k, n);
+    let columns = first_of(gpu, projected, 1, WIDE.n as usize, m, k, n);
     let (begun, adapter) = (columns.begun(n), columns.factors(0));
     rotate(gpu, columns, x, weight, adapter, y, m, k, n, table, positions)?;
     Ok(begun)
@@ -257,6 +260,7 @@ pub fn nt_rope(
         let adapter = adapter.map(Into::into);
         return rotate(gpu, columns, x, weight, adapter, y, m, k, n, table, positions);
     }
+    begun.assert_nothing("nt_rope");
     nt(gpu, x, w, y, m, k, n, 0.0, bias, adapter)?;
     rope::forward(gpu, table, y, n / table.head_dim(), positions)
 }

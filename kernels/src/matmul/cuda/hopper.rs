@@ -92,7 +92,7 @@ impl Tile {
 
     /// With room for short sides in each stage, of which there is one less.
     pub(crate) const fn with_short(self, groups: u32) -> Self {
-        Self { stages: WIDE.stages - 1, short: groups, ..self }
+        Self { stages: self.stages - 1, short: groups, ..self }
     }
 
     pub(crate) const fn shared_bytes(self) -> u32 {

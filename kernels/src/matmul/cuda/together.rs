@@ -56,6 +56,9 @@ pub fn begin_together(
 ) -> Result<Begun> {
     let op = "begin_together";
     assert_fit(op, layers, dx, m, k);
+    assert!(layers.iter().all(|layer| layer.adapter.is_none()), "{op}: a layer has its adapter");
+    let whole = pulled.iter().flatten().all(|it| it.a.is_some());
+    assert!(whole, "{op}: the product goes on with all that is pulled");
     let fit = groups_of(pulled.iter().flatten().map(|it| it.rank)).is_some();
     let tile = tile_of(gpu, layers, m, k).filter(|tile| fit && *tile == WIDE);
     if tile.is_none() {
@@ -117,6 +120,7 @@ pub fn nn_together(
 ) -> Result<()> {
     assert_fit("nn_together", layers, dx, m, k);
     let Some(tile) = tile_of(gpu, layers, m, k) else {
+        begun.assert_nothing("nn_together");
         for (i, &Layer { dy, w, n, adapter }) in layers.iter().enumerate() {
             nn(gpu, dy, w, dx, m, n, k, if i == 0 { 0.0 } else { 1.0 }, adapter)?;
         }

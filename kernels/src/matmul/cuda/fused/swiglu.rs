@@ -114,7 +114,7 @@ pub(super) fn activate_first(
     k: usize,
     n: usize,
 ) -> Result<Activating> {
-    let columns = first_of(gpu, projected, WIDTH, m, k, n);
+    let columns = first_of(gpu, projected, 2, WIDTH, m, k, n);
     let (begun, factors) = (columns.begun(n), [0, 1].map(|i| columns.factors(i)));
     let mut parts = next.map(|(_, rank)| parts_of(arena, m, n, rank)).transpose()?;
     let next = next.zip(parts.as_deref_mut());
@@ -153,6 +153,7 @@ pub fn nt_swiglu(
     if one {
         activate_rest(gpu, arena, x, weights, gate, up, out, inside, m, k, n, activating)?;
     } else {
+        activating.begun.assert_nothing("nt_swiglu");
         for (Weight { w, bias, adapter }, y) in weights.into_iter().zip([&mut *gate, &mut *up]) {
             nt(gpu, x, w, y, m, k, n, 0.0, bias, adapter)?;
         }
@@ -191,6 +192,8 @@ pub(super) fn activate_rest(
     n: usize,
     Activating { begun, mut parts }: Activating,
 ) -> Result<()> {
+    let as_begun = begun.columns == 0 || parts.is_some() == next.is_some();
+    assert!(as_begun, "nt_swiglu: it has begun with another adapter of what reads `out`");
     let columns = Columns::rest(WIDE, WIDTH, n, begun);
     let factors = weights.map(|weight| weight.adapter.map(Factors::from));
     if let (None, Some(next)) = (&parts, &next) {

@@ -17,6 +17,13 @@ pub struct Begun {
     pub(in super::super) tasks: usize,
 }
 
+impl Begun {
+    /// Where no product begins.
+    pub(in super::super) fn assert_nothing(self, op: &str) {
+        assert_eq!(self, Self::default(), "{op}: another product has begun");
+    }
+}
+
 /// How many groups of 16 of the ranks a kernel may be compiled for.
 pub(in super::super) const SHORT_GROUPS: [u32; 3] = [1, 2, 4];
 /// Rows of a box of what lies along the sum.
@@ -87,7 +94,9 @@ impl<'a> Columns<'a> {
     /// Those that are not there yet.
     pub fn rest(tile: Tile, width: usize, columns: usize, begun: Begun) -> Self {
         let first = begun.columns;
-        let across = columns.saturating_sub(first).div_ceil(width) as u32;
+        let fits = first == columns || first < columns && first.is_multiple_of(width);
+        assert!(fits, "{first} of {columns} columns are there: another product has begun");
+        let across = (columns - first).div_ceil(width) as u32;
         Self { tile, width, first, across, shorts: Default::default() }
     }
 
@@ -102,7 +111,7 @@ impl<'a> Columns<'a> {
         let ranks = shorts.iter().flatten().map(|it| it.rank);
         let groups = groups_of(ranks).expect("so many fit one kernel");
         let (down, across) = (m.div_ceil((CLUSTER * TILE_M) as usize), columns.div_ceil(width));
-        let first = first_columns(clusters as usize, down, across, slices, groups as usize);
+        let first = first_columns(clusters as usize, down, across, slices);
         Self { tile: tile.with_short(groups), width, first: 0, across: first as u32, shorts }
     }
 
@@ -183,20 +192,15 @@ pub(in super::super) fn with_shorts<'a>(
     Ok(ends.into_iter().fold(args, Args::with))
 }
 
-/// Of `across` tiles beside each other and `down` pairs of them below, how many are made with short sides of so many groups: such that
-/// both launches together take the fewest rounds of all clusters, and the least of what is made twice.
-fn first_columns(
-    clusters: usize,
-    down: usize,
-    across: usize,
-    slices: usize,
-    groups: usize,
-) -> usize {
-    // In sixteenths of a slice: what writing takes, and another launch.
+/// Of `across` tiles beside each other and `down` pairs of them below, how many are made with short sides: such that both launches are
+/// done soonest.
+fn first_columns(clusters: usize, down: usize, across: usize, slices: usize) -> usize {
+    // In sixteenths of a slice: what short sides take, few columns as much as 64, what writing takes, and another launch.
+    const SHORT: usize = 4;
     const PIECES: usize = 32;
     const START: usize = 150;
     let rounds = |tiles: usize| tiles.div_ceil(clusters);
-    let (short, plain) = ((16 + groups) * slices + PIECES, 16 * slices + PIECES);
+    let (short, plain) = ((16 + SHORT) * slices + PIECES, 16 * slices + PIECES);
     let time = |first: usize| {
         let rest = across - first;
         let after = if rest > 0 { START + rounds(down * rest) * plain } else { 0 };
@@ -211,7 +215,7 @@ mod tests {
 
     #[test]
     fn first_columns_fill_whole_rounds() {
-        let first = |down, across| first_columns(66, down, across, 64, 3);
+        let first = |down, across| first_columns(66, down, across, 64);
         // One of 16, 64 of 66 clusters.
         assert_eq!(first(64, 16), 1);
         // As many as clusters at once.

@@ -14,126 +14,105 @@ struct Case {
     k: usize,
     layers: &'static [(usize, usize)],
     clusters: u32,
-    /// That come with the first columns.
+    /// How many columns come first, and how many tasks at most with them.
+    columns: usize,
     tasks: usize,
 }
 
-/// A layer's matrices on a device.
-struct On {
-    dy: DeviceBuffer<bf16>,
+/// A layer's matrices.
+struct Matrices {
+    dy: Vec<bf16>,
+    b: Vec<bf16>,
+    on_dy: DeviceBuffer<bf16>,
     w: DeviceBuffer<bf16>,
     a: DeviceBuffer<bf16>,
-    b: DeviceBuffer<bf16>,
+    on_b: DeviceBuffer<bf16>,
     u: DeviceBuffer<bf16>,
-    du: DeviceBuffer<bf16>,
-    db: DeviceBuffer<f32>,
 }
 
-/// dx, and du and dB of each layer.
-type Made = (Vec<u16>, Vec<Vec<bf16>>, Vec<Vec<f32>>);
+/// The bits of dx and of all dB, and du.
+type Made = (Vec<u16>, Vec<Vec<u32>>, Vec<Vec<bf16>>);
 
 impl Case {
-    fn on(&self, gpu: &Gpu) -> Result<Vec<On>> {
+    fn matrices(&self, gpu: &Gpu) -> Result<Vec<Matrices>> {
         let (m, k) = (self.m, self.k);
-        let each = self.layers.iter().zip(0..).map(|(&(n, rank), i)| {
-            let seed = 10 * i;
+        let each = self.layers.iter().zip((0..).step_by(10)).map(|(&(n, rank), seed)| {
             let mut a = random_bf16(rank * k, seed + 3);
             a.resize(padded(rank) * k, bf16::ZERO);
-            Ok(On {
-                dy: gpu.uploaded(&random_bf16(m * n, seed + 1))?,
+            let (dy, b) = (random_bf16(m * n, seed + 1), random_padded(n, rank, seed + 4));
+            Ok(Matrices {
+                on_dy: gpu.uploaded(&dy)?,
                 w: gpu.uploaded(&random_bf16(n * k, seed + 2))?,
                 a: gpu.uploaded(&a)?,
-                b: gpu.uploaded(&random_padded(n, rank, seed + 4))?,
+                on_b: gpu.uploaded(&b)?,
                 u: gpu.uploaded(&random_padded(m, rank, seed + 5))?,
-                du: gpu.alloc(m * padded(rank))?,
-                db: gpu.uploaded(&random(n * rank, seed + 6))?,
+                dy,
+                b,
             })
         });
         each.collect()
     }
 
-    fn plain<'a>(&self, on: &'a [On]) -> Vec<Layer<'a>> {
-        let each = on.iter().zip(self.layers);
-        each.map(|(on, (n, _))| Layer { dy: &on.dy, w: &on.w, n: *n, adapter: None }).collect()
-    }
-
-    /// Everything in two steps, or du first and then all else in one.
-    fn run(&self, gpu: &Gpu, begins: bool) -> Result<Made> {
+    /// From this du in one launch, or where there is none in two, of which the first makes it.
+    fn run(&self, gpu: &Gpu, given: Option<&[Vec<bf16>]>) -> Result<Made> {
         let (m, k) = (self.m, self.k);
-        let arena = Arena::new(gpu, 1 << 20)?;
-        let mut on = self.on(gpu)?;
-        let mut dx = gpu.alloc(m * k)?;
+        let of = self.matrices(gpu)?;
+        let each = || of.iter().zip(self.layers.iter().copied());
         let (mut du, mut db) = (Vec::new(), Vec::new());
-        for on in &mut on {
-            du.push(std::mem::replace(&mut on.du, gpu.alloc(0)?));
-            db.push(std::mem::replace(&mut on.db, gpu.alloc(0)?));
-        }
-        let adapted = || on.iter().zip(self.layers).filter(|(_, (_, rank))| *rank > 0);
-        let mut of_b: Vec<GradientOfB> = adapted()
-            .zip(db.iter_mut().filter(|db| db.len() > 0))
-            .map(|((on, (_, rank)), db)| GradientOfB {
-                dy: &on.dy,
-                u: &on.u,
-                db,
-                rank: *rank,
-                scale: SCALE,
-            })
-            .collect();
-        let mut begun = Begun::default();
-        if begins {
-            let mut each = on.iter().zip(self.layers).zip(&mut du);
-            let pulled = [(); SHARING].map(|()| {
-                let ((on, (_, rank)), du) = each.next()?;
-                (*rank > 0).then_some(Pulled { b: &on.b, du, rank: *rank, a: Some(&on.a) })
+        for (i, &(n, rank)) in self.layers.iter().enumerate() {
+            du.push(match given {
+                Some(du) => gpu.uploaded(&du[i])?,
+                None => gpu.alloc(m * padded(rank))?,
             });
-            let (layers, most) = (self.plain(&on), (self.clusters, self.tasks));
-            begun = begin_by(gpu, most, &layers, pulled, &mut of_b, &mut dx, m, k)?;
-            // Not all columns at once, and idle clusters take as many tasks as they may.
-            assert_eq!((begun.columns < k, begun.tasks), (self.tasks > 0, self.tasks));
-        } else {
-            for ((on, (n, rank)), du) in on.iter().zip(self.layers).zip(&mut du) {
-                if *rank > 0 {
-                    nn(gpu, &on.dy, &on.b, du, m, *n, padded(*rank), 0.0, None)?;
-                }
-            }
+            db.push(gpu.uploaded(&random(n * rank, 6))?);
         }
-        let made: Vec<Vec<bf16>> = du.iter().map(|du| gpu.downloaded(du)).collect::<Result<_>>()?;
-        // The same du for both, so that what is made of it has the same bits.
-        let exact = self.layers.iter().zip(&on).map(|((n, rank), on)| {
-            let (dy, b) = (gpu.downloaded(&on.dy).unwrap(), gpu.downloaded(&on.b).unwrap());
-            let pitch = padded(*rank);
-            let (of_dy, of_b) =
-                (|t: usize, l: usize| dy[t * n + l], |l: usize, r: usize| b[l * pitch + r]);
-            let sides = (m, *n, pitch);
-            (
-                round(&sum_of_products::<f32>(sides, of_dy, of_b)),
-                sum_of_products::<f64>(sides, of_dy, of_b),
-            )
+        let of_b = each().zip(&mut db).filter(|((_, (_, rank)), _)| *rank > 0);
+        let of_b = of_b.map(|((Matrices { on_dy, u, .. }, (_, rank)), db)| GradientOfB {
+            dy: on_dy,
+            u,
+            db,
+            rank,
+            scale: SCALE,
         });
-        for ((plain, exact), du) in exact.zip(&made) {
-            assert_accurate_bf16("du", du, &plain, &exact);
+        let mut of_b: Vec<GradientOfB> = of_b.collect();
+        let plain = each().map(|(Matrices { on_dy, w, .. }, (n, _))| Layer {
+            dy: on_dy,
+            w,
+            n,
+            adapter: None,
+        });
+        let (mut layers, mut dx) = (plain.collect::<Vec<_>>(), gpu.alloc(m * k)?);
+        let mut begun = Begun::default();
+        if given.is_none() {
+            let mut each = each().zip(&mut du);
+            let pulled = [(); SHARING].map(|()| {
+                let ((Matrices { a, on_b, .. }, (_, rank)), du) = each.next()?;
+                (rank > 0).then_some(Pulled { b: on_b, du, rank, a: Some(a) })
+            });
+            let most = (self.clusters, self.tasks);
+            begun = begin_by(gpu, most, &layers, pulled, &mut of_b, &mut dx, m, k)?;
+            // Idle clusters take as many tasks as they may.
+            assert_eq!((begun.columns, begun.tasks), (self.columns, self.tasks));
         }
-        let layers: Vec<Layer> = on
-            .iter()
-            .zip(self.layers)
-            .zip(&du)
-            .map(|((on, &(n, rank)), left)| {
-                let adapter = (rank > 0).then(|| Adapter { left, right: &on.a, rank });
-                Layer { dy: &on.dy, w: &on.w, n, adapter }
-            })
-            .collect();
-        let gradients = of_b.into_iter().map(Gradient::B).collect();
+        for ((layer, (Matrices { a, .. }, (_, rank))), left) in
+            layers.iter_mut().zip(each()).zip(&du)
+        {
+            layer.adapter = (rank > 0).then_some(Adapter { left, right: a, rank });
+        }
+        let (arena, gradients) = (Arena::new(gpu, 0)?, of_b.into_iter().map(Gradient::B));
         let columns = Columns::rest(WIDE, 256, k, begun);
         let whole = Product::whole(WIDE, &layers, &mut dx, (m, k), false);
         let rest = (!columns.none()).then_some(Product { columns, ..whole });
+        let gradients = gradients.collect();
         hopper::nn_with_gradients(gpu, &arena, WIDE, rest, gradients, m, begun.tasks)?;
-        let db = db.iter().map(|db| gpu.downloaded(db)).collect::<Result<_>>()?;
-        Ok((bits(&gpu.downloaded(&dx)?), made, db))
+        let bits_of = |db| Ok(gpu.downloaded(db)?.iter().map(|x: &f32| x.to_bits()).collect());
+        let db = db.iter().map(|db| bits_of(db)).collect::<Result<_>>()?;
+        let du = du.iter().map(|du| gpu.downloaded(du)).collect::<Result<_>>()?;
+        Ok((bits(&gpu.downloaded(&dx)?), db, du))
     }
 
     fn is_right(&self, gpu: &Gpu) -> bool {
-        let run = || self.run(gpu, true);
-        let found = match catch_unwind(AssertUnwindSafe(run)) {
+        let found = match catch_unwind(AssertUnwindSafe(|| self.run(gpu, None))) {
             Err(_) => return false,
             Ok(Err(error)) => {
                 assert!(error.to_string().starts_with("kernel "), "{error}");
@@ -142,42 +121,42 @@ impl Case {
             Ok(Ok(found)) => found,
         };
         let sound = hopper_gpu(0);
-        let expected = self.run(&sound, false).unwrap();
-        // du is summed in another order, and so the last bit of dx may differ where adapters are.
-        let db = |made: &Made| made.2.iter().flatten().map(|x| x.to_bits()).collect::<Vec<_>>();
-        found.1.iter().map(Vec::len).eq(expected.1.iter().map(Vec::len))
-            && db(&found) == db(&expected)
-            && found.0 == self.with_du(&sound, &found.1).unwrap()
-    }
-
-    /// The bits of dx in one launch with this du.
-    fn with_du(&self, gpu: &Gpu, du: &[Vec<bf16>]) -> Result<Vec<u16>> {
-        let (m, k) = (self.m, self.k);
-        let on = self.on(gpu)?;
-        let du: Vec<_> = du.iter().map(|du| gpu.uploaded(du)).collect::<Result<_>>()?;
-        let layers: Vec<Layer> = on
-            .iter()
-            .zip(self.layers)
-            .zip(&du)
-            .map(|((on, &(n, rank)), left)| {
-                let adapter = (rank > 0).then(|| Adapter { left, right: &on.a, rank });
-                Layer { dy: &on.dy, w: &on.w, n, adapter }
-            })
-            .collect();
-        let mut dx = gpu.alloc(m * k)?;
-        let whole = Product::whole(WIDE, &layers, &mut dx, (m, k), false);
-        hopper::launch(gpu, WIDE, 1, Some(whole), &mut [], Tasks::From(0))?;
-        Ok(bits(&gpu.downloaded(&dx)?))
+        let of = self.matrices(&sound).unwrap();
+        let accurate = || {
+            for ((of, (n, rank)), du) in of.iter().zip(self.layers).zip(&found.2) {
+                assert_du(&of.dy, &of.b, (self.m, *n, *rank), du);
+            }
+        };
+        catch_unwind(AssertUnwindSafe(accurate)).is_ok()
+            && self.run(&sound, Some(&found.2)).unwrap() == found
     }
 }
 
-/// Some columns first, with three clusters that have no tile and make four of nine tasks; and all columns at once.
-fn cases() -> [Case; 3] {
+/// du `[m, R]` of dy `[m, n]` and b `[n, R]`.
+fn assert_du(dy: &[bf16], b: &[bf16], (m, n, rank): (usize, usize, usize), du: &[bf16]) {
+    let pitch = padded(rank);
+    let (of_dy, of_b) = (|t: usize, l: usize| dy[t * n + l], |l: usize, r: usize| b[l * pitch + r]);
+    let plain = round(&sum_of_products::<f32>((m, n, pitch), of_dy, of_b));
+    let exact = sum_of_products::<f64>((m, n, pitch), of_dy, of_b);
+    assert_accurate_bf16("du", du, &plain, &exact);
+}
+
+/// Some columns first, with three clusters that have no tile and make four of nine tasks; all columns at once, without tasks; and all
+/// with all tasks.
+fn cases() -> [Case; 4] {
     let layers = &[(776, 16), (264, 16), (520, 5)];
     [
-        Case { m: 300, k: 1288, layers, clusters: 5, tasks: 4 },
-        Case { m: 270, k: 328, layers: &[(72, 0), (136, 20)], clusters: 1, tasks: 0 },
-        Case { m: 70, k: 264, layers: &[(136, 16), (72, 16), (328, 0)], clusters: 2, tasks: 0 },
+        Case { m: 300, k: 1288, layers, clusters: 5, columns: 256, tasks: 4 },
+        Case { m: 270, k: 328, layers: &[(72, 0), (136, 20)], clusters: 1, columns: 328, tasks: 0 },
+        Case {
+            m: 70,
+            k: 264,
+            layers: &[(136, 16), (72, 16), (328, 0)],
+            clusters: 2,
+            columns: 264,
+            tasks: 0,
+        },
+        Case { m: 70, k: 264, layers: &[(136, 16)], clusters: 5, columns: 264, tasks: 1 },
     ]
 }
 
@@ -206,14 +185,11 @@ fn ranks_and_devices_choose_where_du_is_made() {
         let pitch = padded(rank);
         let (mut du, mut dx) = (gpu.alloc(m * pitch).unwrap(), gpu.alloc(m * k).unwrap());
         let layers = [Layer { dy: &on_dy, w: &w, n, adapter: None }];
-        let pulled = [Some(Pulled { b: &on_b, du: &mut du, rank, a: None }), None, None];
+        let a = gpu.uploaded(&vec![bf16::ONE; pitch * k]).unwrap();
+        let pulled = [Some(Pulled { b: &on_b, du: &mut du, rank, a: Some(&a) }), None, None];
         let begun = begin_together(&gpu, &layers, pulled, &mut [], &mut dx, m, k).unwrap();
         assert_eq!(begun.columns > 0, beside);
-        let (of_dy, of_b) =
-            (|t: usize, l: usize| dy[t * n + l], |l: usize, r: usize| b[l * pitch + r]);
-        let plain = round(&sum_of_products::<f32>((m, n, pitch), of_dy, of_b));
-        let exact = sum_of_products::<f64>((m, n, pitch), of_dy, of_b);
-        assert_accurate_bf16("du", &gpu.downloaded(&du).unwrap(), &plain, &exact);
+        assert_du(&dy, &b, (m, n, rank), &gpu.downloaded(&du).unwrap());
     }
 }
 

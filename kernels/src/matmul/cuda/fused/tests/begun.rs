@@ -200,7 +200,9 @@ fn what_begins_a_product_does_not_depend_on_its_company() {
         let x = gpu.uploaded(&random_bf16(300 * k, 1)[..m * k]).unwrap();
         let w = gpu.uploaded(&random_bf16(n * k, 2)).unwrap();
         let mut readers = Readers::new(&gpu, [m, k, n], [16, 8, 0]);
-        let (mut y, projected) = (gpu.alloc(m * n).unwrap(), readers.projected([None; 3]));
+        let b = gpu.uploaded(&random_padded(n, 16, 60)).unwrap();
+        let (mut y, projected) =
+            (gpu.alloc(m * n).unwrap(), readers.projected([Some(&b), None, None]));
         let _ = add_first(&gpu, &x, (&w, None), projected, None, &mut y, m, k, n).unwrap();
         readers.made.iter().map(|u| bits(&gpu.downloaded(u).unwrap())).collect::<Vec<_>>()
     };
@@ -210,6 +212,29 @@ fn what_begins_a_product_does_not_depend_on_its_company() {
             assert!(*some == all[..m * all.len() / 300], "{m} of 300 rows");
         }
     }
+}
+
+/// Whether a product has the bits that it has alone where another reader's u is infinite.
+fn company_is_kept_out(gpu: &Gpu) -> bool {
+    let (m, k, n) = (70, 72, 264);
+    let x = gpu.uploaded(&random_bf16(m * k, 1)).unwrap();
+    let w = gpu.uploaded(&random_bf16(n * k, 2)).unwrap();
+    let [alone, beside] = [0, 16].map(|second| {
+        let mut readers = Readers::new(gpu, [m, k, n], [16, second, 0]);
+        readers.on[1] = gpu.uploaded(&vec![bf16::INFINITY; padded(second) * k]).unwrap();
+        let b = gpu.uploaded(&random_padded(n, 16, 60)).unwrap();
+        let (mut y, of) = (gpu.alloc(m * n).unwrap(), readers.projected([Some(&b), None, None]));
+        let begun = add_first(gpu, &x, (&w, None), of, None, &mut y, m, k, n).unwrap();
+        assert_eq!(begun.columns, n);
+        bits(&gpu.downloaded(&y).unwrap())
+    });
+    alone == beside
+}
+
+#[test]
+fn what_is_infinite_beside_a_product_stays_there() {
+    assert!(company_is_kept_out(&gpu(0)));
+    assert_caught(company_is_kept_out, "hopper_short.cuh", &[("k < length && ", "")]);
 }
 
 #[test]
@@ -228,7 +253,9 @@ fn ranks_and_weights_choose_where_u_is_made() {
         let on_x = gpu.uploaded(&x).unwrap();
         let w = gpu.uploaded(&random_bf16(n * k, 2)).unwrap();
         let mut readers = Readers::new(&gpu, [m, k, n], ranks);
-        let (mut y, projected) = (gpu.alloc(m * n).unwrap(), readers.projected([None; 3]));
+        let b = gpu.uploaded(&random_padded(n, ranks[0], 60)).unwrap();
+        let (mut y, projected) =
+            (gpu.alloc(m * n).unwrap(), readers.projected([Some(&b), None, None]));
         let weight = Weight { w: &w, bias: None, adapter: None };
         let begun = begin_added(&gpu, &on_x, weight, projected, None, &mut y, m, k, n).unwrap();
         assert_eq!(begun.columns > 0, beside, "{n} columns, ranks {ranks:?}");
@@ -245,7 +272,7 @@ fn faults_in_short_sides_are_caught() {
         ("group += CLUSTER) {", "group += 1) {"),
         // Fragments.
         ("sums[8 * group + 2 * i + 1])", "sums[8 * group + 2 * i])"),
-        ("-uint32_t(group == begin + k)", "-uint32_t(group == k)"),
+        ("group == begin + k)", "group == k)"),
         // What is written.
         ("if (corner.y > 0) return;", "if (corner.y == 0) return;"),
         ("if (group >= groups) break;", ""),
