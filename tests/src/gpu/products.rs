@@ -200,7 +200,9 @@ fn back_together(
                 let (du, layer) = each.next()?;
                 Some(Pulled { b: &b[..layer.n * pitch], du, rank: r, a: Some(&a) })
             });
-            begun = begin_together(gpu, &layers, pulled, &mut of_b, &mut dx, m, k)?;
+            let plain: Vec<Layer> =
+                layers.iter().map(|layer| Layer { adapter: None, ..*layer }).collect();
+            begun = begin_together(gpu, &plain, pulled, &mut of_b, &mut dx, m, k)?;
         }
         let mut gradients: Vec<Gradient> = of_b.into_iter().map(Gradient::B).collect();
         let adapters = da.iter_mut().map(|da| GradientOfA { du: &du, da, rank: r }).collect();
