@@ -195,18 +195,13 @@ fn nt_by(
     adapter: Option<Adapter>,
     begun: Begun,
 ) -> Result<()> {
-    assert_shapes("nt", [("x", x.len(), m, k), ("w", w.len(), n, k), ("y", y.len(), m, n)]);
-    assert_multiples_of_8("nt", [("k", k), ("n", n)]);
-    assert_bias("nt", bias, n);
     Adapter::assert_fits("nt", adapter, m, n);
     let (before, add) = match before {
         Before::Nothing => (None, 0),
         Before::Itself => (None, 1),
         Before::Other(before) => (Some(before), 0),
     };
-    if let Some(before) = before {
-        assert_shapes("nt", [("before", before.len(), m, n)]);
-    }
+    assert_nt("nt", x, w, (bias, before), y, m, k, n);
     if m * n == 0 {
         return Ok(());
     }
@@ -363,6 +358,25 @@ fn assert_multiples_of_8<const N: usize>(op: &str, sides: [(&str, usize); N]) {
             side.is_multiple_of(8),
             "matmul::{op} on a device: {name} is {side}, it must be a multiple of 8"
         );
+    }
+}
+
+/// Operands of [`nt`] and of its beginning: a bias, and another matrix that is added to, where there are any.
+fn assert_nt(
+    op: &str,
+    x: &DeviceSlice<bf16>,
+    w: &DeviceSlice<bf16>,
+    (bias, before): (Option<&DeviceSlice<bf16>>, Option<&DeviceSlice<bf16>>),
+    y: &DeviceSlice<bf16>,
+    m: usize,
+    k: usize,
+    n: usize,
+) {
+    assert_shapes(op, [("x", x.len(), m, k), ("w", w.len(), n, k), ("y", y.len(), m, n)]);
+    assert_multiples_of_8(op, [("k", k), ("n", n)]);
+    assert_bias(op, bias, n);
+    if let Some(before) = before {
+        assert_shapes(op, [("before", before.len(), m, n)]);
     }
 }
 

@@ -33,11 +33,6 @@ struct Short {
     Three<bf16> made;
     int groups, rows;
 
-    DEVICE static Short of(const TensorMap& right0, const TensorMap& right1, const TensorMap& right2, bf16* made0, bf16* made1,
-                           bf16* made2, int second_at, int third_at, int groups, int rows) {
-        return {{&right0, &right1, &right2, second_at, third_at}, {made0, made1, made2, second_at, third_at}, groups, rows};
-    }
-
     // By one thread: a stage's share, of which each block loads a part for both. `place`: a layer and which of its slices.
     DEVICE void load(unsigned char* stage, Barrier* full, int2 place) const {
         const int rank = int(cluster_rank()), k = place.y * TILE_K;
@@ -109,6 +104,7 @@ template <bool ALONG>
 DEVICE auto short_sides(const TensorMap& right0, const TensorMap& right1, const TensorMap& right2, bf16* made0, bf16* made1, bf16* made2,
                         int second_at, int third_at, int groups, int rows) {
     if constexpr (SHORT_GROUPS > 0)
-        return Short<ALONG, SHORT_GROUPS>::of(right0, right1, right2, made0, made1, made2, second_at, third_at, groups, rows);
+        return Short<ALONG, SHORT_GROUPS>{
+            {&right0, &right1, &right2, second_at, third_at}, {made0, made1, made2, second_at, third_at}, groups, rows};
     else return NoShort{};
 }

@@ -7,13 +7,14 @@
 //! ```
 //!
 //! All of them are bound by reading x or dy: u, and da, of layers that have one x are made in one visit to that ([`project`],
-//! [`Gradient`]), du and db in one visit to dy, or on compute capability 9.0 du alone, and the gradients with a later product
-//! ([`pull`]).
+//! [`Gradient`]), du and db in one visit to dy. On compute capability 9.0 u and du are made where a product of the same rows begins
+//! ([`super::Begun`]), or apart ([`pull`]), and the gradients with a product that comes later.
 //!
 //! m rows, k and n widths, multiples of 8; r rank. a `[r, k]` and b `[n, r]` in f32 are what is trained. The
 //! products take a `[R, k]` and scale b `[n, R]` in bf16 with R = [`padded`]`(r)` and zeros beyond r. u and
 //! du are `[m, R]`, with zeros beyond r because a's and b's are.
 
+use super::hopper::Factors;
 use super::{assert_shapes, short};
 use crate::args;
 use crate::cuda::{DeviceSlice, Gpu, Kernel, Result, Source, TILE};
@@ -65,15 +66,7 @@ pub struct Adapter<'a> {
 
 impl<'a> Adapter<'a> {
     pub(super) fn assert_fits(op: &str, adapter: Option<Self>, m: usize, columns: usize) {
-        let Some(Self { left, right, rank }) = adapter else { return };
-        let rank = padded(rank);
-        assert_shapes(
-            op,
-            [
-                ("the adapter's left", left.len(), m, rank),
-                ("its right", right.len(), columns, rank),
-            ],
-        );
+        Factors::assert_fits(op, adapter.map(Into::into), m, columns);
     }
 
     /// The matrices and the padded rank, as kernels take them.

@@ -27,7 +27,7 @@ use super::hopper::{
     self, Begun, CLUSTER, Columns, Factors, NARROW, PIECE, PRODUCT_HEADER, SHORT_GROUPS,
     SHORT_HEADER, Tile, WIDE, clusters, groups_of, maps, slices, with_shorts,
 };
-use super::{Adapter, Before, Way, assert_bias, assert_multiples_of_8, assert_shapes};
+use super::{Adapter, Before, Way, assert_bias, assert_multiples_of_8, assert_nt, assert_shapes};
 use super::{nt, nt_by};
 use crate::args;
 use crate::cuda::{DeviceSlice, Gpu, HOPPER, HOPPER_PRODUCTS, Kernel, Result, Source, TILE};
@@ -76,6 +76,13 @@ pub struct Weight<'a> {
     pub bias: Option<&'a DeviceSlice<bf16>>,
     /// None where the product begins: it is made there, see [`Projected`].
     pub adapter: Option<Adapter<'a>>,
+}
+
+impl Weight<'_> {
+    /// Where a product begins.
+    fn assert_bare(&self, op: &str) {
+        assert!(self.adapter.is_none(), "{op}: the adapter is among what is projected");
+    }
 }
 
 /// u of up to three adapters whose layers read x; the first is that of the product at hand, or, of gate and up, the first two are.
@@ -128,7 +135,7 @@ fn first_of<'a>(
 pub fn begin_added(
     gpu: &Gpu,
     x: &DeviceSlice<bf16>,
-    Weight { w, bias, .. }: Weight,
+    weight: Weight,
     projected: Projections,
     before: Option<&DeviceSlice<bf16>>,
     y: &mut DeviceSlice<bf16>,
@@ -136,17 +143,12 @@ pub fn begin_added(
     k: usize,
     n: usize,
 ) -> Result<Begun> {
-    let tile = Tile::of(gpu, k, n);
+    weight.assert_bare("begin_added");
+    let (Weight { w, bias, .. }, tile) = (weight, Tile::of(gpu, k, n));
     if !fit_beside(tile, &projected) {
         return project_alone(gpu, x, projected, m, k);
     }
-    let op = "begin_added";
-    assert_shapes(op, [("x", x.len(), m, k), ("w", w.len(), n, k), ("y", y.len(), m, n)]);
-    assert_multiples_of_8(op, [("k", k), ("n", n)]);
-    assert_bias(op, bias, n);
-    if let Some(before) = before {
-        assert_shapes(op, [("before", before.len(), m, n)]);
-    }
+    assert_nt("begin_added", x, w, (bias, before), y, m, k, n);
     add_first(gpu, x, (w, bias), projected, before, y, m, k, n)
 }
 
@@ -210,6 +212,7 @@ pub fn begin_rope(
     table: &rope::Table,
     positions: &DeviceSlice<u32>,
 ) -> Result<Begun> {
+    weight.assert_bare("begin_rope");
     let tile = tile_of_heads(gpu, table, k, n);
     if !fit_beside(tile, &projected) {
         return project_alone(gpu, x, projected, m, k);

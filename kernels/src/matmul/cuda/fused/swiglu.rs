@@ -91,6 +91,7 @@ pub fn begin_swiglu(
     k: usize,
     n: usize,
 ) -> Result<Activating> {
+    weights.iter().for_each(|weight| weight.assert_bare("begin_swiglu"));
     let tile = Some(WIDE).filter(|_| is_one(gpu, &weights, k, n));
     if !fit_beside(tile, &projected) {
         let begun = project_alone(gpu, x, projected, m, k)?;

@@ -66,10 +66,10 @@ pub(crate) struct Factors<'a> {
 impl Factors<'_> {
     pub(in super::super) fn assert_fits(op: &str, factors: Option<Self>, m: usize, columns: usize) {
         let Some(Self { left, right, rank }) = factors else { return };
-        assert_shapes(op, [("the adapter's right", right.len(), columns, rank)]);
         if let Some(left) = left {
             assert_shapes(op, [("the adapter's left", left.len(), m, rank)]);
         }
+        assert_shapes(op, [("its right", right.len(), columns, rank)]);
     }
 }
 
